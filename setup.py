@@ -1,0 +1,26 @@
+"Package metadata, read from settings.ini: edit there, not here."
+import shlex
+from configparser import ConfigParser
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=['='])
+config.read('settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+
+extras = {key.removesuffix('_requirements'): shlex.split(value)
+          for key, value in cfg.items() if key.endswith('_requirements')}
+extras['all'] = sorted(set(sum(extras.values(), [])))
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
+    author=cfg['author'], author_email=cfg['author_email'], keywords=cfg['keywords'],
+    license='MIT', license_files=['LICENSE'], url=cfg['git_url'],
+    long_description=open('README.md', encoding='utf-8').read(), long_description_content_type='text/markdown',
+    packages=find_packages(include=['enigma_lab', 'enigma_lab.*']),
+    python_requires=f">={cfg['min_python']}",
+    install_requires=shlex.split(cfg['requirements']), extras_require=extras,
+    entry_points={
+        'console_scripts': [cfg['console_scripts']],
+        'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+        'papermill.io': ['enigma-lab-door=enigma_lab.lab.door:default_output'],
+    })
