@@ -213,7 +213,7 @@ class EnigmaModel(EnigmaPreTrainedModel):
         states = [h]
         for layer in self.layers: states.append(h := layer(h, front, mask, past_key_values))
         return BaseModelOutputWithPast(last_hidden_state=self.decipher(self.norm(h), positions), past_key_values=past_key_values,
-            hidden_states=tuple(states) if output_hidden_states else None)
+            hidden_states=tuple(states) if output_hidden_states or self.config.output_hidden_states else None)
 
 # %% ../../nbs/lm/30_model.ipynb #61a38d30
 class EnigmaForCausalLM(EnigmaPreTrainedModel, GenerationMixin):
@@ -226,6 +226,7 @@ class EnigmaForCausalLM(EnigmaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = EnigmaModel(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_word_embeddings: self._keys_to_ignore_on_save = ['lm_head.weight']
         self.post_init()
 
     def forward(self,
