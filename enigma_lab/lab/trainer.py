@@ -28,6 +28,7 @@ from .runs import Run, find_run, list_runs, start_run
 class TrainingConfig:
     "What every training has in common."
     gpus:int = 0 # CUDA devices; 0: the CPU
+    processes:int = 1 # on the CPU
     seed:int = 0 # of weights, order and dropout
     epochs:float = 0. # passes over the training windows at most; 0: no limit
     max_steps:int = 0 # updates at most; 0: no limit
@@ -54,7 +55,7 @@ def check_training(c):
     "Refuse a training that cannot be run."
     devices = torch.cuda.device_count()
     if c.gpus > devices: raise ValueError(f"gpus={c.gpus} asked, this machine has {devices} CUDA device(s); use -p gpus {devices}" + " (the CPU)"*(not devices))
-    if c.gpus not in (0, 1): raise ValueError(f"gpus must be 0 or 1, for one process trains, got {c.gpus}")
+    if c.gpus not in (0, 1) or c.processes != 1: raise ValueError(f"one process trains: gpus must be 0 or 1 and processes 1, got gpus={c.gpus}, processes={c.processes}")
     for name in ('batch_size', 'gradient_accumulation_steps', 'eval_steps', 'save_steps', 'eval_windows'):
         if getattr(c, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
     for name in ('epochs', 'max_steps', 'minutes', 'learning_rate', 'weight_decay', 'warmup_steps', 'patience', 'stop_ppl', 'seed'):

@@ -82,7 +82,7 @@ def check_config(c):
 
 presets = dict(
     smoke=dict(dim=32, num_layers=2, num_heads=2, max_len=16, num_rev_blocks=1, num_rotors=2, num_positions=4),
-    cpu=dict(dim=192, num_layers=4, num_heads=6, max_len=256, num_rev_blocks=2, num_rotors=2, num_positions=16))
+    cpu=dict(dim=128, num_layers=4, num_heads=4, max_len=256, num_rev_blocks=2, num_rotors=2, num_positions=16, rotor='roll'))
 
 # %% ../../nbs/lm/30_model.ipynb #748934b6
 class Attention(nn.Module):
