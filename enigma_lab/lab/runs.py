@@ -7,7 +7,7 @@ __all__ = ['PACKAGES', 'checkout', 'runs_root', 'write_json', 'read_json', 'envi
            'finish_run', 'list_runs', 'find_run', 'load_runs', 'compare_runs', 'plot_runs']
 
 # %% ../../nbs/lab/10_runs.ipynb #448834c2
-import json, os, platform, subprocess, sys, time
+import json, os, platform, subprocess, time
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,7 +82,7 @@ def environment()->dict: # ready for env.json
         python=platform.python_version(), system=platform.system(), versions={p: v for p in PACKAGES if (v := _version(p))},
         cpu=_cpu_model(), cores=os.cpu_count(), threads=torch.get_num_threads(), blas=_blas(),
         load_average=list(os.getloadavg()) if hasattr(os, 'getloadavg') else None,
-        devices=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ['cpu'], command=sys.argv)
+        devices=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ['cpu'])
 
 # %% ../../nbs/lab/10_runs.ipynb #8a48604b
 @dataclass(frozen=True)
