@@ -175,16 +175,15 @@ def training_arguments(
         save_steps=config.save_steps, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False,
         restore_callback_states_from_checkpoint=True, logging_steps=min(10, config.eval_steps), logging_nan_inf_filter=False,
         include_num_input_tokens_seen='all', report_to='none', disable_tqdm=True, remove_unused_columns=False, label_names=['labels'],
-        dataloader_drop_last=True, dataloader_pin_memory=config.gpus > 0)
+        dataloader_pin_memory=config.gpus > 0)
 
 def count_steps(
     config:TrainingConfig, # batch and budgets
     windows:int, # of the training set
 )->int: # updates that epochs and max_steps allow; a million when only minutes count
     "Updates of a training."
-    batch = config.batch_size * config.gradient_accumulation_steps
-    if windows < batch: raise ValueError(f"an update needs {batch} windows, got {windows}; use a smaller batch_size or more text")
-    by_epochs = math.ceil(config.epochs * (windows // batch)) if config.epochs else 0
+    per_epoch = math.ceil(math.ceil(windows / config.batch_size) / config.gradient_accumulation_steps)
+    by_epochs = math.ceil(config.epochs * per_epoch) if config.epochs else 0
     return max(1, min([n for n in (config.max_steps, by_epochs) if n], default=1_000_000))
 
 # %% ../../nbs/lab/30_trainer.ipynb #1d9aa8a1
