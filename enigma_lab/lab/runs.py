@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 import enigma_lab
 
 # %% ../../nbs/lab/10_runs.ipynb #a4ee408d
@@ -68,6 +67,7 @@ def _cpu_model():
     return next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
 
 def _blas():
+    import torch
     return next((l.strip(' -') for l in torch.__config__.show().splitlines() if 'MKL' in l or 'BLAS' in l), '')
 
 # %% ../../nbs/lab/10_runs.ipynb #c815d514
@@ -75,6 +75,7 @@ PACKAGES = 'torch transformers accelerate datasets tokenizers diffusers peft num
 
 def environment()->dict: # ready for env.json
     "What a run depends on beside its config."
+    import torch
     here = checkout(Path(enigma_lab.__file__).parent) or Path('.')
     return dict(
         git_sha=_output('git', 'rev-parse', 'HEAD', cwd=here) or None,
@@ -187,7 +188,7 @@ def find_run(
 
 def load_runs(
     name:str|None=None, # only runs of this notebook; `None`: all
-)->'pandas.DataFrame': # one row per run: run, finished, config fields, metrics
+): # a pandas DataFrame, one row per run: run, finished, config fields, metrics
     "All runs as a table."
     import pandas as pd
     rows = [dict(run=r.name, finished=r.finished, **{k: v for k, v in {**r.config, **r.metrics}.items() if k not in ('run', 'finished')})
@@ -195,8 +196,8 @@ def load_runs(
     return pd.DataFrame(rows, columns=None if rows else ['run', 'finished'])
 
 def compare_runs(
-    runs:'pandas.DataFrame', # rows of `load_runs`
-)->'pandas.DataFrame': # indexed by run; only the columns that differ
+    runs, # rows of `load_runs`
+): # a DataFrame indexed by run; only the columns that differ
     "What differs between runs: in what was asked and in what came out."
     text = runs.astype(str)
     return runs.set_index('run')[[c for c in runs if c != 'run' and text[c].nunique() > 1]]

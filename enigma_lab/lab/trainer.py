@@ -9,7 +9,7 @@ __all__ = ['TrainingConfig', 'check_training', 'rate_factor', 'Clock', 'Recorder
 
 # %% ../../nbs/lab/30_trainer.ipynb #5e673420
 import json, math, os, resource, shutil, sys, time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
 from .optimizer import make_optimizer
-from .runs import Run, find_run, list_runs, start_run
+from .runs import Run, find_run, list_runs
 
 # %% ../../nbs/lab/30_trainer.ipynb #126ebb7f
 @dataclass(frozen=True)

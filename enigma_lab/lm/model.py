@@ -20,7 +20,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import ALIBI_DIMS, alibi_dims, causal_attention, widen
+from .attention import alibi_dims, causal_attention, widen
 from ..machine.enigma import Enigma, rotor_kinds
 from ..machine.rotor import reached_positions
 

@@ -11,7 +11,6 @@ import argparse, json, math, sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
 import transformers
 
 from ..data.text import Corpus, Windows, load_text
@@ -20,7 +19,6 @@ from ..lab.trainer import TrainingConfig, fit, peak_mib, resume_from, save_model
 from .baselines import compressor_bits, compressors
 from .evaluate import evaluate_text, machine_report
 from .model import EnigmaConfig, EnigmaForCausalLM, parameter_card
-from .model import presets as shapes
 from .tokenizer import train_char_tokenizer
 
 # %% ../../nbs/lm/50_train.ipynb #bad6320b

@@ -6,8 +6,7 @@
 __all__ = ['rotor_kinds', 'make_rotors', 'Enigma']
 
 # %% ../../nbs/machine/60_enigma.ipynb #0804734a
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .bijection import Chain, Route, check_even
 from .plugboard import Plugboard

@@ -7,7 +7,6 @@ __all__ = ['Plugboard']
 
 # %% ../../nbs/machine/20_plugboard.ipynb #065c5b77
 import torch
-from torch import Tensor
 
 from .bijection import Bijection, check_width
 

@@ -1,0 +1,220 @@
+"The documentation site in a real browser, from a folder and over http; and what must stop its build."
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+from playwright.sync_api import sync_playwright
+
+from enigma_lab.lab.docs import build_docs, read_sidebar, readme_text, write_readme
+from enigma_lab.lab.runs import checkout
+
+ROOT = checkout(Path(__file__).parent)
+PAGES = [name for _, names in read_sidebar(yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))) for name in names]
+
+
+# the site and a browser
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    return build_docs(tmp_path_factory.mktemp('docs')/'site').parent
+
+@pytest.fixture(scope='module')
+def server(site):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(site))) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{httpd.server_port}'
+        httpd.shutdown()
+
+@pytest.fixture(scope='module')
+def browser():
+    names = 'chromium', 'chromium-browser', 'google-chrome', 'chrome'
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        path = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, names)), own)
+        if not Path(path).is_file(): pytest.fail("the docs are tested in Chromium, and none was found; install it or set CHROMIUM to its path")
+        browser = playwright.chromium.launch(executable_path=path, args=['--no-sandbox', '--disable-gpu'])
+        yield browser
+        browser.close()
+
+@pytest.fixture(params=['file', 'http'])
+def tab(request, browser, site, server):
+    "A tab that may load nothing from elsewhere and report no error."
+    base = site.as_uri() if request.param == 'file' else server
+    page = browser.new_page(base_url=base + '/', viewport=dict(width=1500, height=1000))
+    page.set_default_timeout(20_000)
+    wrong = []
+    page.on('request', lambda r: None if r.url.startswith((base + '/', 'data:', 'blob:')) else wrong.append(f'asks for {r.url}'))
+    page.on('requestfailed', lambda r: wrong.append(f'cannot load {r.url}'))
+    page.on('response', lambda r: wrong.append(f'{r.status} for {r.url}') if r.status >= 400 and not r.url.endswith('favicon.ico') else None)
+    page.on('console', lambda m: wrong.append(m.text) if m.type == 'error' and 'favicon' not in m.text + m.location['url'] else None)
+    page.on('pageerror', lambda e: wrong.append(str(e)))
+    page.visit = lambda name: page.goto(f'{base}/{name}')
+    yield page
+    page.close()
+    assert not wrong, wrong
+
+def title(name):
+    cells = json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))['cells']
+    first = next(text for cell in cells if cell['cell_type'] == 'markdown' and (text := ''.join(cell['source'])).startswith('# '))
+    return first.splitlines()[0].removeprefix('# ').replace('`', '').strip()
+
+
+# the site
+
+def test_home(tab):
+    tab.visit('index.html')
+    assert 'Enigma Lab' in tab.title()
+    assert tab.locator('article h1').count() == 1
+
+@pytest.mark.parametrize('tab', ['http'], indirect=True)
+def test_every_page_is_in_the_sidebar(tab):
+    tab.visit('index.html')
+    links, names = tab.locator('.sidebar-tree a.reference'), [name for name in PAGES if name != 'index.ipynb']
+    assert [text.strip() for text in links.all_inner_texts()] == [title(name) for name in names]
+    for i, name in enumerate(names):
+        address = links.nth(i).evaluate('link => link.href')
+        links.nth(i).click()
+        tab.wait_for_url(address)
+        assert [text.strip('¶# ') for text in tab.locator('article h1').all_inner_texts()] == [title(name)]
+        assert tab.locator('article p.lead').count() == 1, name
+        assert not any(text.startswith('#|') for text in tab.locator('div.cell_input pre').all_inner_texts()), name
+        assert 0 not in widths(tab), name
+
+def test_math_is_drawn(tab):
+    tab.visit('machine/rotor.html')
+    tab.locator('mjx-container svg').first.wait_for(state='attached')
+    tab.evaluate('MathJax.startup.promise')
+    assert tab.locator('mjx-container svg').count() == tab.locator('.math').count() > 5
+    assert tab.locator('mjx-merror, [data-mjx-error]').count() == 0
+
+def widths(tab):
+    "The natural width of every image of the page, 0 for one that did not load."
+    tab.evaluate('document.querySelectorAll("article img").forEach(image => { image.loading = "eager"; })')
+    tab.wait_for_function('[...document.querySelectorAll("article img")].every(image => image.complete)')
+    return tab.eval_on_selector_all('article img', 'images => images.map(image => image.naturalWidth)')
+
+def test_figures_and_outputs(tab):
+    tab.visit('machine/rotor.html')
+    assert widths(tab) and 0 not in widths(tab)
+    assert 'solved back: [1.0, 2.0, 3.0]' in tab.locator('article').inner_text()
+
+def test_a_card_documents_its_symbol(tab):
+    tab.visit('machine/rotor.html')
+    card = tab.locator('section', has=tab.get_by_role('heading', name='PermutationRotor')).last
+    assert card.locator('table.docutils').inner_text().split()[:3] == ['parameter', 'type', 'meaning']
+    assert 'class PermutationRotor' in card.locator('.tag_exported').inner_text()
+    assert '/enigma_lab/machine/rotor.py#L' in card.locator('a.source').get_attribute('href')
+
+def test_a_link_between_notebooks_lands(tab):
+    tab.visit('machine/plugboard.html')
+    tab.locator('article p a', has_text='reversible blocks').first.click()
+    tab.wait_for_url('**/machine/rev_block.html')
+    assert 'Reversible block' in tab.locator('h1').inner_text()
+
+def test_next_and_previous(tab):
+    tab.visit('machine/plugboard.html')
+    tab.locator('a.next-page').click()
+    tab.wait_for_url('**/machine/rotor.html')
+    tab.locator('a.prev-page').click()
+    tab.wait_for_url('**/machine/plugboard.html')
+
+def test_dark(tab):
+    tab.visit('index.html')
+    colour = lambda: tab.evaluate('getComputedStyle(document.body).backgroundColor')
+    seen = {colour()}
+    for _ in range(2):
+        tab.locator('.theme-toggle:visible').first.click()
+        seen.add(colour())
+    assert len(seen) == 2
+
+@pytest.mark.parametrize('tab', ['http'], indirect=True)
+def test_search(tab):
+    tab.visit('index.html')
+    tab.locator('input.sidebar-search').fill('plugboard')
+    tab.keyboard.press('Enter')
+    hit = tab.locator('ul.search li a[href*="machine/plugboard.html"]').first
+    hit.wait_for()
+    tab.wait_for_function('document.querySelector("#search-results .search-summary")?.textContent.includes("page")')
+    hit.click()
+    tab.wait_for_url('**/machine/plugboard.html*')
+
+
+# what must stop a build, on a project of two pages
+
+def notebook(*cells):
+    cells = [dict(cell_type=kind, id=f'cell{i}', metadata={}, source=text, **(dict(outputs=outputs, execution_count=None) if kind == 'code' else {}))
+             for i, (kind, text, outputs) in enumerate(cells)]
+    return dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)
+
+def write(path, *cells):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(notebook(*cells)), encoding='utf-8')
+
+STALE = [dict(output_type='stream', name='stdout', text=['an old number'])]
+INDEX = [('markdown', '# Small\n\n> Two pages.', None), ('markdown', 'To the [part](parts/10_part.ipynb#One-heading). $x^2$', None),
+         ('code', 'from pathlib import Path\nfrom IPython.display import Markdown', []),
+         ('code', '#| exec_doc\nprint(Path("number.txt").read_text())', STALE),
+         ('code', '#| exec_doc\nMarkdown("| number |\\n|---|\\n| [of the part](parts/10_part.ipynb) |")', STALE)]
+PART = [('markdown', '# Part\n\n> A part.', None), ('markdown', '## One heading\n\nBack to the [start](../index.ipynb).', None), ('code', 'never_run()', STALE)]
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    "A project of two pages, built by the command."
+    root = tmp_path_factory.mktemp('small')
+    shutil.copy(ROOT/'settings.ini', root)
+    (root/'_quarto.yml').write_text(yaml.safe_dump(dict(website=dict(title='Small', sidebar=dict(contents=[
+        'index.ipynb', dict(section='Parts', contents=['parts/10_part.ipynb'])])))), encoding='utf-8')
+    write(root/'nbs/index.ipynb', *INDEX)
+    write(root/'nbs/parts/10_part.ipynb', *PART)
+    (root/'nbs/_quarto.yml').symlink_to('../_quarto.yml')
+    (root/'number.txt').write_text('a fresh number', encoding='utf-8')
+    done = subprocess.run([sys.executable, '-m', 'enigma_lab.lab.docs'], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(str(Path('_docs')/'index.html'))
+    return root
+
+def test_result_cells_run_again_and_others_do_not(small):
+    index, part = ((small/'_docs'/name).read_text(encoding='utf-8') for name in ('index.html', 'parts/part.html'))
+    assert 'a fresh number' in index and 'an old number' not in index
+    assert 'an old number' in part
+    assert 'href="parts/part.html#one-heading"' in index
+    assert re.search(r'<td>.*href="parts/part.html".*of the part', index)  # a table made by a cell, with a link
+
+@pytest.mark.parametrize('path, cells, message', [
+    ('nbs/parts/10_part.ipynb', PART + [('markdown', 'To [nowhere](20_gone.ipynb).', None)], '20_gone.ipynb'),
+    ('nbs/parts/10_part.ipynb', PART + [('markdown', '<a href="gone.html">raw</a>', None)], 'no file for gone.html'),
+    ('nbs/parts/10_part.ipynb', [('code', '1', [])], 'must start with `# Title`'),
+    ('nbs/parts/20_new.ipynb', PART, 'not in the sidebar: parts/20_new.ipynb'),
+    ('nbs/index.ipynb', None, 'not in nbs/: index.ipynb'),
+], ids='link raw_link title forgotten missing'.split())
+def test_a_failed_build_keeps_the_old_site(small, tmp_path, monkeypatch, path, cells, message):
+    root = tmp_path/'project'
+    shutil.copytree(small, root, symlinks=True)
+    if cells is None: (root/path).unlink()
+    else: write(root/path, *cells)
+    before = {p.relative_to(root): p.read_bytes() for p in (root/'_docs').rglob('*') if p.is_file()}
+    monkeypatch.chdir(root)
+    with pytest.raises((RuntimeError, ValueError), match=re.escape(message)): build_docs()
+    assert {p.relative_to(root): p.read_bytes() for p in (root/'_docs').rglob('*') if p.is_file()} == before
+    assert sorted(p.name for p in root.iterdir() if p.name.startswith('_docs')) == ['_docs']
+
+def test_readme(small, monkeypatch):
+    monkeypatch.chdir(small)
+    text = write_readme().read_text(encoding='utf-8')
+    assert '(nbs/parts/10_part.ipynb#One-heading)' in text and '#|' not in text
+    assert write_readme().read_text(encoding='utf-8') == text
+
+def test_the_readme_is_up_to_date():
+    index = json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8'))
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme_text(index), "run write_readme() of enigma_lab.lab.docs"
