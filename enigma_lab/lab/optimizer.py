@@ -81,12 +81,13 @@ def adamw_step(
 def make_optimizer(
     model:nn.Module, # a model whose output head, if any, is called lm_head
     learning_rate:float, # of both kinds
-    weight_decay:float=.01, # of matrices
+    weight_decay:float=.05, # of linear maps and embeddings
     muon:bool=True, # False: AdamW for matrices too
 )->MuonAdamW: # over all parameters that are trained
-    "Linear layers' weights to Muon, all else to AdamW without decay."
+    "Linear layers' weights to Muon, all else to AdamW; decay for maps and embeddings alone."
     maps = {id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.endswith('lm_head')}
-    maps -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return MuonAdamW([dict(params=[p for p in trained if id(p) in maps], muon=muon),
-                      dict(params=[p for p in trained if id(p) not in maps], weight_decay=0.)], learning_rate, weight_decay)
+    rows = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    kind = lambda p: 'rows' if id(p) in rows else 'maps' if id(p) in maps else 'rest'
+    groups = {name: [p for p in model.parameters() if p.requires_grad and kind(p) == name] for name in ('maps', 'rows', 'rest')}
+    return MuonAdamW([dict(params=groups['maps'], muon=muon), dict(params=groups['rows']), dict(params=groups['rest'], weight_decay=0.)],
+        learning_rate, weight_decay)

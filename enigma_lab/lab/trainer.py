@@ -36,7 +36,7 @@ class TrainingConfig:
     batch_size:int = 8 # windows of a forward pass
     gradient_accumulation_steps:int = 1 # forward passes of an update
     learning_rate:float = 5e-3 # peak
-    weight_decay:float = .01 # of matrices
+    weight_decay:float = .05 # of matrices and embeddings
     warmup_steps:int = 20 # updates until the peak
     decay_share:float = .6 # last share of the budget, over which the rate falls to 0
     eval_steps:int = 100 # updates between two looks at validation
@@ -171,7 +171,7 @@ def training_arguments(
     return TrainingArguments(str(output_dir), use_cpu=not config.gpus, seed=config.seed, data_seed=config.seed, max_steps=total_steps,
         per_device_train_batch_size=config.batch_size, per_device_eval_batch_size=2*config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps, max_grad_norm=1., bf16=bf16, fp16=config.precision == 'fp16',
-        gradient_checkpointing=config.gradient_checkpointing, eval_strategy='steps', eval_steps=config.eval_steps, save_strategy='steps',
+        activation_checkpointing=config.gradient_checkpointing, eval_strategy='steps', eval_steps=config.eval_steps, save_strategy='steps',
         save_steps=config.save_steps, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False,
         restore_callback_states_from_checkpoint=True, logging_steps=min(10, config.eval_steps), logging_nan_inf_filter=False,
         include_num_input_tokens_seen='all', report_to='none', disable_tqdm=True, remove_unused_columns=False, label_names=['labels'],

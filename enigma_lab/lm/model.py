@@ -48,6 +48,7 @@ class EnigmaConfig(PreTrainedConfig):
     chart:str = 'orthogonal' # how a learned wheel is written: 'orthogonal' | 'plu'
     plugboard:bool = True # swap channels at both ends of the machine
     reciprocal:bool = False # the machine is its own inverse
+    rev_scale:bool = False # let reversible blocks change volume, as in `brief-*`; a language model gains nothing from it, and the inverse loses digits
     machine_seed:int = 0 # of the fixed wiring
     tie_word_embeddings:bool = True # the head is the embedding
     use_cache:bool = True # keep keys and values while generating
@@ -184,7 +185,7 @@ class EnigmaModel(EnigmaPreTrainedModel):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.embed_positions = nn.Embedding(c.position_rows, c.dim) if c.position_rows else None
         self.enigma = None if c.machine == 'none' else Enigma(c.dim, c.num_rev_blocks, c.num_rotors, c.num_positions, c.rotor,
-            c.plugboard, c.reciprocal, c.chart, seed=c.machine_seed)
+            c.plugboard, c.reciprocal, c.chart, c.rev_scale, seed=c.machine_seed)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
         self.norm = nn.LayerNorm(c.dim)
         self.post_init()

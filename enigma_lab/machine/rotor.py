@@ -76,8 +76,8 @@ class Orthogonal(nn.Module):
         self.register_buffer('permutation', permutation)
         self.register_buffer('sign', sign)
 
-    def rotation(self, k:int)->Tensor: # Q (dim, dim), in float32 or better
-        skew, dim = at_least_float32(self.skew[k]), len(self.sign)
+    def rotation(self, k:int)->Tensor: # Q (dim, dim) float64: the solve costs little, and Qᵀ then inverts Q as well as x can say
+        skew, dim = self.skew[k].double(), len(self.sign)
         i, j = torch.tril_indices(dim, dim, -1, device=skew.device)
         A = skew.new_zeros(dim, dim).index_put((i, j), skew)
         A, eye = A - A.T, torch.eye(dim, dtype=skew.dtype, device=skew.device)
