@@ -204,7 +204,7 @@ def _code_cell(cell, text, rewrite):
 CSS = """\
 body { --mystnb-source-border-color: var(--color-background-border); --mystnb-source-margin-color: var(--color-background-border);
        --mystnb-source-bg-color: var(--color-code-background); --mystnb-stdout-bg-color: var(--color-background-secondary); }
-.content { width: 58em; }
+@media (min-width: 95em) { .content { width: 58em; } }
 .lead { font-size: 1.15em; color: var(--color-foreground-secondary); }
 .content table.docutils { width: auto; margin-left: 0; font-size: .9em; }
 .content table.docutils th { text-align: left; }

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from .optimizer import make_optimizer
 from .runs import Run, find_run, list_runs
@@ -238,10 +238,13 @@ def fit(
     trainer = RecordingTrainer(config, clock, model=model, args=training_arguments(config, run.path/'checkpoints', total),
         train_dataset=train, eval_dataset=looked_at, callbacks=callbacks)
     for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
-    disable_progress_bar()
+    logging.disable_progress_bar()
     if origin: clock.start(take_over(run, *origin))
     else: clock.start(0.)
-    trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its warnings are about what this page decides
+    try: trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
+    finally: logging.set_verbosity(level)
     model.config.use_cache = True
     return trainer
 
