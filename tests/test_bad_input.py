@@ -1,7 +1,7 @@
 "What goes wrong in other people's hands: the rule, the value, an exit code, and nothing half-written that counts."
 import json, os, subprocess, sys
 
-import pytest, torch
+import pytest
 
 from enigma_lab.lab.runs import checkout, list_runs
 from enigma_lab.lm.train import make_config, read_config, train

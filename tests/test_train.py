@@ -5,7 +5,6 @@ import nbformat, pytest, torch
 from safetensors.torch import load_file
 
 from enigma_lab.lab.runs import checkout
-from test_door import piped
 
 ROOT = checkout(__file__)
 

@@ -28,6 +28,7 @@ class TrainConfig(TrainingConfig):
     preset:str = 'cpu' # shape of the model, see `lm.model.presets`
     data:str = 'auto' # 'auto', a file, a folder, or a hub id
     max_chars:int = 0 # read no more of the data; 0: all
+    isolate:bool = False # documents of a window do not see each other
     max_vocab:int = 0 # rows of the vocabulary at most; 0: a row for each character
     machine:str = 'input' # 'none' | 'input' | 'both'
     rotor:str = 'roll' # 'table' | 'roll' | 'static' | 'permutation' | 'none'
@@ -76,7 +77,7 @@ def prepare(
     shape = config.model_config(len(tokenizer))
     transformers.set_seed(config.seed)
     model = EnigmaForCausalLM(shape).to('cuda' if config.gpus else 'cpu')
-    return Parts(corpus, tokenizer, model, *(Windows(docs, tokenizer, shape.max_len) for docs in (corpus.train, corpus.validation)))
+    return Parts(corpus, tokenizer, model, *(Windows(docs, tokenizer, shape.max_len, config.isolate) for docs in (corpus.train, corpus.validation)))
 
 # %% ../../nbs/lm/50_train.ipynb #1a19025b
 def judge(
