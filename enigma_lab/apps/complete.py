@@ -16,6 +16,7 @@ def load_model(
 )->tuple: # model in eval mode, tokenizer, and a sentence on where they come from
     "The newest trained model, or an untrained toy where there is none."
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
     from enigma_lab.lab.runs import find_run
     from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM
     from enigma_lab.lm.tokenizer import train_char_tokenizer
@@ -27,6 +28,7 @@ def load_model(
             torch.manual_seed(0)
             toy = EnigmaForCausalLM(EnigmaConfig.preset('smoke', vocab_size=len(tokenizer))).eval()
         return toy, tokenizer, 'An untrained toy: there is no finished run yet. `make train` makes one in three minutes.'
+    disable_progress_bar() # of reading the weights: it would stay on the page
     model = AutoModelForCausalLM.from_pretrained(found.checkpoint).eval()
     bits = found.metrics.get('test_bits_per_char')
     return model, AutoTokenizer.from_pretrained(found.checkpoint), f'Run {found.name}' + (f', {bits:.2f} bits per character on test documents.' if bits else '.')
@@ -38,8 +40,8 @@ def as_html(
     note:str='', # below, small
 )->str: # safe HTML
     "Prompt in bold, continuation plain, everything escaped."
-    return (f"<div style='white-space: pre-wrap; font-family: monospace; line-height: 1.4'><b>{html.escape(prompt)}</b>{html.escape(continuation)}</div>"
-            f"<small>{html.escape(note)}</small>")
+    style = 'white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; line-height: 1.4'
+    return f"<div style='{style}'><b>{html.escape(prompt)}</b>{html.escape(continuation)}</div><small>{html.escape(note)}</small>"
 
 # %% ../../nbs/apps/05_complete.ipynb #db1f2b8d
 async def write_on(
@@ -74,16 +76,19 @@ def completion_app(
         max_new_tokens=w.IntSlider(300, min=10, max=1000, step=10, description='characters', **wide), seed=w.IntSlider(0, min=0, max=99, description='seed', **wide))
     go, stop, out = w.Button(description='Continue', button_style='primary'), w.Button(description='Stop', disabled=True), w.HTML(as_html('', '', note))
     halted = []
-
-    async def work():
-        go.disabled, stop.disabled = True, False
-        halted.clear()
-        show = lambda text: setattr(out, 'value', as_html(prompt.value, text, note))
-        try: await write_on(model, tokenizer, prompt.value, show, lambda: bool(halted), **{k: s.value for k, s in knobs.items()})
-        except ValueError as e: out.value = as_html(prompt.value, '', f'{e}')
+    async def work(beginning):
+        show = lambda text: setattr(out, 'value', as_html(beginning, text, note))
+        show('')
+        try: await write_on(model, tokenizer, beginning, show, lambda: bool(halted), **{k: s.value for k, s in knobs.items()})
+        except ValueError as e: out.value = as_html(beginning, '', f'{e}')
         finally: go.disabled, stop.disabled = False, True
 
-    go.on_click(lambda _: asyncio.get_running_loop().create_task(work()))
+    def begin(_):
+        if go.disabled: return # a double click
+        go.disabled, stop.disabled = True, False
+        halted.clear()
+        asyncio.get_running_loop().create_task(work(prompt.value))
+    go.on_click(begin)
     stop.on_click(lambda _: halted.append(True))
     for widget, name in ((prompt, 'complete-prompt'), (go, 'complete-go'), (out, 'complete-text')): widget.add_class(name)
     return w.VBox([prompt, *knobs.values(), w.HBox([go, stop]), out])

@@ -39,7 +39,7 @@ def train_loop(
     device, total = next(model.parameters()).device, count_steps(config, len(train))
     amp = dict(bf16=torch.bfloat16, fp16=torch.float16).get(config.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, config.optimizer == 'muon')
     first, losses = 0, []
     if state:
         model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer']); scaler.load_state_dict(state['scaler'])

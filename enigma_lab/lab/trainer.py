@@ -35,6 +35,7 @@ class TrainingConfig:
     minutes:float = 0. # wall time at most; 0: no limit
     batch_size:int = 8 # windows of a forward pass
     gradient_accumulation_steps:int = 1 # forward passes of an update
+    optimizer:str = 'muon' # 'muon' (for matrices, AdamW for the rest) | 'adamw'
     learning_rate:float = 5e-3 # peak
     weight_decay:float = .05 # of matrices and embeddings
     warmup_steps:int = 20 # updates until the peak
@@ -61,6 +62,7 @@ def check_training(c):
     for name in ('epochs', 'max_steps', 'minutes', 'learning_rate', 'weight_decay', 'warmup_steps', 'patience', 'stop_ppl', 'seed'):
         if getattr(c, name) < 0: raise ValueError(f"{name} must be at least 0, got {getattr(c, name)}")
     if not (c.epochs or c.max_steps or c.minutes): raise ValueError("a training needs a budget: set epochs, max_steps or minutes above 0")
+    if c.optimizer not in ('muon', 'adamw'): raise ValueError(f"optimizer must be 'muon' or 'adamw', got {c.optimizer!r}")
     if not 0 <= c.decay_share <= 1: raise ValueError(f"decay_share must lie in [0, 1], got {c.decay_share}")
     if c.save_steps % c.eval_steps: raise ValueError(f"save_steps must be a multiple of eval_steps={c.eval_steps}, so that the best can be kept, got {c.save_steps}")
     if c.precision not in ('auto', 'fp32', 'bf16', 'fp16'): raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {c.precision!r}")
@@ -145,7 +147,8 @@ class RecordingTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model=None):
-        if self.optimizer is None: self.optimizer = make_optimizer(self.model, self.config.learning_rate, self.config.weight_decay)
+        c = self.config
+        if self.optimizer is None: self.optimizer = make_optimizer(self.model, c.learning_rate, c.weight_decay, c.optimizer == 'muon')
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
