@@ -27,7 +27,7 @@ def load_model(
         with torch.random.fork_rng():
             torch.manual_seed(0)
             toy = EnigmaForCausalLM(EnigmaConfig.preset('smoke', vocab_size=len(tokenizer))).eval()
-        return toy, tokenizer, 'An untrained toy: there is no finished run yet. `make train` makes one in three minutes.'
+        return toy, tokenizer, 'An untrained toy: there is no finished run yet. The command "make train" makes one in three minutes.'
     disable_progress_bar() # of reading the weights: it would stay on the page
     model = AutoModelForCausalLM.from_pretrained(found.checkpoint).eval()
     bits = found.metrics.get('test_bits_per_char')
