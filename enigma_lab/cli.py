@@ -170,7 +170,8 @@ def run_line(
     width:int, # of the names' column
 )->str:
     "A run in a line: name, state, final numbers."
-    numbers = ' · '.join(f'{k} {v:.4g}' for k, v in run.metrics.items() if isinstance(v, (int, float)))
+    metrics = sorted(run.metrics.items(), key=lambda item: not item[0].endswith(('_per_char', '_nats')))  # what was trained for comes first
+    numbers = ' · '.join(f'{k} {v:.4g}' for k, v in metrics if isinstance(v, (int, float)))
     return f"{run.name:{width}}  {'finished' if run.finished else 'unfinished':10}  {numbers}".rstrip()
 
 @command('lm')
