@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line', 'explain', 'main',
-           'find_notebook', 'train', 'generate', 'run_line', 'runs', 'docs', 'bench_names', 'bench']
+           'find_notebook', 'train', 'tokenizer', 'generate', 'run_line', 'runs', 'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #4e3dd18e
 import argparse, importlib, inspect, os, pkgutil, shutil, sys
@@ -136,6 +136,22 @@ def train(
     words = papermill_command(path, options)
     sys.stdout.flush()
     os.execv(words[0], words)
+
+# %% ../nbs/cli.ipynb #db3ac7d3
+@command('lm')
+def tokenizer(
+    data:str, # 'auto', a file, a folder, or a hub id
+    out:str, # a new folder
+    *,
+    max_vocab:int=0, # rows at most; 0: a row for each character
+):
+    "Make a character tokenizer from a text's training part."
+    if Path(out).exists(): raise FileExistsError(f"a tokenizer is saved to a new folder, and {out} exists; give another")
+    from enigma_lab.data.text import load_text
+    from enigma_lab.lm.tokenizer import train_char_tokenizer
+    made = train_char_tokenizer(load_text(data).train, max_vocab or None)
+    made.save_pretrained(out)
+    print(f'{out}: {len(made):,} rows')
 
 # %% ../nbs/cli.ipynb #2a16ef66
 @command('lm')

@@ -22,7 +22,7 @@ def update_batches(
     config:TrainingConfig, # batch, accumulation and seed
 )->tuple[torch.Tensor]: # at most `gradient_accumulation_steps` batches of window numbers
     "Which windows update number `step` sees."
-    B, A = config.batch_size, config.gradient_accumulation_steps
+    B, A = config.batch_size, config.accumulation
     epoch, update = divmod(step, math.ceil(math.ceil(windows/B) / A))
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(config.seed + epoch))
     return order.split(B)[update*A:(update+1)*A]

@@ -20,21 +20,24 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
+from .launch import check_processes, rank, world_size
 from .optimizer import make_optimizer
 from .runs import Run, find_run, list_runs
+from .trackers import check_tracker, open_tracker
 
 # %% ../../nbs/lab/30_trainer.ipynb #126ebb7f
 @dataclass(frozen=True)
 class TrainingConfig:
     "What every training has in common."
-    gpus:int = 0 # CUDA devices; 0: the CPU
+    gpus:int = 0 # CUDA devices, one process each; 0: the CPU
     processes:int = 1 # on the CPU
     seed:int = 0 # of weights, order and dropout
     epochs:float = 0. # passes over the training windows at most; 0: no limit
     max_steps:int = 0 # updates at most; 0: no limit
     minutes:float = 0. # wall time at most; 0: no limit
-    batch_size:int = 8 # windows of a forward pass
+    batch_size:int = 8 # windows of a forward pass, in each process
     gradient_accumulation_steps:int = 1 # forward passes of an update
+    effective_batch:int = 0 # windows of an update over all processes, which then sets the accumulation; 0: what follows from the other two
     optimizer:str = 'muon' # 'muon' (for matrices, AdamW for the rest) | 'adamw'
     learning_rate:float = 5e-3 # peak
     weight_decay:float = .05 # of matrices and embeddings
@@ -47,21 +50,33 @@ class TrainingConfig:
     stop_ppl:float = 0. # stop at this validation perplexity; 0: never
     precision:str = 'auto' # 'auto' (bf16 where a GPU has it, else fp32) | 'fp32' | 'bf16' | 'fp16'
     gradient_checkpointing:bool = False # trade time for memory
+    tracker:str = 'none' # 'none' | 'wandb' | 'tensorboard'; a copy of the record, shown elsewhere
+    project:str = 'enigma-lab' # what the tracker files the run under
+    experiment:str = '' # the run's name there; empty: that of its record
     resume:str = 'none' # 'none' | 'auto' (the newest run with this config) | a run
 
     def __post_init__(self): check_training(self)
 
+    @property
+    def world(self): # processes that train together
+        return max(self.gpus, self.processes)
+
+    @property
+    def accumulation(self): # forward passes of an update, in each process
+        return self.effective_batch // (self.batch_size*self.world) or self.gradient_accumulation_steps
+
 # %% ../../nbs/lab/30_trainer.ipynb #ee8601de
 def check_training(c):
     "Refuse a training that cannot be run."
-    devices = torch.cuda.device_count()
-    if c.gpus > devices: raise ValueError(f"gpus={c.gpus} asked, this machine has {devices} CUDA device(s); use -p gpus {devices}" + " (the CPU)"*(not devices))
-    if c.gpus not in (0, 1) or c.processes != 1: raise ValueError(f"one process trains: gpus must be 0 or 1 and processes 1, got gpus={c.gpus}, processes={c.processes}")
+    check_processes(c.gpus, c.processes)
+    check_tracker(c.tracker)
     for name in ('batch_size', 'gradient_accumulation_steps', 'eval_steps', 'save_steps', 'eval_windows'):
         if getattr(c, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
     for name in ('epochs', 'max_steps', 'minutes', 'learning_rate', 'weight_decay', 'warmup_steps', 'patience', 'stop_ppl', 'seed'):
         if getattr(c, name) < 0: raise ValueError(f"{name} must be at least 0, got {getattr(c, name)}")
     if not (c.epochs or c.max_steps or c.minutes): raise ValueError("a training needs a budget: set epochs, max_steps or minutes above 0")
+    if c.effective_batch % (c.batch_size*c.world):
+        raise ValueError(f"effective_batch must be a multiple of batch_size × processes = {c.batch_size} × {c.world}, got {c.effective_batch}")
     if c.optimizer not in ('muon', 'adamw'): raise ValueError(f"optimizer must be 'muon' or 'adamw', got {c.optimizer!r}")
     if not 0 <= c.decay_share <= 1: raise ValueError(f"decay_share must lie in [0, 1], got {c.decay_share}")
     if c.save_steps % c.eval_steps: raise ValueError(f"save_steps must be a multiple of eval_steps={c.eval_steps}, so that the best can be kept, got {c.save_steps}")
@@ -85,12 +100,19 @@ class Clock:
         minutes:float, # wall time; 0: no limit
     ):
         self.total_steps, self.seconds = total_steps, 60*minutes
-        self.start(0.)
+        self.began, self.elapsed = time.monotonic(), 0.
 
-    def start(self, spent): self.began = time.monotonic() - spent # seconds spent in an earlier run
+    def start(self, spent): # seconds spent in an earlier run
+        self.began = time.monotonic() - spent
+        self.tick()
 
-    @property
-    def elapsed(self): return time.monotonic() - self.began
+    def tick(self):
+        "Look at the clock; where several processes train, at that of rank 0, for all must stop at the same update."
+        now = torch.tensor(time.monotonic() - self.began, dtype=torch.float64)
+        if world_size() > 1 and self.seconds:
+            if torch.distributed.get_backend() == 'nccl': now = now.cuda()
+            torch.distributed.broadcast(now, 0)
+        self.elapsed = now.item()
 
     def progress(self, step):
         "Share of the budget used after `step` updates."
@@ -103,12 +125,14 @@ class Recorder(TrainerCallback):
         run:Run, # an open record
         clock:Clock, # the budget
         show=None, # called with the history after each look at validation
+        tracker=None, # from `open_tracker`, which gets a copy
     ):
-        self.run, self.clock, self.show, self.seen, self.last = run, clock, show, 0, None
+        self.run, self.clock, self.show, self.tracker, self.last = run, clock, show, tracker, None
 
     def on_train_begin(self, args, state, control, **kwargs): self.last = (state.num_input_tokens_seen, time.monotonic())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if rank(): return
         row = dict(step=state.global_step, progress=round(self.clock.progress(state.global_step), 4), wall_s=round(self.clock.elapsed, 1),
                    epoch=round(state.epoch or 0, 3), tokens=int(state.num_input_tokens_seen))
         if 'loss' in logs:
@@ -119,6 +143,7 @@ class Recorder(TrainerCallback):
         if 'eval_loss' in logs: row |= dict(val_nll_nats=logs['eval_loss'], val_ppl=math.exp(min(50, logs['eval_loss'])))
         if not {'loss', 'val_nll_nats'} & row.keys(): return
         self.run.log(**row)
+        if self.tracker: self.tracker.log(**row)
         if self.show and 'val_nll_nats' in row: self.show(self.run.history)
 
 class Budget(TrainerCallback):
@@ -130,6 +155,7 @@ class Budget(TrainerCallback):
         self.clock, self.stop_ppl = clock, stop_ppl
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.clock.tick()
         if self.clock.progress(state.global_step) >= 1: control.should_evaluate = control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -173,19 +199,19 @@ def training_arguments(
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and config.gpus > 0 and torch.cuda.is_bf16_supported())
     return TrainingArguments(str(output_dir), use_cpu=not config.gpus, seed=config.seed, data_seed=config.seed, max_steps=total_steps,
         per_device_train_batch_size=config.batch_size, per_device_eval_batch_size=2*config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps, max_grad_norm=1., bf16=bf16, fp16=config.precision == 'fp16',
+        gradient_accumulation_steps=config.accumulation, max_grad_norm=1., bf16=bf16, fp16=config.precision == 'fp16',
         activation_checkpointing=config.gradient_checkpointing, eval_strategy='steps', eval_steps=config.eval_steps, save_strategy='steps',
         save_steps=config.save_steps, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False,
         restore_callback_states_from_checkpoint=True, logging_steps=min(10, config.eval_steps), logging_nan_inf_filter=False,
         include_num_input_tokens_seen='all', report_to='none', disable_tqdm=True, remove_unused_columns=False, label_names=['labels'],
-        dataloader_pin_memory=config.gpus > 0)
+        dataloader_pin_memory=config.gpus > 0, ddp_find_unused_parameters=False)
 
 def count_steps(
     config:TrainingConfig, # batch and budgets
     windows:int, # of the training set
 )->int: # updates that epochs and max_steps allow; a million when only minutes count
     "Updates of a training."
-    per_epoch = math.ceil(math.ceil(windows / config.batch_size) / config.gradient_accumulation_steps)
+    per_epoch = math.ceil(math.ceil(windows / (config.batch_size*config.world)) / config.accumulation)
     by_epochs = math.ceil(config.epochs * per_epoch) if config.epochs else 0
     return max(1, min([n for n in (config.max_steps, by_epochs) if n], default=1_000_000))
 
@@ -215,7 +241,10 @@ def resume_from(
         found = [run for run in list_runs(name) if not run.finished and not same_training(config, run) and last_checkpoint(run)]
         return (found[-1], last_checkpoint(found[-1])) if found else None
     run = find_run(config.resume)
-    if differing := same_training(config, run):
+    differing = same_training(config, run)
+    if {'gpus', 'processes'} & differing.keys():
+        raise ValueError(f"a run is resumed by as many processes as began it, for each has its own random state, got {differing} (then, now) against {run.name}")
+    if differing:
         raise ValueError(f"a resumed run must have the same config, got {differing} (then, now) against {run.name}; start a new run or use its values")
     if last_checkpoint(run) is None: raise FileNotFoundError(f"resuming needs a complete checkpoint, got none in {run.path/'checkpoints'}; start a new run")
     return run, last_checkpoint(run)
@@ -236,10 +265,12 @@ def fit(
     clock = Clock(total, config.minutes)
     every = max(1, len(validation) // config.eval_windows)
     looked_at = Subset(validation, range(0, len(validation), every)[:config.eval_windows])
-    callbacks = [Recorder(run, clock, show), Budget(clock, config.stop_ppl), *callbacks]
+    tracker = None if rank() else open_tracker(config.tracker, run, config.project, config.experiment)
+    callbacks = [Budget(clock, config.stop_ppl), Recorder(run, clock, show, tracker), *callbacks]
     if config.patience: callbacks.append(EarlyStoppingCallback(config.patience))
     trainer = RecordingTrainer(config, clock, model=model, args=training_arguments(config, run.path/'checkpoints', total),
         train_dataset=train, eval_dataset=looked_at, callbacks=callbacks)
+    if trainer.args.world_size != config.world: raise RuntimeError(f"{config.world} processes must train together, got a world of {trainer.args.world_size}")
     for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
     logging.disable_progress_bar()
     if origin: clock.start(take_over(run, *origin))
@@ -247,7 +278,9 @@ def fit(
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings are about what this page decides
     try: trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
-    finally: logging.set_verbosity(level)
+    finally:
+        logging.set_verbosity(level)
+        if tracker: tracker.finish()
     model.config.use_cache = True
     return trainer
 
@@ -259,8 +292,8 @@ def take_over(
     "Copy the history up to the checkpoint."
     step = json.loads((checkpoint/'trainer_state.json').read_text())['global_step']
     rows = [row for row in old.history if row.get('step', step + 1) <= step]
-    for row in rows: run.log(**row)
-    run.log(resumed_from=old.name, step=step)
+    for row in rows if rank() == 0 else []: run.log(**row)
+    if rank() == 0: run.log(resumed_from=old.name, step=step)
     return rows[-1]['wall_s'] if rows else 0.
 
 # %% ../../nbs/lab/30_trainer.ipynb #5722e784
@@ -301,10 +334,10 @@ def cost_card(
             if config.gpus: torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
     model.zero_grad(set_to_none=True); model.train(state)
-    per_step = sorted(seconds)[len(seconds)//2] * config.gradient_accumulation_steps
+    per_step = sorted(seconds)[len(seconds)//2] * config.accumulation
     steps = count_steps(config, len(train))
     if config.minutes: steps = min(steps, max(1, int(60*config.minutes / per_step)))
-    tokens = batch['input_ids'].numel() * config.gradient_accumulation_steps
+    tokens = batch['input_ids'].numel() * config.accumulation * config.world
     return dict(parameters=sum(p.numel() for p in model.parameters()), steps=steps, tokens=steps*tokens, tokens_per_s=round(tokens/per_step),
                 minutes=round(steps*per_step/60, 2), peak_mib=round(peak_mib()))
 

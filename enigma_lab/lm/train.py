@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['recipes', 'TrainConfig', 'make_config', 'Parts', 'prepare', 'judge', 'judge_test', 'has_package', 'train',
-           'read_config', 'main', 'replace_resume', 'print_last']
+           'fit_and_save', 'watched', 'read_config', 'main', 'replace_resume', 'print_last']
 
 # %% ../../nbs/lm/50_train.ipynb #3d22a1ce
-import argparse, json, math, sys
-from dataclasses import asdict, dataclass, fields
+import argparse, json, math, sys, threading
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import transformers
 
 from ..data.text import Corpus, Windows, load_text
+from ..lab.launch import launch, local_rank, rank
 from ..lab.runs import Run, finish_run, start_run
 from ..lab.trainer import TrainingConfig, fit, peak_mib, resume_from, save_model
 from .baselines import compressor_bits, compressors
 from .evaluate import evaluate_text, machine_report
 from .model import EnigmaConfig, EnigmaForCausalLM, parameter_card
-from .tokenizer import train_char_tokenizer
+from .tokenizer import load_tokenizer
 
 # %% ../../nbs/lm/50_train.ipynb #bad6320b
 @dataclass(frozen=True)
@@ -29,30 +31,39 @@ class TrainConfig(TrainingConfig):
     data:str = 'auto' # 'auto', a file, a folder, or a hub id
     max_chars:int = 0 # read no more of the data; 0: all
     isolate:bool = False # documents of a window do not see each other
+    tokenizer:str = 'auto' # 'auto' (characters of the training text), a saved tokenizer's folder, or a vocab.txt of BERT's
     max_vocab:int = 0 # rows of the vocabulary at most; 0: a row for each character
-    machine:str = 'input' # 'none' | 'input' | 'both'
+    machine:str = 'input' # 'none' | 'input' | 'both' | 'between'
     rotor:str = 'roll' # 'table' | 'roll' | 'static' | 'permutation' | 'none'
     dropout:float = 0. # of blocks' outputs
     attn_dropout:float = 0. # of attention weights
+    shape:dict = field(default_factory=dict) # other fields of `EnigmaConfig` that differ from the preset's
 
     def __post_init__(self):
         super().__post_init__()
         self.model_config()
 
-    def model_config(self, vocab_size=512):
-        "The model's shape."
-        return EnigmaConfig.preset(self.preset, vocab_size=vocab_size, machine=self.machine, rotor=self.rotor, dropout=self.dropout, attn_dropout=self.attn_dropout)
+    def model_config(self, tokenizer=None):
+        "The model's shape, with the tokenizer's rows."
+        rows = {} if tokenizer is None else dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        return EnigmaConfig.preset(self.preset, **dict(machine=self.machine, rotor=self.rotor, dropout=self.dropout, attn_dropout=self.attn_dropout) | self.shape | rows)
 
-recipes = dict(
-    smoke=dict(max_steps=20, batch_size=8, eval_steps=10, eval_windows=16, save_steps=10, warmup_steps=5, max_chars=60_000, learning_rate=2e-2),
-    cpu=dict(minutes=3., batch_size=8, learning_rate=1e-2, eval_steps=100, save_steps=100))
+# %% ../../nbs/lm/50_train.ipynb #a4369be1
+_brief = dict(optimizer='adamw', rotor='table', dropout=.1, warmup_steps=200, decay_share=1., weight_decay=.01)
+recipes = {
+    'smoke': dict(max_steps=20, batch_size=8, eval_steps=10, eval_windows=16, save_steps=10, warmup_steps=5, max_chars=60_000, learning_rate=2e-2),
+    'cpu': dict(minutes=3., batch_size=8, learning_rate=1e-2, eval_steps=100, save_steps=100),
+    'base': dict(minutes=20., batch_size=16, learning_rate=5e-3, eval_steps=250, save_steps=500, warmup_steps=100, max_vocab=11_392),
+    'brief-148m': dict(_brief, epochs=10, batch_size=16, gradient_accumulation_steps=4, learning_rate=2e-4, eval_steps=500, save_steps=500, max_vocab=21_128),
+    'brief-50m': dict(_brief, epochs=1, batch_size=8, effective_batch=160, learning_rate=5e-4, eval_steps=2000, save_steps=10_000, patience=2, gradient_checkpointing=True, max_vocab=21_128),
+    'brief-002': dict(_brief, max_steps=5000, batch_size=4, learning_rate=3e-4, eval_steps=100, save_steps=500, stop_ppl=25., precision='fp16', gradient_checkpointing=True, max_vocab=11_392)}
 
 def make_config(
-    preset:str='auto', # 'auto' (`cpu`) or a preset's name
+    preset:str='auto', # 'auto' (`cpu`, or `base` with GPUs) or a preset's name
     **changes # fields of `TrainConfig`; `None` keeps the preset's value
 )->TrainConfig: # checked
     "A preset's config with changes."
-    preset = 'cpu' if preset == 'auto' else preset
+    if preset == 'auto': preset = 'base' if changes.get('gpus') else 'cpu'
     if preset not in recipes: raise ValueError(f"preset must be 'auto' or one of {sorted(recipes)}, got {preset!r}")
     known = {f.name for f in fields(TrainConfig)}
     if unknown := sorted(changes.keys() - known): raise ValueError(f"a training has no field {unknown}; it has {sorted(known)}")
@@ -73,10 +84,10 @@ def prepare(
 )->Parts: # ready to train
     "Read the text, make the alphabet, build the model."
     corpus = load_text(config.data, config.max_chars or None)
-    tokenizer = train_char_tokenizer(corpus.train, config.max_vocab or None)
-    shape = config.model_config(len(tokenizer))
+    tokenizer = load_tokenizer(config.tokenizer, corpus.train, config.max_vocab or None)
+    shape = config.model_config(tokenizer)
     transformers.set_seed(config.seed)
-    model = EnigmaForCausalLM(shape).to('cuda' if config.gpus else 'cpu')
+    model = EnigmaForCausalLM(shape).to(f'cuda:{local_rank()}' if config.gpus else 'cpu')
     return Parts(corpus, tokenizer, model, *(Windows(docs, tokenizer, shape.max_len, config.isolate) for docs in (corpus.train, corpus.validation)))
 
 # %% ../../nbs/lm/50_train.ipynb #1a19025b
@@ -119,9 +130,39 @@ def train(
     origin = resume_from(config, name)
     parts = parts or prepare(config)
     run = start_run(name, config, note)
-    fit(run, config, parts.model, parts.train, parts.validation, origin, show)
-    save_model(run, parts.model, parts.tokenizer)
+    if config.world == 1: fit_and_save(run, config, origin, parts, show)
+    else:
+        with watched(run, show): launch(fit_and_save, run, config, origin, gpus=config.gpus, processes=config.processes)
+        parts.model.load_state_dict(EnigmaForCausalLM.from_pretrained(run.checkpoint).state_dict())
     return finish_run(run, judge(run, parts, test))
+
+def fit_and_save(
+    run:Run, # an open record
+    config:TrainConfig, # what to do
+    origin:tuple|None=None, # from `resume_from`
+    parts:Parts|None=None, # from `prepare`; `None`: prepared here, in each process alike
+    show=None, # called with the history after each look at validation
+):
+    "What each process of a training does; rank 0 saves."
+    parts = parts or prepare(config)
+    fit(run, config, parts.model, parts.train, parts.validation, origin, show)
+    if rank() == 0: save_model(run, parts.model, parts.tokenizer)
+
+@contextmanager
+def watched(run:Run, show, every:float=1.):
+    "Call `show` from a thread while other processes write the record."
+    done = threading.Event()
+    def watch():
+        seen = 0
+        while not done.wait(every):
+            looks = sum('val_nll_nats' in row for row in run.history)
+            if looks > seen: show(run.history); seen = looks
+    thread = threading.Thread(target=watch, daemon=True)
+    if show: thread.start()
+    try: yield
+    finally:
+        done.set()
+        if show: thread.join()
 
 # %% ../../nbs/lm/50_train.ipynb #83f68ef6
 def read_config(
@@ -143,6 +184,7 @@ def main(arguments:list[str]|None=None):
     given = parser.parse_args(arguments)
     try: run = train(replace_resume(read_config(given.config), given.resume), note=given.note, show=print_last, test=not given.no_test)
     except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')
+    except RuntimeError as e: sys.exit(str(e))  # of a process that was launched
     which = 'val' if given.no_test else 'test'
     print(f"{run.path}: {run.metrics[f'{which}_bits_per_char']:.3f} bits per character on {which}")
 

@@ -75,8 +75,17 @@ class Orthogonal(nn.Module):
         permutation, sign = signed_permutation(dim, seed)
         self.register_buffer('permutation', permutation)
         self.register_buffer('sign', sign)
+        self.solved = {}  # what `rotation` remembers
 
-    def rotation(self, k:int)->Tensor: # Q (dim, dim) float64: the solve costs little, and Qᵀ then inverts Q as well as x can say
+    def rotation(self, k:int, dtype:torch.dtype)->Tensor: # Q (dim, dim); without gradients it is solved for once, and again when the parameter has changed
+        if torch.is_grad_enabled() or torch.compiler.is_compiling(): return self.solve_rotation(k).to(dtype)
+        skew = self.skew[k]
+        old, Q = self.solved.get((k, dtype), (None, None))
+        if Q is None or Q.device != skew.device or old.dtype != skew.dtype or not torch.equal(old, skew):
+            self.solved[k, dtype] = skew.clone(), (Q := self.solve_rotation(k).to(dtype))
+        return Q
+
+    def solve_rotation(self, k:int)->Tensor: # Q (dim, dim) float64: the solve costs little, and Qᵀ then inverts Q as well as x can say
         skew, dim = self.skew[k].double(), len(self.sign)
         i, j = torch.tril_indices(dim, dim, -1, device=skew.device)
         A = skew.new_zeros(dim, dim).index_put((i, j), skew)
@@ -84,10 +93,10 @@ class Orthogonal(nn.Module):
         return torch.linalg.solve(eye + A, eye - A)
 
     def matmul(self, x:Tensor, k:int)->Tensor: # W x, (..., dim)
-        return (x @ self.rotation(k).T.to(x.dtype) * self.sign.to(x.dtype))[..., self.permutation]
+        return (x @ self.rotation(k, x.dtype).T * self.sign.to(x.dtype))[..., self.permutation]
 
     def solve(self, y:Tensor, k:int)->Tensor: # W⁻¹ y = Wᵀ y, (..., dim)
-        return (y[..., self.permutation.argsort()] * self.sign.to(y.dtype)) @ self.rotation(k).to(y.dtype)
+        return (y[..., self.permutation.argsort()] * self.sign.to(y.dtype)) @ self.rotation(k, y.dtype)
 
     def log_dets(self)->Tensor: # 0 (count,)
         return self.skew.new_zeros(len(self.skew), dtype=torch.float64)

@@ -1,0 +1,281 @@
+"Trackers: a copy is complete, and nothing that befalls one ends a run."
+import gzip, json, os, struct, subprocess, sys, tempfile, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from enigma_lab.lab.runs import list_runs, start_run
+from enigma_lab.lab.trackers import OPENERS, Tracker, check_tracker, open_tracker
+
+KEY = '0123456789' * 4
+LOSSES = [1/step for step in range(1, 21)]
+
+@pytest.fixture(autouse=True)
+def own_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path/'runs'))
+    monkeypatch.delenv('ENIGMA_RUN_DIR', raising=False)
+
+def one_line(caplog):
+    "The only warning."
+    line, = [r.getMessage() for r in caplog.records if r.name.startswith('enigma_lab')]
+    assert '\n' not in line
+    return line
+
+def test_tensorboard_read_back():
+    run = start_run('loop', dict(dim=8, preset='tiny'))
+    with open_tracker('tensorboard', run, project='rotors', experiment='a-trial') as tracker:
+        for step, loss in enumerate(LOSSES, 1):
+            row = dict(step=step, loss=loss, grad_norm=None, note='text', tokens=step*100)
+            run.log(**row)
+            tracker.log(**row)
+    events = EventAccumulator(str(run.path/'tensorboard')).Reload()
+    assert events.Tags()['scalars'] == ['loss', 'tokens']
+    assert [(e.step, e.value) for e in events.Scalars('loss')] == [(row['step'], np.float32(row['loss'])) for row in run.history]
+    text = events.Tensors('config/text_summary')[0].tensor_proto.string_val[0].decode()
+    assert json.loads(text) == dict(dim=8, preset='tiny', project='rotors', experiment='a-trial')
+
+def test_none_writes_nothing():
+    run = start_run('loop', {})
+    before = sorted(run.path.rglob('*'))
+    with open_tracker('none', run) as tracker: tracker.log(1, loss=2.)
+    assert sorted(run.path.rglob('*')) == before
+
+def test_the_same_object_serves_the_trainer():
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Line(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.zeros(1))
+        def forward(self, x, labels): return dict(loss=((self.slope*x - labels)**2).mean())
+
+    class Copy(TrainerCallback):
+        def __init__(self, tracker): self.tracker = tracker
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.is_world_process_zero: self.tracker.log(state.global_step, **logs)
+
+    run = start_run('loop', {})
+    data = [dict(x=torch.tensor([float(i)]), labels=torch.tensor([2.*i])) for i in range(8)]
+    with open_tracker('tensorboard', run) as tracker:
+        arguments = TrainingArguments(str(run.path/'checkpoints'), use_cpu=True, max_steps=4, logging_steps=1, report_to='none',
+                                      save_strategy='no', disable_tqdm=True)
+        trainer = Trainer(Line(), arguments, train_dataset=data, callbacks=[Copy(tracker)])
+        trainer.train()
+    events = EventAccumulator(str(run.path/'tensorboard')).Reload()
+    assert [(e.step, e.value) for e in events.Scalars('loss')] == [(row['step'], np.float32(row['loss'])) for row in trainer.state.log_history if 'loss' in row]
+
+@pytest.mark.parametrize('kind', ['mlflow', 'WandB', '', None, ['wandb']])
+def test_unknown_kind(kind):
+    with pytest.raises(ValueError) as error: check_tracker(kind)
+    assert str(error.value) == f"tracker must be 'none', 'wandb' or 'tensorboard', got {kind!r}"
+
+@pytest.mark.parametrize('kind', ['wandb', 'tensorboard'])
+def test_missing_package(kind, monkeypatch):
+    run = start_run('loop', {})
+    monkeypatch.setitem(sys.modules, kind, None)
+    for call in (lambda: check_tracker(kind), lambda: open_tracker(kind, run)):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'enigma_lab\[dev\]'"): call()
+    check_tracker('none')
+
+def test_a_folder_called_wandb_is_no_package(tmp_path):
+    (tmp_path/'wandb').mkdir()
+    code = f"""import sys
+sys.path[:] = [{str(tmp_path)!r}] + [p for p in sys.path if 'site-packages' not in p]
+from importlib.util import find_spec
+assert find_spec('wandb') and find_spec('wandb').origin is None
+from enigma_lab.lab.trackers import check_tracker
+check_tracker('wandb')"""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    result = subprocess.run([sys.executable, '-c', code], env=os.environ | dict(PYTHONPATH=root), capture_output=True, text=True)
+    assert "ModuleNotFoundError: tracker='wandb'" in result.stderr
+
+@pytest.mark.parametrize('fails', ['write', 'close', 'both'])
+def test_a_backend_that_raises_does_not_end_the_loop(fails, monkeypatch, caplog):
+    def write(step, numbers):
+        if step >= 3 and fails != 'close': raise RuntimeError('the cable\nis cut')
+    def close(failed):
+        if fails != 'write': raise OSError('no space left')
+    monkeypatch.setitem(OPENERS, 'tensorboard', lambda run, project, experiment: (write, close))
+    run = start_run('loop', {})
+    with open_tracker('tensorboard', run) as tracker:
+        for step in range(1, 9):
+            run.log(step=step)
+            tracker.log(step, loss=1.)
+    assert len(run.history) == 8 and not tracker.on
+    assert one_line(caplog) == 'tracker failed and is off, the run goes on: ' + ('no space left' if fails == 'close' else 'the cable')
+
+def test_a_real_writer_that_breaks_midway(monkeypatch, caplog):
+    from torch.utils.tensorboard import SummaryWriter
+    add, run = SummaryWriter.add_scalar, start_run('loop', {})
+    def breaks(self, name, value, step):
+        if step == 4: raise OSError('no space left on device')
+        add(self, name, value, step)
+    monkeypatch.setattr(SummaryWriter, 'add_scalar', breaks)
+    with open_tracker('tensorboard', run) as tracker:
+        for step in range(1, 9): tracker.log(step, loss=1.)
+    assert 'no space left on device' in one_line(caplog)
+    assert [e.step for e in EventAccumulator(str(run.path/'tensorboard')).Reload().Scalars('loss')] == [1, 2, 3]  # what came before is kept
+
+def test_a_tracker_that_does_not_open(caplog):
+    run = start_run('loop', {})
+    (run.path/'tensorboard').write_text('in the way')
+    with open_tracker('tensorboard', run) as tracker: tracker.log(1, loss=1.)
+    assert one_line(caplog).startswith('tracker could not be opened, the run goes on without it: ')
+
+def test_an_error_in_the_loop_is_passed_on_and_marked():
+    closed = []
+    with pytest.raises(FloatingPointError):
+        with Tracker(lambda step, numbers: None, closed.append): raise FloatingPointError('the loss must stay finite')
+    assert closed == [True]
+
+# wandb keeps its state for the life of a process, so each of its cases gets one
+
+LOOP = """
+from enigma_lab.lab.runs import finish_run, start_run
+from enigma_lab.lab.trackers import open_tracker
+run = start_run('loop', dict(dim=8, seed=0))
+with open_tracker('wandb', run, experiment='a-trial') as tracker:
+    MIDWAY
+    for step in range(1, 21):
+        row = dict(step=step, loss=1/step, note=None)
+        run.log(**row)
+        tracker.log(**row)
+finish_run(run, dict(loss=row['loss']))
+"""
+
+def loop(tmp_path, midway='', **env):
+    "A run in a process of its own that must end well; returns its record and what it printed."
+    clean = {k: v for k, v in os.environ.items() if not k.startswith('WANDB_') and k != 'NETRC'}
+    home = dict(HOME=str(tmp_path/'home'), WANDB_CACHE_DIR=str(tmp_path/'cache'), WANDB_CONFIG_DIR=str(tmp_path/'config'))
+    (tmp_path/'home').mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch: # short, for wandb's socket
+        result = subprocess.run([sys.executable, '-c', LOOP.replace('MIDWAY', midway)], env=clean | home | dict(TMPDIR=scratch) | env, cwd=tmp_path,
+                                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    run, = list_runs()
+    assert run.finished and [row['loss'] for row in run.history] == LOSSES
+    return run, result.stdout + result.stderr
+
+def records(path):
+    "The records of a .wandb file: a LevelDB log of protocol buffers."
+    from wandb.proto.wandb_internal_pb2 import Record
+    data, position, part = path.read_bytes(), 7, b''
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7: position += left; continue
+        length, kind = struct.unpack('<HB', data[position+4:position+7])
+        part += data[position+7:position+7+length]
+        position += 7 + length
+        if kind in (1, 4): # whole, or the last piece
+            yield Record.FromString(part)
+            part = b''
+
+def losses(run, folder='offline-run-*'):
+    "What wandb wrote into the run's folder."
+    file, = (run.path/'wandb').glob(f'{folder}/*.wandb')
+    rows = [{item.nested_key[0]: json.loads(item.value_json) for item in r.history.item} for r in records(file) if r.HasField('history')]
+    assert [row['_step'] for row in rows] == list(range(1, 21))
+    return [row['loss'] for row in rows]
+
+class Server(ThreadingHTTPServer):
+    "As much of a wandb server as a run needs; falls silent when told."
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), Answer)
+        self.silent, self.stopped, self.losses, self.posts = False, threading.Event(), [], []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def env(self): return dict(WANDB_BASE_URL=f'http://127.0.0.1:{self.server_port}', WANDB_API_KEY=KEY)
+
+class Answer(BaseHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+    def do_GET(self): # the loop says that it has opened its run
+        if self.path == '/silence': self.server.silent = True
+        self.reply({})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get('content-length') or 0))
+        if self.server.silent: return self.server.stopped.wait()
+        if self.headers.get('content-encoding') == 'gzip': body = gzip.decompress(body)
+        self.server.posts.append(body)
+        if self.path.endswith('/file_stream'):
+            lines = json.loads(body).get('files', {}).get('wandb-history.jsonl', {}).get('content', [])
+            self.server.losses += [json.loads(line)['loss'] for line in lines]
+            return self.reply({})
+        project = dict(id='p', name='enigma-lab', entity=dict(id='e', name='me'))
+        run = dict(id='r', name='r', displayName='r', config='{}', tags=[], historyLineCount=0, project=project)
+        self.reply(dict(data=dict(viewer=dict(id='v', entity='me', username='me', flags='{}', teams=dict(edges=[])),
+                                  upsertBucket=dict(inserted=True, bucket=run),
+                                  createRunFiles=dict(runID='r', uploadHeaders=[], files=[])))) # it wants no files
+
+    def reply(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header('content-length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.stopped.set()
+    server.shutdown()
+    server.server_close()
+
+def test_wandb_without_a_key_is_offline_and_complete(tmp_path):
+    run, printed = loop(tmp_path, WANDB_BASE_URL='http://127.0.0.1:9')
+    assert losses(run) == LOSSES and 'tracker' not in printed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['cache', 'home', 'runs'] # nothing beside the run, and the cache
+
+@pytest.mark.parametrize('mode, folders', [('offline', 1), ('disabled', 0)])
+def test_wandb_mode_is_obeyed_though_there_is_a_key(mode, folders, tmp_path, server):
+    run, printed = loop(tmp_path, WANDB_MODE=mode, **server.env)
+    assert len(list(run.path.glob('wandb/offline-run-*'))) == folders and not server.losses and 'tracker' not in printed
+
+def test_wandb_online_sends_all(tmp_path, server):
+    run, printed = loop(tmp_path, **server.env)
+    assert server.losses == losses(run, 'run-*') == LOSSES and 'tracker' not in printed
+    sent = b''.join(server.posts)
+    assert b'a-trial' in sent and b'MIDWAY' not in sent and sys.executable.encode() not in sent  # the name, not the command line
+
+def test_wandb_finds_a_key_in_netrc(tmp_path, server):
+    (tmp_path/'home').mkdir()
+    (tmp_path/'home'/'.netrc').write_text(f'machine 127.0.0.1:{server.server_port} login user password {KEY}\n')
+    (tmp_path/'home'/'.netrc').chmod(0o600)
+    loop(tmp_path, WANDB_BASE_URL=server.env['WANDB_BASE_URL'])
+    assert server.losses == LOSSES
+
+@pytest.mark.parametrize('what', ['refuses', 'is silent'])
+def test_wandb_unreachable_goes_on_offline(what, tmp_path, server):
+    server.silent = True
+    env = dict(server.env, WANDB_MODE='online') | (dict(WANDB_BASE_URL='http://127.0.0.1:9') if what == 'refuses' else {})
+    run, printed = loop(tmp_path, **env)
+    assert losses(run) == LOSSES
+    assert printed.count('tracker ') == 1 and 'tracker wandb is not reached and goes on offline: ' in printed
+
+def test_wandb_online_without_a_key_asks_nobody(tmp_path):
+    run, printed = loop(tmp_path, WANDB_MODE='online', WANDB_BASE_URL='http://127.0.0.1:9')
+    assert losses(run) == LOSSES
+
+def test_wandb_with_a_broken_key(tmp_path):
+    run, printed = loop(tmp_path, WANDB_API_KEY='abc')
+    assert losses(run) == LOSSES and 'goes on offline: WANDB_API_KEY invalid' in printed
+
+def test_wandb_server_that_falls_silent_midway(tmp_path, server):
+    ask = f"import urllib.request; urllib.request.urlopen('{server.env['WANDB_BASE_URL']}/silence').close()"
+    run, printed = loop(tmp_path, ask, **server.env)
+    assert server.silent and not server.losses and losses(run, 'run-*') == LOSSES  # all is on the disk, for `wandb sync`
+
+def test_wandb_process_that_is_killed_midway(tmp_path):
+    kill = """
+    import os, signal, subprocess
+    for line in subprocess.run(['ps', '-o', 'pid=,comm=', '--ppid', str(os.getpid())], capture_output=True, text=True).stdout.splitlines():
+        if 'wandb-core' in line: os.kill(int(line.split()[0]), signal.SIGKILL)"""
+    _, printed = loop(tmp_path, kill, WANDB_MODE='offline')
+    assert printed.count('tracker ') == 1 and 'tracker failed and is off, the run goes on: ' in printed
