@@ -85,7 +85,7 @@ def explain(
     extra:str, # that installs the command's libraries
 )->str: # one line
     "What went wrong, and what to do where that is known."
-    if isinstance(error, ModuleNotFoundError) and extra and not (error.name or '').startswith('enigma_lab'):
+    if isinstance(error, ModuleNotFoundError) and extra and not (error.name or '').startswith('enigma_lab') and 'pip install' not in str(error):
         return f"this command needs {error.name}: pip install 'enigma_lab[{extra}]'"
     kind = '' if isinstance(error, (ValueError, OSError, RuntimeError)) else f'{type(error).__name__}: '
     return kind + (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -229,7 +229,8 @@ def last_checkpoint(
 def same_training(config, run:Run)->dict: # field -> (then, now), of those that differ; empty: the same
     "Compare a config with a run's."
     now, then = json.loads(json.dumps(asdict(config))), run.config
-    return {k: (then.get(k), now.get(k)) for k in sorted({*now, *then} - {'resume'}) if then.get(k) != now.get(k)}
+    seen_only = {'resume', 'tracker', 'project', 'experiment'}  # how a run is watched does not change it
+    return {k: (then.get(k), now.get(k)) for k in sorted({*now, *then} - seen_only) if then.get(k) != now.get(k)}
 
 def resume_from(
     config:TrainingConfig, # with `resume` set
@@ -265,7 +266,7 @@ def fit(
     clock = Clock(total, config.minutes)
     every = max(1, len(validation) // config.eval_windows)
     looked_at = Subset(validation, range(0, len(validation), every)[:config.eval_windows])
-    tracker = None if rank() else open_tracker(config.tracker, run, config.project, config.experiment)
+    tracker = open_tracker('none' if rank() else config.tracker, run, config.project, config.experiment)
     callbacks = [Budget(clock, config.stop_ppl), Recorder(run, clock, show, tracker), *callbacks]
     if config.patience: callbacks.append(EarlyStoppingCallback(config.patience))
     trainer = RecordingTrainer(config, clock, model=model, args=training_arguments(config, run.path/'checkpoints', total),
@@ -277,10 +278,11 @@ def fit(
     else: clock.start(0.)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings are about what this page decides
-    try: trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
-    finally:
-        logging.set_verbosity(level)
-        if tracker: tracker.finish()
+    try:
+        with tracker:
+            for row in run.history: tracker.log(**row)  # of the interrupted run
+            trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
+    finally: logging.set_verbosity(level)
     model.config.use_cache = True
     return trainer
 
