@@ -169,3 +169,6 @@ def conclusion(
         rows = rows[rows.variant != 'none']
         lines.append(f"- **{text}**: better than a plain transformer by bits per token: {say(rows[rows['from'] > 0])}; worse: {say(rows[rows.to < 0])}.")
     return '\n'.join(lines)
+
+# %% ../../nbs/bench/20_ablation.ipynb #88856175
+if __name__ == '__main__' and '__file__' in globals(): main()
