@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['recipes', 'TrainConfig', 'make_config', 'Parts', 'prepare', 'judge', 'judge_test', 'has_package', 'train',
-           'fit_and_save', 'watched', 'read_config', 'main', 'replace_resume', 'print_last']
+           'fit_and_save', 'importable', 'watched', 'read_config', 'main', 'replace_resume', 'print_last']
 
 # %% ../../nbs/lm/50_train.ipynb #3d22a1ce
 import argparse, json, math, sys, threading
@@ -132,7 +132,7 @@ def train(
     run = start_run(name, config, note)
     if config.world == 1: fit_and_save(run, config, origin, parts, show)
     else:
-        with watched(run, show): launch(fit_and_save, run, config, origin, gpus=config.gpus, processes=config.processes)
+        with watched(run, show): launch(importable(fit_and_save), run, config, origin, gpus=config.gpus, processes=config.processes)
         parts.model.load_state_dict(EnigmaForCausalLM.from_pretrained(run.checkpoint).state_dict())
     return finish_run(run, judge(run, parts, test))
 
@@ -147,6 +147,11 @@ def fit_and_save(
     parts = parts or prepare(config)
     fit(run, config, parts.model, parts.train, parts.validation, origin, show)
     if rank() == 0: save_model(run, parts.model, parts.tokenizer)
+
+def importable(fn):
+    "The same function under the name by which other processes find it: a module that runs as a program is called `__main__`."
+    from enigma_lab.lm import train
+    return getattr(train, fn.__name__)
 
 @contextmanager
 def watched(run:Run, show, every:float=1.):
