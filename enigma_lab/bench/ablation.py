@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from ..data.text import Windows
 from ..lab.launch import sweep
-from ..lab.runs import Run, checkout, finish_run, list_runs, runs_root, start_run
+from ..lab.runs import Run, checkout, finish_run, runs_root, start_run
 from ..lab.trainer import fit
 from ..lm.model import EnigmaForCausalLM, parameter_card
 from ..lm.train import make_config, prepare

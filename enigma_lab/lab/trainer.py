@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'check_training', 'rate_factor', 'Clock', 'Recorder', 'Budget', 'RecordingTrainer',
-           'training_arguments', 'count_steps', 'last_checkpoint', 'same_training', 'resume_from', 'fit', 'take_over',
-           'save_model', 'peak_mib', 'cost_card', 'draw_history', 'LiveCurve']
+           'check_precision', 'training_arguments', 'count_steps', 'last_checkpoint', 'same_training', 'resume_from',
+           'fit', 'take_over', 'save_model', 'peak_mib', 'cost_card', 'draw_history', 'LiveCurve']
 
 # %% ../../nbs/lab/30_trainer.ipynb #5e673420
 import json, math, os, resource, shutil, sys, time
@@ -81,7 +81,6 @@ def check_training(c):
     if not 0 <= c.decay_share <= 1: raise ValueError(f"decay_share must lie in [0, 1], got {c.decay_share}")
     if c.save_steps % c.eval_steps: raise ValueError(f"save_steps must be a multiple of eval_steps={c.eval_steps}, so that the best can be kept, got {c.save_steps}")
     if c.precision not in ('auto', 'fp32', 'bf16', 'fp16'): raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {c.precision!r}")
-    if c.precision == 'fp16' and not c.gpus: raise ValueError("precision 'fp16' needs a GPU, got gpus=0; use 'fp32'")
 
 # %% ../../nbs/lab/30_trainer.ipynb #aaa1cc74
 def rate_factor(
@@ -190,12 +189,17 @@ class RecordingTrainer(Trainer):
         return loss
 
 # %% ../../nbs/lab/30_trainer.ipynb #2e24e395
+def check_precision(c:TrainingConfig):
+    "Refuse what the Trainer cannot compute in (the loop can)."
+    if c.precision == 'fp16' and not c.gpus: raise ValueError("precision 'fp16' needs a GPU, got gpus=0; use -p precision fp32")
+
 def training_arguments(
     config:TrainingConfig, # what to do
     output_dir:Path, # for checkpoints
     total_steps:int, # updates
 )->TrainingArguments: # for the Trainer
     "Our config in the Trainer's words."
+    check_precision(config)
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and config.gpus > 0 and torch.cuda.is_bf16_supported())
     return TrainingArguments(str(output_dir), use_cpu=not config.gpus, seed=config.seed, data_seed=config.seed, max_steps=total_steps,
         per_device_train_batch_size=config.batch_size, per_device_eval_batch_size=2*config.batch_size,

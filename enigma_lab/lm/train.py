@@ -17,7 +17,7 @@ import transformers
 from ..data.text import Corpus, Windows, load_text
 from ..lab.launch import launch, local_rank, rank
 from ..lab.runs import Run, finish_run, start_run
-from ..lab.trainer import TrainingConfig, fit, peak_mib, resume_from, save_model
+from ..lab.trainer import TrainingConfig, check_precision, fit, peak_mib, resume_from, save_model
 from .baselines import compressor_bits, compressors
 from .evaluate import evaluate_text, machine_report
 from .model import EnigmaConfig, EnigmaForCausalLM, parameter_card
@@ -41,6 +41,7 @@ class TrainConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_precision(self)
         self.model_config()
 
     def model_config(self, tokenizer=None):
