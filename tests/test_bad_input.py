@@ -1,9 +1,13 @@
 "What goes wrong in other people's hands: the rule, the value, an exit code, and nothing half-written that counts."
 import json, os, subprocess, sys
 
-import pytest
+import pytest, torch
 
+from enigma_lab.lab.launch import locked, sweep
 from enigma_lab.lab.runs import checkout, list_runs
+from enigma_lab.lm.generate import generate, stream
+from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM
+from enigma_lab.lm.tokenizer import train_char_tokenizer
 from enigma_lab.lm.train import make_config, read_config, train
 
 ROOT = checkout(__file__)
@@ -20,6 +24,13 @@ def file(tmp_path, name, content):
 
 novel = '\n\n'.join('It was a dark and stormy night. ' * 20 for _ in range(40)).encode()
 smoke = lambda **changes: train(make_config('smoke', **changes))
+
+def toy():
+    tokenizer = train_char_tokenizer(['ab'])
+    return EnigmaForCausalLM(EnigmaConfig.preset('smoke', vocab_size=len(tokenizer))).eval(), tokenizer
+
+def hold_and_sweep(path):
+    with locked(path/'runs'/'sweeps'/'x'): sweep('enigma_lab.bench.ablation:cell', [dict(variant='none', text='builtin', seed=0, learning_rate=.1)], 'x')
 
 TABLE = { # what: (call, fragments of the message)
     'odd dim': (lambda p: __import__('enigma_lab.lm.model').lm.model.EnigmaConfig(dim=33, num_heads=3), ['dim must be even', '33']),
@@ -38,13 +49,24 @@ TABLE = { # what: (call, fragments of the message)
     'broken json lines': (lambda p: smoke(data=file(p, 'a.jsonl', b'{"text": ')), ['must hold JSON', 'a.jsonl']),
     'config that is no JSON': (lambda p: read_config(file(p, 'c.json', b'{,}')), ['must be JSON', 'c.json']),
     'diverging loss': (lambda p: smoke(data=file(p, 'n.txt', novel), learning_rate=1e30, warmup_steps=0, max_steps=20), ['must stay finite', 'lower learning_rate']),
+    'no such tokenizer': (lambda p: smoke(data=file(p, 'n.txt', novel), tokenizer='nowhere'), ['an existing vocab.txt', "got 'nowhere'"]),
+    'vocab.txt with duplicates': (lambda p: smoke(data=file(p, 'n.txt', novel), tokenizer=file(p, 'vocab.txt', b'[PAD]\na\na')), ['each token once', "['a']"]),
+    'half precision on the CPU': (lambda p: make_config('brief-002'), ["'fp16' needs a GPU", 'use -p precision fp32']),
+    'no such tracker': (lambda p: make_config('smoke', tracker='paper'), ["'none', 'wandb' or 'tensorboard'", "got 'paper'"]),
+    'processes on GPUs': (lambda p: make_config('smoke', processes=0), ['processes and nodes at least 1', 'processes=0']),
+    'a batch that does not divide': (lambda p: make_config('smoke', effective_batch=12), ['a multiple of batch_size × processes = 8 × 1', 'got 12']),
+    'wheels between one stream': (lambda p: make_config('smoke', machine='between'), ['mixes two streams', 'set reversible=True']),
+    'sweep over an unknown name': (lambda p: sweep(str(ROOT/'nbs'/'train_enigma.ipynb'), dict(lr=[1]), 'x'), ["no parameter 'lr'", 'learning_rate']),
+    'two sweeps on one folder': (lambda p: hold_and_sweep(p), ['one sweep at a time', str(os.getpid())]),
+    'beams with streaming': (lambda p: next(stream(*toy(), 'a', num_beams=4)), ['beams may replace it', 'got num_beams=4']),
+    'padding on the right': (lambda p: generate(toy()[0], torch.tensor([[263, 0]]), attention_mask=torch.tensor([[1, 0]])), ['padded on the left', "padding_side='left'"]),
     'resume from nothing': (lambda p: smoke(data=file(p, 'n.txt', novel), resume='train_enigma/20000101-000000'), ['no finished run', '20000101']),
 }
 
 @pytest.mark.parametrize('what', TABLE)
 def test_message(what, tmp_path):
     call, fragments = TABLE[what]
-    with pytest.raises((ValueError, OSError, FloatingPointError)) as error: call(tmp_path)
+    with pytest.raises((ValueError, OSError, RuntimeError, FloatingPointError)) as error: call(tmp_path)
     for fragment in fragments: assert fragment in str(error.value)
     assert not any(run.finished for run in list_runs())
 
@@ -55,8 +77,6 @@ def test_resume_from_another_config(tmp_path):
 
 def test_wrong_vocabulary(tmp_path):
     from transformers import AutoModelForCausalLM
-    from enigma_lab.lm.generate import stream
-    from enigma_lab.lm.tokenizer import train_char_tokenizer
     run = smoke(data=file(tmp_path, 'n.txt', novel))
     model = AutoModelForCausalLM.from_pretrained(run.checkpoint)
     with pytest.raises(ValueError, match='same vocabulary, got 263 rows'): next(stream(model, train_char_tokenizer(['a']), 'a'))

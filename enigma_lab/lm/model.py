@@ -123,6 +123,7 @@ class Attention(nn.Module):
         D = q.shape[-1]
         q, k, v = widen(q, front[0]), widen(k, front[1]), widen(v)          # (B, H, T, W)
         if cache is not None: k, v = cache.update(k, v, self.layer_idx)
+        if mask is None and 1 < T < k.shape[2]: k, v = k[:, :, :T], v[:, :, :T]  # a static cache that is being filled: the rest of it is empty
         out = causal_attention(q, k, v, D**-.5, mask, self.dropout if self.training else 0.)[..., :D]
         return self.o_proj(out.transpose(1, 2).reshape(B, T, d))
 
