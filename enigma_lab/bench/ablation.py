@@ -114,7 +114,7 @@ def best_rates(trials)->dict[str,float]: # a table of cells -> variant -> learni
     done = trials[trials.state == 'finished']
     return {v: rows.loc[rows.bits_per_token.idxmin(), 'learning_rate'] for v, rows in done.groupby('variant')}
 
-def main(arguments:list[str]|None=None):
+def main(arguments:list[str]=()):
     "Run what is missing of the ablation; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.ablation', description=main.__doc__)
     parser.add_argument('--folder', default='../shared/data', help='where tinyshakespeare/ and zh_text/ lie, relative to the checkout')
@@ -171,4 +171,4 @@ def conclusion(
     return '\n'.join(lines)
 
 # %% ../../nbs/bench/20_ablation.ipynb #88856175
-if __name__ == '__main__' and '__file__' in globals(): main()
+if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1:])
