@@ -42,3 +42,9 @@ def test_a_missing_library_names_its_extra(tmp_path):
     assert "pip install 'enigma_lab[lm]'" in run(code, ['datasets']).stderr
     code = "from enigma_lab.lm.baselines import compressor_bits\ncompressor_bits(['a'], ['b'])"
     assert "enigma_lab[bench]" in run(code, ['pyppmd']).stderr
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs').rglob('*.ipynb')), ids=lambda path: path.stem)
+def test_a_page_tells_nothing_of_its_machine(path):
+    "No output with a warning of an installed library or a temporary folder, and no error."
+    text = path.read_text(encoding='utf-8')
+    assert 'site-packages/' not in text and '/tmp/tmp' not in text and '"output_type": "error"' not in text

@@ -224,7 +224,7 @@ class EnigmaModel(EnigmaPreTrainedModel):
             if positions.max() >= self.config.position_rows:
                 raise ValueError(f"positions must be below position_rows={self.config.position_rows}, got {positions.max()}")
             h = h + self.embed_positions(positions)
-        return h if self.enigma is None else self.enigma(h, positions)
+        return h if self.enigma is None else self.enigma(h, positions).to(h.dtype)  # under autocast, too, the stream keeps its digits
 
     def decipher(self, h, positions): # features, as the head sees them
         return self.enigma.inverse(h, positions + 1) if self.config.machine == 'both' else h
@@ -235,7 +235,7 @@ class EnigmaModel(EnigmaPreTrainedModel):
         for i, layer in enumerate(self.layers):
             if not self.config.reversible: h = layer(h, front, mask, cache)
             else:
-                if i and self.wheels is not None: x1, x2 = self.wheels[i - 1](torch.cat([x1, x2], -1), positions).chunk(2, -1)
+                if i and self.wheels is not None: x1, x2 = self.wheels[i - 1](torch.cat([x1, x2], -1), positions).to(h.dtype).chunk(2, -1)
                 x1, x2 = layer(x1, x2, front, mask, cache)
                 h = (x1 + x2) / 2
             yield h
