@@ -4,7 +4,9 @@ import pkgutil, subprocess, sys
 import pytest
 
 import enigma_lab
+from enigma_lab.lab.runs import checkout
 
+ROOT = checkout(__file__)
 MODULES = [m.name for m in pkgutil.walk_packages(enigma_lab.__path__, 'enigma_lab.') if not m.ispkg]
 HEAVY = 'diffusers peft trl wandb tensorboard papermill nbclient IPython ipywidgets matplotlib pandas datasets pyppmd nbdev execnb fastcore'.split()
 BARE = [*HEAVY, 'transformers', 'accelerate', 'tokenizers', 'safetensors']  # leaves torch alone
