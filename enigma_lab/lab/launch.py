@@ -121,9 +121,11 @@ def cell_name(
     digest = hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()
     return f"{words}-{digest[:6]}".strip('-')
 
+# %% ../../nbs/lab/20_launch.ipynb #b4acbb5a
 def task_name(
     task:str, # a notebook's path or 'module:function'
-)->str: # of its records
+)->str: # a notebook's or a function's name
+    "What the records of a task are called."
     return Path(task).stem if task.endswith('.ipynb') else task.partition(':')[2]
 
 def task_command(

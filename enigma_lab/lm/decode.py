@@ -14,15 +14,19 @@ from .attention import ALIBI_DIMS
 from .model import alibi_fronts
 from ..machine.bijection import Route, travel
 from ..machine.rev_block import RevBlock
-from ..machine.rotor import Wheel
+from ..machine.rotor import Wheel, odometer
 
 # %% ../../nbs/lm/35_decode.ipynb #d29dca06
 class LayerWeights:
-    "A block's weights in one place: queries, keys and values as one matrix, and the norms' weights in the matrices that follow them."
-    def __init__(self, layer, dtype): # a `Block`; the type to compute in
+    "A block's weights, with queries, keys and values as one matrix, and each norm's weight in the matrix after it."
+    def __init__(self,
+        layer, # a `Block`
+        dtype:torch.dtype, # to compute in
+    ):
         a, cast = layer.attn, lambda *tensors: torch.cat([t.detach() for t in tensors]).to(dtype)
+        readers = a.q_proj, a.k_proj, a.v_proj
         self.eps = torch.full((1, 1), layer.attn_norm.eps, device=a.q_proj.weight.device, dtype=dtype)
-        self.qkv = cast(*(m.weight * layer.attn_norm.weight for m in (a.q_proj, a.k_proj, a.v_proj))), cast(a.q_proj.bias, a.k_proj.bias, a.v_proj.bias)
+        self.qkv = cast(*(m.weight * layer.attn_norm.weight for m in readers)), cast(*(m.bias for m in readers))
         self.up = cast(layer.up_proj.weight * layer.mlp_norm.weight), cast(layer.up_proj.bias)
         self.out, self.down = ((cast(m.weight), cast(m.bias)) for m in (a.o_proj, layer.down_proj))
 
@@ -34,7 +38,9 @@ class LayerWeights:
         return F.linear(F.gelu(F.linear(self.norm(h), *self.up)), *self.down)
 
 # %% ../../nbs/lm/35_decode.ipynb #9e96ecea
-def leaves(route):
+def leaves(
+    route:list, # [(bijection, True if passed forwards)]
+): # the same pairs, of parts that are no routes themselves
     "The parts of a route with the parts of routes inside it, in the order of the signal."
     for part, ahead in route:
         if not isinstance(part, Route): yield part, ahead
@@ -42,24 +48,34 @@ def leaves(route):
 
 class Passage:
     "A machine for one position at a time: couplings, and between them matrices."
-    def __init__(self, machine, ahead=True): # a bijection of parts; False: its inverse
+    def __init__(self,
+        machine, # a bijection made of parts
+        ahead:bool=True, # False: its inverse
+    ):
         self.runs, self.known = [], {}
         for part, ahead in leaves([(machine, ahead)]):
             last = self.runs[-1] if self.runs else []
-            alone = not last or isinstance(part, RevBlock) or isinstance(last[-1][0], RevBlock)
-            if alone or isinstance(part, Wheel) and any(isinstance(p, Wheel) for p, _ in last): self.runs.append([(part, ahead)])
-            else: last.append((part, ahead))
+            a_wheel_each = isinstance(part, Wheel) and any(isinstance(p, Wheel) for p, _ in last)
+            if not last or a_wheel_each or isinstance(part, RevBlock) or isinstance(last[-1][0], RevBlock): self.runs.append([])
+            self.runs[-1].append((part, ahead))
 
-    def __call__(self, x, t): # (B, d), int
-        for i, run in enumerate(self.runs): x = couple(*run[0], x) if isinstance(run[0][0], RevBlock) else x @ self.matrix(i, run, t, x)
+    def __call__(self, x, t): # (B, d), int -> (B, d)
+        for i, run in enumerate(self.runs):
+            x = couple(*run[0], x) if isinstance(run[0][0], RevBlock) else x @ self.matrix(i, run, t, x)
         return x
 
     def matrix(self, i, run, t, x): # (d, d), whose rows are what becomes of each channel
-        stand = (i, *((t + part.key) // part.num_positions**part.place % part.num_positions for part, _ in run if isinstance(part, Wheel)))
-        if stand not in self.known: self.known[stand] = travel(run, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), torch.tensor(t, device=x.device))[0]
+        stand = i, *(odometer(t, wheel.place, wheel.num_positions, wheel.key) for wheel, _ in run if isinstance(wheel, Wheel))
+        if stand not in self.known:
+            eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+            self.known[stand] = travel(run, eye, torch.tensor(t, device=x.device))[0]
         return self.known[stand]
 
-def couple(block, ahead, x): # (B, d)
+def couple(
+    block:RevBlock, # a reversible block
+    ahead:bool, # False: its inverse
+    x:Tensor, # (B, d)
+)->Tensor: # (B, d)
     "A reversible block without its log-determinant."
     (a, b), s = x.chunk(2, -1), block.s
     if ahead:
@@ -124,7 +140,10 @@ class Decoder:
 
 # %% ../../nbs/lm/35_decode.ipynb #3903d1eb
 @torch.no_grad()
-def prefill(decoder:Decoder, prompt:Tensor)->Tensor: # (B, T) int64 -> (B, V)
+def prefill(
+    decoder:Decoder, # empty
+    prompt:Tensor, # (B, T) int64
+)->Tensor: # (B, V)
     "Read a prompt through the model's modules; the logits after it."
     base, T = decoder.model.model, prompt.shape[1]
     positions, mask = decoder.positions[:, :T], None
@@ -138,7 +157,10 @@ def prefill(decoder:Decoder, prompt:Tensor)->Tensor: # (B, T) int64 -> (B, V)
 
 # %% ../../nbs/lm/35_decode.ipynb #cd8be8f9
 @torch.no_grad()
-def step(decoder:Decoder, token:Tensor)->Tensor: # (B, 1) int64 -> (B, V)
+def step(
+    decoder:Decoder, # that has read a prompt
+    token:Tensor, # (B, 1) int64
+)->Tensor: # (B, V)
     "Read one token; the logits after it."
     d, t, base = decoder, decoder.tokens, decoder.model.model
     if t >= d.limit: raise ValueError(f"a decoder remembers limit={d.limit} tokens, got one more")
@@ -161,7 +183,12 @@ def step(decoder:Decoder, token:Tensor)->Tensor: # (B, 1) int64 -> (B, V)
     if d.way_out: h = base.decipher(h[:, None], positions)[:, 0] if d.padded else d.way_out(h, t + 1)
     return F.linear(h.to(d.dtype), d.head).float()
 
-def attend(d:Decoder, w:LayerWeights, h:Tensor, i:int)->Tensor: # (B, d) -> (B, d)
+def attend(
+    d:Decoder, # its memory gets the new key and value
+    w:LayerWeights, # of the layer
+    h:Tensor, # (B, d)
+    i:int, # which layer
+)->Tensor: # (B, d)
     "Attention of the newest token to all so far, itself included."
     (B, dim), t = h.shape, d.tokens
     qkv = F.linear(w.norm(h), *w.qkv).view(B, 3, -1, d.D)                                            # (B, 3, H, D)
