@@ -48,7 +48,7 @@ def page(lab, browser):
     "The completion page after Run All, with every state of its text kept in `window.seen`."
     page = browser.new_page(viewport=dict(width=1400, height=1000))
     page.set_default_timeout(WAIT)
-    page.add_locator_handler(page.locator('.jp-Dialog button.jp-mod-accept'), lambda button: button.click())  # 'Select Kernel', on a slow start
+    page.add_locator_handler(page.locator('.jp-Dialog button.jp-mod-accept'), lambda button: button.first.click(), no_wait_after=True)  # 'Select Kernel', on a slow start; perhaps more than once
     page.goto(f'{lab}lab/tree/05_complete.ipynb?reset&token=enigma')
     idle, prompts = page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]'), page.locator('.jp-CodeCell .jp-InputPrompt')
     idle.wait_for()
