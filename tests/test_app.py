@@ -27,7 +27,7 @@ def lab(tmp_path_factory):
     for name in ('runs', 'settings'): (home/name).mkdir()
     (home/'settings/overrides.json').write_text(json.dumps(QUIET), encoding='utf-8')
     own = {f'JUPYTER_{kind}_DIR': str(home/kind.lower()) for kind in ('CONFIG', 'DATA', 'RUNTIME')}
-    own.update(ENIGMA_RUNS=str(home/'runs'), IPYTHONDIR=str(home/'ipython'), OMP_NUM_THREADS='1')
+    own.update(VIRTUAL_ENV=sys.prefix, ENIGMA_RUNS=str(home/'runs'), IPYTHONDIR=str(home/'ipython'), OMP_NUM_THREADS='1')
     command = ['nice', sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', '--port=0',
         '--IdentityProvider.token=enigma', f'--ServerApp.root_dir={home/"apps"}', f'--LabApp.app_settings_dir={home/"settings"}',
         '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
