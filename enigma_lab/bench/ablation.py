@@ -86,7 +86,7 @@ def cell(
     learning_rate:float, # peak
     split:str='validation', # where it is scored: 'validation' while a rate is being chosen, 'test' for a result
     folder:str='../shared/data', # where the texts lie, relative to the checkout
-    steps:int=250, # updates
+    steps:int=150, # updates
     preset:str='cpu', # shape
     batch_size:int=4, # windows of an update
     max_chars:int=0, # of the text; 0: all
@@ -122,7 +122,7 @@ def main(arguments:list[str]=()):
     parser.add_argument('--variants', nargs='+', default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument('--parallel', type=int, default=1)
-    for name, default in dict(steps=250, preset='cpu', batch_size=4, max_chars=0, name='ablation').items():
+    for name, default in dict(steps=150, preset='cpu', batch_size=4, max_chars=0, name='ablation').items():
         parser.add_argument(f'--{name}', type=type(default), default=default)
     given = parser.parse_args(arguments)
     fixed = dict(folder=given.folder, steps=given.steps, preset=given.preset, batch_size=given.batch_size, max_chars=given.max_chars)
@@ -157,6 +157,7 @@ def effects(
                         ({'gain': gain.mean(), 'from': gain.mean() - half, 'to': gain.mean() + half} if variant != 'none' and len(gain) else {}))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/bench/20_ablation.ipynb #aa347bfb
 def conclusion(
     table, # of cells
 )->str: # Markdown

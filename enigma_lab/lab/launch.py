@@ -8,7 +8,7 @@ __all__ = ['rank', 'world_size', 'local_rank', 'check_processes', 'launch', 'qui
            'sweep_table']
 
 # %% ../../nbs/lab/20_launch.ipynb #b65ca87d
-import hashlib, json, logging, os, signal, subprocess, sys, threading, time
+import glob, hashlib, json, logging, os, signal, subprocess, sys, threading, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -70,6 +70,7 @@ def launch(
         number, failure = error.get_first_failure()
         raise RuntimeError(f"process {number} of {world} failed, and the others were stopped:\n{failure_text(failure)}") from None
 
+# %% ../../nbs/lab/20_launch.ipynb #4dccefea
 @contextmanager
 def quiet(logger):
     "What a failed process says is said once, in the error that is raised."
@@ -173,9 +174,10 @@ def finished_run(
     name:str, # a cell's
 )->Run|None:
     "The finished record of a cell, if there is one."
-    found = [run for path in sorted(folder.glob(f'{name}*')) if (run := Run(path)).finished]
+    found = [run for path in sorted(folder.glob(f'{glob.escape(name)}*')) if (run := Run(path)).finished]
     return found[0] if found else None
 
+# %% ../../nbs/lab/20_launch.ipynb #ceaffb10
 def run_cell(
     task:str, # what to run
     cell:dict, # with these parameters
@@ -192,7 +194,7 @@ def run_cell(
     said = [line for line in Path(log.name).read_text(errors='replace').splitlines() if line.strip()]
     return '' if Run(path).finished and not code else (said[-1] if said else f'exit code {code}')
 
-# %% ../../nbs/lab/20_launch.ipynb #81eb9f32
+# %% ../../nbs/lab/20_launch.ipynb #bfdeb67e
 def sweep(
     task:str, # a notebook's path, or 'module:function' of a function that leaves a finished run
     grid, # {parameter: values}, all combinations; or a list of dictionaries
@@ -226,6 +228,7 @@ def sweep(
         with ThreadPoolExecutor(parallel) as pool: list(pool.map(one, zip(todo, names)))
         return sweep_table(folder, dict(zip(names, todo)), failures)
 
+# %% ../../nbs/lab/20_launch.ipynb #551e0bd4
 def sweep_table(
     folder:Path, # of the task's records
     todo:dict[str,dict], # the cells by name

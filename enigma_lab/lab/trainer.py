@@ -145,6 +145,7 @@ class Recorder(TrainerCallback):
         if self.tracker: self.tracker.log(**row)
         if self.show and 'val_nll_nats' in row: self.show(self.run.history)
 
+# %% ../../nbs/lab/30_trainer.ipynb #ed7536ed
 class Budget(TrainerCallback):
     "Stop when the time is up or validation is good enough, with a last look and a last checkpoint."
     def __init__(self,
@@ -284,12 +285,13 @@ def fit(
     logging.set_verbosity_error()  # its warnings are about what this page decides
     try:
         with tracker:
-            for row in run.history: tracker.log(**row)  # of the interrupted run
+            for row in [row for row in run.history if 'step' in row]: tracker.log(**row)  # of the interrupted run
             trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
     finally: logging.set_verbosity(level)
     model.config.use_cache = True
     return trainer
 
+# %% ../../nbs/lab/30_trainer.ipynb #2ba23b07
 def take_over(
     run:Run, # the new record
     old:Run, # the interrupted one

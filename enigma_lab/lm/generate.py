@@ -39,6 +39,7 @@ def compute_dtype(
     if precision == 'auto': precision = 'bf16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'fp32'
     return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
 
+# %% ../../nbs/lm/40_generate.ipynb #c3f5ede8
 def next_token_probs(
     logits:Tensor, # (..., V)
     temperature:float=1., # 0: all on the likeliest
@@ -72,7 +73,7 @@ class Stepper:
 
     def __call__(self, new:Tensor)->Tensor: # (B, T) int64, the prompt or one token -> (B, V)
         "Read new tokens."
-        if self.decoder: return prefill(self.decoder, new) if not self.decoder.tokens else step(self.decoder, new)
+        if self.decoder: return prefill(self.decoder, new) if not self.decoder.memory.tokens else step(self.decoder, new)
         past = self.cache.get_seq_length() if self.cache else 0
         if self.seen is not None and past: self.seen = torch.cat([self.seen, torch.ones_like(new)], 1)
         mask = {} if self.seen is None else dict(attention_mask=self.seen, position_ids=token_positions(new, self.seen, None, past))
@@ -82,7 +83,7 @@ class Stepper:
         return out.logits[:, -1].float()
 
     def take(self, rows): # int64 (B,), which row of the batch each row goes on from
-        self.decoder.take(rows) if self.decoder else self.cache.reorder_cache(rows)
+        self.decoder.memory.take(rows) if self.decoder else self.cache.reorder_cache(rows)
 
     def begin_again(self, text): # (B, T), the newest tokens; what came before is forgotten
         "A new window that begins with `text`."
@@ -129,6 +130,7 @@ def generate_tokens(
             text = new = text[:, -limit//2:]
             read = read.begin_again(text)
 
+# %% ../../nbs/lm/40_generate.ipynb #4e02c3f8
 def generate(
     model, # a causal language model
     input_ids:Tensor, # (B, T) int64
@@ -219,6 +221,7 @@ class Speller:
         self.done, text = True, self.tokenizer.decode(self.tokens, skip_special_tokens=True) if text is None else text
         return self.show(text, len(text))
 
+# %% ../../nbs/lm/40_generate.ipynb #0bce3914
 def stream(
     model, # a causal language model
     tokenizer, # its tokenizer

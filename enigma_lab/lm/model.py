@@ -127,6 +127,7 @@ class Attention(nn.Module):
         out = causal_attention(q, k, v, D**-.5, mask, self.dropout if self.training else 0.)[..., :D]
         return self.o_proj(out.transpose(1, 2).reshape(B, T, d))
 
+# %% ../../nbs/lm/30_model.ipynb #ab23ce93
 class Block(GradientCheckpointingLayer):
     "One pre-norm transformer block."
     def __init__(self,

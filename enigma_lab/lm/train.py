@@ -149,6 +149,7 @@ def fit_and_save(
     fit(run, config, parts.model, parts.train, parts.validation, origin, show)
     if rank() == 0: save_model(run, parts.model, parts.tokenizer)
 
+# %% ../../nbs/lm/50_train.ipynb #f5bc20d1
 def importable(fn):
     "The same function under the name by which other processes find it: a module that runs as a program is called `__main__`."
     from enigma_lab.lm import train
