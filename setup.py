@@ -9,7 +9,7 @@ cfg = config['DEFAULT']
 
 extras = {key.removesuffix('_requirements'): shlex.split(value)
           for key, value in cfg.items() if key.endswith('_requirements')}
-extras['all'] = sorted(set(sum(extras.values(), [])))
+extras['all'] = sorted(set(sum((extras[key] for key in extras if key != 'bench'), [])))  # bench: unmaintained peers, to measure against
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],

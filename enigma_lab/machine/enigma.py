@@ -6,9 +6,12 @@
 __all__ = ['rotor_kinds', 'make_wheel', 'make_rotors', 'Enigma']
 
 # %% ../../nbs/machine/60_enigma.ipynb #0804734a
+import torch
 from torch import nn
 
 from .bijection import Bijection, Chain, Route, check_even
+from .exact import ExactReflector
+from .grid import GRID, check_range, snap
 from .plugboard import Plugboard
 from .reflector import Reflector, SwapHalves
 from .rev_block import RevBlock
@@ -22,7 +25,7 @@ def make_wheel(
     dim:int, # channels
     num_positions:int, # K
     place:int=0, # which digit of the odometer, 0 the fastest
-    chart:str='plu', # 'plu' or 'orthogonal', for learned wheels
+    chart:str='plu', # 'plu', 'orthogonal' or 'lifted', for learned wheels
     key:int=0, # where the odometer starts
     seed:int=0, # of the wiring
 )->Bijection: # the identity for 'none'
@@ -50,17 +53,18 @@ class Enigma(Route):
         plugboard:bool=True, # exchange channels in pairs at both ends
         reciprocal:bool=False, # go back along the same path: f(f(x)) = x
         chart:str='plu', # how a learned wheel is written: 'plu' | 'orthogonal'
-        scale:bool=True, # let blocks change volume
+        scale:bool|None=None, # let blocks change volume; `None`: unless the machine is exact
+        exact:bool=False, # undone to the last bit: lifted wheels, exact blocks and reflector, inputs rounded to the grid
         key:int=0, # the position of the first letter
         seed:int=0, # of every fixed wiring
     ):
         super().__init__()
         check_even(dim, 'to split in two halves')
-        self.dim, self.reciprocal = dim, reciprocal
+        self.dim, self.reciprocal, self.exact = dim, reciprocal, exact
         self.plugboard = Plugboard(dim, None if plugboard else 0, seed)
-        self.rotors = make_rotors(rotor, dim, num_rotors, num_positions, chart, key, seed)
-        self.rev_blocks = nn.ModuleList(RevBlock(dim, scale=scale) for _ in range(num_rev_blocks))
-        self.reflector = SwapHalves(dim) if reciprocal else Reflector(dim, seed)
+        self.rotors = make_rotors(rotor, dim, num_rotors, num_positions, 'lifted' if exact else chart, key, seed)
+        self.rev_blocks = nn.ModuleList(RevBlock(dim, scale=scale, exact=exact) for _ in range(num_rev_blocks))
+        self.reflector = SwapHalves(dim) if reciprocal else (ExactReflector if exact else Reflector)(dim, seed)
 
     def route(self):
         blocks = [(block, True) for block in self.rev_blocks]
@@ -68,3 +72,12 @@ class Enigma(Route):
         if self.reciprocal: way_back = [(part, False) for part, _ in reversed(way_in)]
         else: way_back = [*reversed(blocks), (self.plugboard, False)]
         return [*way_in, (self.reflector, True), *way_back]
+
+    def forward_and_log_det(self, x, positions=None): return self.within_range(super().forward_and_log_det, x, positions)
+    def inverse_and_log_det(self, y, positions=None): return self.within_range(super().inverse_and_log_det, y, positions)
+
+    def within_range(self, way, x, positions):
+        if not self.exact: return way(x, positions)
+        y, log_det = way(snap(x), positions)
+        if not torch.compiler.is_compiling(): check_range(y.detach().abs().amax() if y.numel() else torch.zeros(()), GRID, y.dtype)
+        return y, log_det

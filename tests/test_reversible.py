@@ -1,0 +1,96 @@
+"The reversible engine under everything that autograd, autocast, compilers and wrappers do: each question of the benchmark, and more."
+import copy
+
+import pytest, torch
+from torch import nn
+
+from enigma_lab.bench.reversible import BEHAVIOURS, MLP, Attention, ask, in_process, make_blocks
+from enigma_lab.lab.launch import launch
+from enigma_lab.machine.dropout import CounterDropout
+from enigma_lab.machine.reversible import ReversibleSequence
+from enigma_lab.machine.rotor import RollRotor
+
+engines = pytest.mark.parametrize('engine', ['ours', 'ours, exact', 'ours, default'])
+
+@engines
+@pytest.mark.parametrize('question', BEHAVIOURS)
+def test_behaviour(engine, question):
+    if engine == 'ours, default' and question == 'compile, memory': pytest.skip('the same as ours')
+    assert ask(engine, question) == ''
+
+def gradients(chain, x, amp=None, seed=5):
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    with torch.autocast('cpu', amp, enabled=amp is not None): y = chain(x*1.)
+    return y.detach(), *torch.autograd.grad(y.float().pow(2).mean() * (64 if amp is torch.float16 else 1), [x, *chain.parameters()])
+
+@pytest.mark.parametrize('amp', [None, torch.bfloat16, torch.float16], ids=str)
+def test_exact_gradients_are_bit_equal(amp):
+    "128 blocks, 256 halves, dropout on: the stored run of the same quantised forward, to the last bit."
+    chain = ReversibleSequence(make_blocks(128, 16, p=.1), exact=True, keep=0)
+    with torch.no_grad():
+        for f, g in chain.blocks: f.out.weight.mul_(2), g.down.weight.mul_(2)
+    x = torch.randn(2, 8, 32)
+    found = gradients(chain, x, amp)
+    chain.memory = 'store'
+    expected = gradients(chain, x, amp)
+    assert all(torch.equal(u, v) for u, v in zip(found, expected)) and all(u.isfinite().all() for u in found)
+
+def test_exact_comes_back_through_2000_halves():
+    chain, x = ReversibleSequence(make_blocks(1000, 8), exact=True).eval(), torch.randn(3, 5, 16)
+    with torch.no_grad():
+        start = torch.cat(chain.split(x), -1)
+        end = chain(x)
+        assert not torch.equal(end, start) and torch.equal(chain.inverse(end), start)
+
+@pytest.mark.parametrize('exact', [False, True])
+def test_memory_does_not_grow(exact):
+    "Peak resident memory of a process, depth 4 and 24, beside the stored run."
+    name = 'ours, exact' if exact else 'ours'
+    shallow, deep, plain = (in_process(name=n, depth=d) for n, d in ((name, 4), (name, 24), ('plain', 24)))
+    assert deep < 1.05*shallow and deep < .06*plain, (shallow, deep, plain)
+
+class Keyed(nn.Module):
+    def __init__(self, part, layer): super().__init__(); self.part, self.drop = part, CounterDropout(.2, layer)
+    def forward(self, x, key): return self.drop(self.part(x), key)
+
+@pytest.mark.parametrize('exact', [False, True])
+def test_compiled_with_dropout_and_wheels(exact):
+    "One graph with counter dropout and a bijection between the blocks; what it stores does not grow."
+    from enigma_lab.bench.reversible import compiled_bytes
+    class Whole(nn.Module):
+        def __init__(self, depth):
+            super().__init__()
+            torch.manual_seed(0)
+            blocks = [(Keyed(Attention(16), 2*i), Keyed(MLP(16), 2*i + 1)) for i in range(depth)]
+            wheels = [] if exact else [RollRotor(32, 4, chart='orthogonal')]
+            self.chain = ReversibleSequence([b for block in blocks for b in (block, *wheels)], exact=exact, keep=0)
+        def forward(self, x): return self.chain(x, torch.tensor(3), positions=torch.arange(x.shape[1]))
+    x, sizes = torch.randn(2, 8, 32), []
+    for depth in (2, 5):
+        whole = Whole(depth)
+        expected = gradients(whole, x)
+        torch._dynamo.reset()
+        found = gradients(torch.compile(whole, fullgraph=True, backend='aot_eager'), x)
+        for u, v in zip(found, expected): torch.testing.assert_close(u, v, rtol=1e-4, atol=1e-6)
+        sizes.append(compiled_bytes(whole, x))
+    assert sizes[1] <= 1.05*sizes[0] or not exact and sizes[1] - sizes[0] < 3*5*32**2*8, sizes  # a wheel's own matrix may be kept
+
+def test_drawn_dropout_cannot_be_compiled():
+    torch._dynamo.reset()
+    chain = ReversibleSequence(make_blocks(2, 8, p=.1))
+    with pytest.raises(Exception, match='CounterDropout'): torch.compile(chain, backend='aot_eager', fullgraph=True)(torch.randn(2, 4, 16))
+
+def reduced():
+    "In each process: gradients over half of the batch, averaged by DDP."
+    import torch.distributed as dist
+    dist.init_process_group('gloo')
+    blocks = make_blocks(3, 8)
+    x = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(2))
+    own = nn.parallel.DistributedDataParallel(ReversibleSequence(blocks, keep=0))
+    own(x.chunk(dist.get_world_size())[dist.get_rank()]).pow(2).mean().backward()
+    ReversibleSequence(twin := copy.deepcopy(blocks), memory='store')(x).pow(2).mean().backward()
+    for p, q in zip(blocks.parameters(), twin.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
+    dist.destroy_process_group()
+
+def test_two_processes(): launch(reduced, processes=2)
