@@ -6,6 +6,8 @@
 __all__ = ['GRID', 'snapped', 'Snap', 'snap', 'grid_limit', 'check_grid', 'check_range']
 
 # %% ../../nbs/machine/48_grid.ipynb #88245442
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def grid_limit(
 
 def check_grid(grid:float):
     "Raise a ValueError unless the step is a power of two."
-    if not grid > 0 or torch.frexp(torch.tensor(grid, dtype=torch.float64)).mantissa != .5:
+    if not grid > 0 or math.frexp(grid)[0] != .5:
         raise ValueError(f"grid must be a power of two such as 2**-12, got {grid}")
 
 def check_range(
