@@ -23,7 +23,7 @@ def test_one_graph(changes):
     model.zero_grad()
     torch._dynamo.reset()
     torch.compile(model, fullgraph=True, backend='aot_eager')(ids, labels=ids).loss.backward()
-    for a, p in zip(plain, model.parameters()): torch.testing.assert_close(p.grad, a, rtol=1e-4, atol=1e-6)
+    for a, p in zip(plain, model.parameters()): torch.testing.assert_close(p.grad, a, rtol=1e-4, atol=1e-5 if model.config.reversible else 1e-6)
 
 @places
 def test_static_cache(changes):

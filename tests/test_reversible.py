@@ -1,13 +1,15 @@
 "The reversible engine under everything that autograd, autocast, compilers and wrappers do: each question of the benchmark, and more."
 import copy
+from functools import partial
 
 import pytest, torch
 from torch import nn
 
 from enigma_lab.bench.reversible import BEHAVIOURS, MLP, Attention, ask, in_process, make_blocks
 from enigma_lab.lab.launch import launch
+from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM
 from enigma_lab.machine.dropout import CounterDropout
-from enigma_lab.machine.reversible import ReversibleSequence
+from enigma_lab.machine.reversible import ReversibleSequence, reversible
 from enigma_lab.machine.rotor import RollRotor
 
 engines = pytest.mark.parametrize('engine', ['ours', 'ours, exact', 'ours, default'])
@@ -94,3 +96,45 @@ def reduced():
     dist.destroy_process_group()
 
 def test_two_processes(): launch(reduced, processes=2)
+
+
+# the language model
+
+def language_model(**changes):
+    torch.manual_seed(0)
+    model = EnigmaForCausalLM(EnigmaConfig.preset('smoke', vocab_size=40, max_len=32, reversible=True, **changes)).train()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(.1*torch.randn_like(p))
+    return model
+
+def stored(steps, a, b):
+    for step in steps: a, b = step.plain(a, b)
+    return a, b
+
+@pytest.mark.parametrize('exact', [False, True])
+@pytest.mark.parametrize('machine', ['none', 'input', 'both', 'between'])
+def test_language_model_gradients(machine, exact, monkeypatch):
+    "With dropout on features and attention weights: those of the stored run, bit-equal where the model is exact."
+    ids, found = torch.randint(3, 40, (3, 16), generator=torch.Generator().manual_seed(1)), []
+    for run in (partial(reversible, keep=0), stored):
+        monkeypatch.setattr('enigma_lab.lm.model.reversible', run)
+        model = language_model(machine=machine, exact=exact, dropout=.1, attn_dropout=.1, chart='orthogonal')
+        torch.manual_seed(5)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for u, v in zip(*found):
+        assert v is not None and v.isfinite().all()
+        if exact: assert torch.equal(u, v)
+        else: torch.testing.assert_close(u, v, rtol=1e-4, atol=1e-5)
+
+def test_language_model_memory(monkeypatch):
+    "What a forward pass keeps beside the parameters does not grow with the layers."
+    monkeypatch.setattr('enigma_lab.lm.model.reversible', partial(reversible, keep=0))
+    ids, sizes = torch.randint(3, 40, (2, 32)), []
+    for layers in (2, 6):
+        model, kept = language_model(num_layers=layers), {}
+        own = {p.data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (t.data_ptr() in own or kept.update({t.data_ptr(): t.untyped_storage().nbytes()}), t)[1], lambda t: t): model(ids, labels=ids)
+        sizes.append(sum(kept.values()))
+    assert sizes[1] <= 1.02*sizes[0], sizes

@@ -49,10 +49,14 @@ def causal_attention(
     v:Tensor, # (B, H, S, W) values
     scale:float, # factor on the scores
     mask:Tensor|None=None, # bool (B, 1, T, S), True where a query sees a key; `None`: causal
-    dropout:float=0., # probability of dropping a weight
+    dropout=0., # probability of dropping a weight, or a function that drops some of (B, H, T, S)
 )->Tensor: # (B, H, T, W)
     "Attention that sees no later key, by torch's fused kernels."
     T, S = q.shape[-2], k.shape[-2]
+    if callable(dropout):
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if mask is None else mask
+        weights = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf).softmax(-1)
+        return (dropout(weights.masked_fill(~seen.any(-1, keepdim=True), 0.)) @ v).to(q.dtype)
     if mask is None:
         if T not in (1, S): raise ValueError(f"several queries ({T}) after a prefix of keys ({S}) need a mask")
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, scale=scale)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .attention import ALIBI_DIMS
 from .model import alibi_fronts
 from ..machine.bijection import Route, travel
+from ..machine.grid import snapped
 from ..machine.rev_block import RevBlock
 from ..machine.rotor import Wheel, odometer
 
@@ -23,12 +24,12 @@ class LayerWeights:
         layer, # a `Block`
         dtype:torch.dtype, # to compute in
     ):
-        a, cast = layer.attn, lambda *tensors: torch.cat([t.detach() for t in tensors]).to(dtype)
+        a, m, cast = layer.attn, layer.mlp, lambda *tensors: torch.cat([t.detach() for t in tensors]).to(dtype)
         readers = a.q_proj, a.k_proj, a.v_proj
-        self.eps = torch.full((1, 1), layer.attn_norm.eps, device=a.q_proj.weight.device, dtype=dtype)
-        self.qkv = cast(*(m.weight * layer.attn_norm.weight for m in readers)), cast(*(m.bias for m in readers))
-        self.up = cast(layer.up_proj.weight * layer.mlp_norm.weight), cast(layer.up_proj.bias)
-        self.out, self.down = ((cast(m.weight), cast(m.bias)) for m in (a.o_proj, layer.down_proj))
+        self.eps = torch.full((1, 1), a.norm.eps, device=a.q_proj.weight.device, dtype=dtype)
+        self.qkv = cast(*(r.weight * a.norm.weight for r in readers)), cast(*(r.bias for r in readers))
+        self.up = cast(m.up_proj.weight * m.norm.weight), cast(m.up_proj.bias)
+        self.out, self.down = ((cast(w.weight), cast(w.bias)) for w in (a.o_proj, m.down_proj))
 
     def norm(self, h): # (B, d), RMSNorm without its weight
         size = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
@@ -131,6 +132,7 @@ class Decoder:
         seen = torch.ones(batch, limit, dtype=torch.bool, device=base.embed_tokens.weight.device)
         if attention_mask is not None: seen[:, :attention_mask.shape[1]] = attention_mask.bool()
         self.model, self.dtype, self.reversible, self.memory = model, dtype, c.reversible, Memory(c, seen, dtype)
+        self.by_modules, self.rounded = self.memory.padded or c.exact, snapped if c.exact else lambda h: h # lifted wheels are no matrices
         self.layers = [LayerWeights(layer, dtype) for layer in base.layers]
         self.way_in = Passage(base.enigma) if base.enigma is not None else None
         self.way_out = Passage(base.enigma, False) if c.machine == 'both' else None
@@ -140,16 +142,16 @@ class Decoder:
     def read(self, token, positions): # (B, 1), (B, 1) -> (B, d), enciphered
         base, t = self.model.model, self.memory.tokens
         h = base.embed_tokens(token)
-        if self.memory.padded or base.embed_positions is not None: return base.encipher(h, positions)[:, 0]
+        if self.by_modules or base.embed_positions is not None: return base.encipher(h, positions)[:, 0]
         return h[:, 0] if self.way_in is None else self.way_in(h[:, 0], t)
 
     def turn(self, i, x, positions): # the wheel between blocks i and i + 1; (B, 2d)
-        return self.model.model.wheels[i](x, positions[:, 0]) if self.memory.padded else self.wheels[i](x, self.memory.tokens)
+        return self.model.model.wheels[i](x, positions[:, 0]) if self.by_modules else self.wheels[i](x, self.memory.tokens)
 
     def write(self, h, positions): # (B, d), (B, 1) -> logits (B, V)
         base, t = self.model.model, self.memory.tokens
         h = base.norm(h.float())
-        if self.way_out: h = base.decipher(h[:, None], positions)[:, 0] if self.memory.padded else self.way_out(h, t + 1)
+        if self.way_out: h = base.decipher(h[:, None], positions)[:, 0] if self.by_modules else self.way_out(h, t + 1)
         return F.linear(h.to(self.dtype), self.head).float()
 
 # %% ../../nbs/lm/35_decode.ipynb #f45bbc86
@@ -197,15 +199,15 @@ def step(
     positions = m.positions[:, t:t+1]
     m.query_alibi.copy_(m.query_front[:, :, t:t+1])
     m.mask = m.seen[:, None, None, :t+1] if m.padded else None
-    x1 = x2 = h = d.read(token, positions).to(d.dtype)                                               # (B, d)
+    x1 = x2 = h = d.rounded(d.read(token, positions)).to(d.dtype)                                    # (B, d)
     for i, w in enumerate(d.layers):
         if not d.reversible:
             h = h + attend(m, w, h, i)
             h = h + w.think(h)
             continue
         if i and d.wheels: x1, x2 = d.turn(i - 1, torch.cat([x1, x2], -1), positions).chunk(2, -1)
-        x1 = x1 + attend(m, w, x2, i)
-        x2 = x2 + w.think(x1)
+        x1 = x1 + d.rounded(attend(m, w, x2, i))
+        x2 = x2 + d.rounded(w.think(x1))
         h = (x1 + x2) / 2
     logits = d.write(h, positions)
     m.tokens = t + 1

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPAN', 'KEEP', 'MEMORY', 'random_state', 'set_random_state', 'Repeat', 'weights', 'Step', 'gradients', 'Coupling',
-           'Turn', 'Span', 'End', 'spans', 'kept_steps', 'Start', 'reversible', 'TracedCoupling', 'TracedTurn', 'Ways',
-           'TracedEnd', 'wait_for', 'call', 'pullback', 'check_traceable', 'traced', 'coupled', 'ReversibleSequence']
+           'full_precision', 'Turn', 'Span', 'End', 'spans', 'kept_steps', 'Start', 'reversible', 'TracedCoupling',
+           'TracedTurn', 'Ways', 'TracedEnd', 'wait_for', 'call', 'pullback', 'check_traceable', 'traced', 'coupled',
+           'ReversibleSequence']
 
 # %% ../../nbs/machine/52_reversible.ipynb #bb2c2041
 import contextlib, warnings
@@ -124,7 +125,7 @@ class Coupling(Step):
 
     def plain(self, a, b): # as autograd does it, storing everything
         s, *extras = self.given
-        return b, self.add(a, s, self.module(b, *extras))
+        return b, self.add(a, s, self.module(b.view_as(b), *extras)) # a view gathers F's gradients before they are added: the same order, the same bits
 
     def undo(self, b, y): # without gradients
         s, *extras = self.given
@@ -145,6 +146,9 @@ class Coupling(Step):
         return a, b, ga, gb if g is None else g if gb is None else gb + g, (gs, *rest)
 
 # %% ../../nbs/machine/52_reversible.ipynb #2f6f61cd
+def full_precision(stream): # without autocast, in which no inverse would fit its forward pass
+    return torch.autocast(stream.device.type, enabled=False)
+
 class Turn(Step):
     "`(a, b) -> f([a; b])`, f a bijection."
     def __init__(self, bijection, positions=None, axis=-1, ways=None): # axis: along which the streams are put together; ways: `Ways(bijection)`, made outside of compiled code
@@ -152,14 +156,18 @@ class Turn(Step):
         self.grid, self.ways = None, ways
 
     def join(self, a, b): return torch.cat([a, b], self.axis)
-    def plain(self, a, b): return self.module(self.join(a, b), self.given[1]).chunk(2, self.axis)
-    def undo(self, a, b): return self.module.inverse(self.join(a, b), self.given[1]).chunk(2, self.axis)
+
+    def plain(self, a, b):
+        with full_precision(a): return self.module(self.join(a, b), self.given[1]).chunk(2, self.axis)
+
+    def undo(self, a, b):
+        with full_precision(a): return self.module.inverse(self.join(a, b), self.given[1]).chunk(2, self.axis)
 
     def forward(self, a, b, s, *tensors):
-        return self.run(self.join(a, b), tensors[:1]).chunk(2, self.axis)
+        with full_precision(a): return self.run(self.join(a, b), tensors[:1]).chunk(2, self.axis)
 
     def backward(self, a, b, ga, gb, tensors, needs):
-        with self.repeat.cast(): x = self.module.inverse(self.join(a, b), tensors[1])
+        with full_precision(a): x = self.module.inverse(self.join(a, b), tensors[1])
         out, inputs = self.again(x, tensors, needs)
         if ga is None and gb is None: grad = None
         else: grad = self.join(*(torch.zeros_like(v) if g is None else g for v, g in ((a, ga), (b, gb))))
@@ -338,7 +346,7 @@ def wait_for(grad, t): # a dropout's key has to wait too, or its mask is stored
     return t + (grad.flatten()[0]*0).to(t.dtype) if isinstance(t, Tensor) and t.ndim == 0 else t
 
 def call(module, names, amp, extras, b, tensors): # tensors: extras, then what `names` name
-    with contextlib.nullcontext() if amp is None else torch.autocast(*amp, cache_enabled=False):
+    with full_precision(b) if amp is None else torch.autocast(*amp, cache_enabled=False):
         return functional_call(module, dict(zip(names, tensors[extras:])), (b, *tensors[:extras]))
 
 def pullback(run, *inputs): # result, and the function from its gradient to theirs
@@ -368,7 +376,7 @@ def traced(steps, a, b):
         s, *extras = step.given
         module = (step.ways or Ways(step.module)) if isinstance(step, Turn) else step.module
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        if isinstance(step, Turn): a, b, va, vb = TracedTurn.apply(module, list(state), amp, step.axis, extras[0], a, b, va, vb, *state.values())
+        if isinstance(step, Turn): a, b, va, vb = TracedTurn.apply(module, list(state), None, step.axis, extras[0], a, b, va, vb, *state.values())
         else: a, b, va, vb = TracedCoupling.apply(module, list(state), step.grid, amp, step.extras, a, b, va, vb, s, *extras, *state.values())
     return TracedEnd.apply(a, b, va, vb)
 
