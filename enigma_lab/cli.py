@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line', 'explain', 'main',
-           'find_notebook', 'train', 'tokenizer', 'generate', 'run_line', 'runs', 'docs', 'bench_names', 'bench']
+           'find_notebook', 'train', 'tokenizer', 'load_model', 'generate', 'certify', 'run_line', 'runs', 'docs',
+           'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #4e3dd18e
 import argparse, importlib, inspect, os, pkgutil, shutil, sys
@@ -154,6 +155,19 @@ def tokenizer(
     print(f'{out}: {len(made):,} rows')
 
 # %% ../nbs/cli.ipynb #2a16ef66
+def load_model(
+    run:str, # as on the command line
+): # a model in eval mode, and its tokenizer
+    "The language model of a run; a FileNotFoundError if it has none."
+    from enigma_lab.lab.runs import find_run
+    found = find_run('' if run == '-' else run)
+    if not found.checkpoint.is_dir(): raise FileNotFoundError(f"a model is read from a run's checkpoint, and {found.name} has none; name another run")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+    import enigma_lab.lm.model  # noqa: F401, tells transformers the model's class
+    disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(found.checkpoint).eval(), AutoTokenizer.from_pretrained(found.checkpoint)
+
 @command('lm')
 def generate(
     run:str, # train_enigma/20260412-101500, a notebook's name, a folder; '' or -: the newest
@@ -166,19 +180,26 @@ def generate(
     seed:int=0, # of the choices
 ):
     "Continue a text with the language model of a run."
-    from enigma_lab.lab.runs import find_run
-    found = find_run('' if run == '-' else run)
-    if not found.checkpoint.is_dir(): raise FileNotFoundError(f"a model is read from a run's checkpoint, and {found.name} has none; name another run")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-    import enigma_lab.lm.model  # noqa: F401, tells transformers the model's class
+    model, tokenizer = load_model(run)
     from enigma_lab.lm.generate import stream
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(found.checkpoint).eval()
-    tokenizer = AutoTokenizer.from_pretrained(found.checkpoint)
     for piece in stream(model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         print(piece, end='', flush=True)
     print()
+
+# %% ../nbs/cli.ipynb #0998bb7b
+@command('lm')
+def certify(
+    run:str, # as for generate
+    *,
+    length:int=32, # tokens of the text it is tried on
+    seed:int=0, # of the text
+):
+    "Certify the invertible parts of a run's language model."
+    model, tokenizer = load_model(run)
+    import torch
+    from enigma_lab.lm.reverse import certify_model
+    ids = torch.randint(len(tokenizer), (4, length), generator=torch.Generator().manual_seed(seed))
+    for name, certificate in certify_model(model, ids).items(): print(f'{name}: {certificate}')
 
 # %% ../nbs/cli.ipynb #efcecc8c
 def run_line(

@@ -31,7 +31,7 @@ from ..lm.train import Parts, make_config, prepare
 
 # %% ../../nbs/bench/30_lm.ipynb #df4066be
 ROWS = { # row -> our variant of the ablation, or how a peer is made
-    'ours, machine off': 'none', 'ours, machine on': 'input, roll', 'plain rotary': PlainRotary, 'GPT-2': lambda c: quickened(gpt2(c))}
+    'ours, machine off': 'none', 'ours, machine on': 'input, table', 'plain rotary': PlainRotary, 'GPT-2': lambda c: quickened(gpt2(c))}
 PEER, TRIAL_SEED = 'plain rotary', 100 # the main peer; the seed of all trials
 
 def reachable(model:nn.Module)->int: # parameters that a text of the context's length reaches

@@ -46,7 +46,7 @@ class EnigmaConfig(PreTrainedConfig):
     position_rows:int = 0 # rows of a learned position table; 0: none
     attn_dropout:float = 0. # probability of dropping an attention weight
     dropout:float = 0. # probability of dropping a feature of a block's output
-    machine:str = 'input' # 'none' | 'input' | 'both' | 'between'
+    machine:str = 'none' # 'none' | 'input' | 'both' | 'between'
     reversible:bool = False # two streams that change each other in turn, trained in constant memory
     exact:bool = False # streams and machine on a grid: undone to the last bit
     num_rev_blocks:int = 2 # N, reversible blocks of the machine
@@ -95,11 +95,11 @@ def check_config(c):
     if 0 < c.position_rows < c.max_len: raise ValueError(f"position_rows must be 0 or at least max_len={c.max_len}, got {c.position_rows}")
 
 # %% ../../nbs/lm/30_model.ipynb #748934b6
-_brief = dict(rotor='table', chart='plu', rev_scale=True, position_rows=8192, num_positions=16)
+_brief = dict(machine='input', rotor='table', chart='plu', rev_scale=True, position_rows=8192, num_positions=16)
 presets = {
-    'smoke': dict(dim=32, num_layers=2, num_heads=2, max_len=16, num_rev_blocks=1, num_rotors=2, num_positions=4),
-    'cpu': dict(dim=128, num_layers=4, num_heads=4, max_len=256, num_rev_blocks=2, num_rotors=2, num_positions=16, rotor='roll'),
-    'base': dict(vocab_size=11_392, dim=640, num_layers=8, num_heads=10, max_len=2048, num_rev_blocks=2, num_rotors=3, num_positions=16, rotor='roll'),
+    'smoke': dict(machine='input', dim=32, num_layers=2, num_heads=2, max_len=16, num_rev_blocks=1, num_rotors=2, num_positions=4),
+    'cpu': dict(dim=128, num_layers=4, num_heads=4, max_len=256, num_rev_blocks=2, num_rotors=2, num_positions=16),
+    'base': dict(vocab_size=11_392, dim=640, num_layers=8, num_heads=10, max_len=2048, num_rev_blocks=2, num_rotors=3, num_positions=16),
     'brief-148m': dict(_brief, vocab_size=21_128, dim=768, num_layers=12, num_heads=12, max_len=2048, num_rev_blocks=6, num_rotors=4, dropout=.1),
     'brief-50m': dict(_brief, vocab_size=21_128, dim=512, num_layers=8, num_heads=8, max_len=256, num_rev_blocks=4, num_rotors=2, dropout=.1),
     'brief-002': dict(_brief, vocab_size=11_392, dim=512, num_layers=8, num_heads=8, max_len=2048, num_rev_blocks=4, num_rotors=2, dropout=.1)}

@@ -33,8 +33,8 @@ class TrainConfig(TrainingConfig):
     isolate:bool = False # documents of a window do not see each other
     tokenizer:str = 'auto' # 'auto' (characters of the training text), a saved tokenizer's folder, or a vocab.txt of BERT's
     max_vocab:int = 0 # rows of the vocabulary at most; 0: a row for each character
-    machine:str = 'input' # 'none' | 'input' | 'both' | 'between'
-    rotor:str = 'roll' # 'table' | 'roll' | 'static' | 'permutation' | 'none'
+    machine:str = 'none' # 'none' | 'input' | 'both' | 'between'
+    rotor:str = 'table' # 'table' | 'roll' | 'static' | 'permutation' | 'none'
     dropout:float = 0. # of blocks' outputs
     attn_dropout:float = 0. # of attention weights
     shape:dict = field(default_factory=dict) # other fields of `EnigmaConfig` that differ from the preset's
@@ -50,9 +50,9 @@ class TrainConfig(TrainingConfig):
         return EnigmaConfig.preset(self.preset, **dict(machine=self.machine, rotor=self.rotor, dropout=self.dropout, attn_dropout=self.attn_dropout) | self.shape | rows)
 
 # %% ../../nbs/lm/50_train.ipynb #a4369be1
-_brief = dict(optimizer='adamw', rotor='table', dropout=.1, warmup_steps=200, decay_share=1., weight_decay=.01)
+_brief = dict(optimizer='adamw', machine='input', dropout=.1, warmup_steps=200, decay_share=1., weight_decay=.01)
 recipes = {
-    'smoke': dict(max_steps=20, batch_size=8, eval_steps=10, eval_windows=16, save_steps=10, warmup_steps=5, max_chars=60_000, learning_rate=2e-2),
+    'smoke': dict(machine='input', max_steps=20, batch_size=8, eval_steps=10, eval_windows=16, save_steps=10, warmup_steps=5, max_chars=60_000, learning_rate=2e-2),
     'cpu': dict(minutes=3., batch_size=8, learning_rate=1e-2, eval_steps=100, save_steps=100),
     'base': dict(minutes=20., batch_size=16, learning_rate=5e-3, eval_steps=250, save_steps=500, warmup_steps=100, max_vocab=11_392),
     'brief-148m': dict(_brief, epochs=10, batch_size=16, gradient_accumulation_steps=4, learning_rate=2e-4, eval_steps=500, save_steps=500, max_vocab=21_128),
