@@ -44,20 +44,20 @@ class PLU(nn.Module):
     def log_scales(self, packed:Tensor)->Tensor: # s (..., dim), between -1 and 1
         return packed.diagonal(dim1=-2, dim2=-1).tanh()
 
-    def factors(self, k:int)->tuple[Tensor,Tensor]: # L, U (dim, dim), in float32 or better
+    def entries(self, k:int)->tuple[Tensor,Tensor]: # L and U in one matrix (dim, dim), and U's diagonal (dim,), in float32 or better
         packed = at_least_float32(self.packed[k])
-        eye = torch.eye(len(packed), dtype=packed.dtype, device=packed.device)
-        return packed.tril(-1) + eye, packed.triu(1) + torch.diag(self.sign * self.log_scales(packed).exp())
+        return packed, self.sign.to(packed.dtype) * self.log_scales(packed).exp()
 
     def matmul(self, x:Tensor, k:int)->Tensor: # W x, (..., dim)
-        L, U = self.factors(k)
-        return (x @ U.T.to(x.dtype) @ L.T.to(x.dtype))[..., self.permutation]
+        packed, diagonal = (t.to(x.dtype) for t in self.entries(k))
+        z = x*diagonal + x @ packed.triu(1).T
+        return (z + z @ packed.tril(-1).T)[..., self.permutation]
 
-    def solve(self, y:Tensor, k:int)->Tensor: # W⁻¹ y, (..., dim)
-        L, U = self.factors(k)
-        z = at_least_float32(y)[..., self.permutation.argsort()].reshape(-1, y.shape[-1]).to(L.dtype)
-        z = torch.linalg.solve_triangular(L.T, z, upper=True, left=False, unitriangular=True)
-        return torch.linalg.solve_triangular(U.T, z, upper=False, left=False).view(y.shape).to(y.dtype)
+    def solve(self, y:Tensor, k:int)->Tensor: # W⁻¹ y, (..., dim); each solve reads its own half of the matrix
+        packed, diagonal = self.entries(k)
+        z = at_least_float32(y)[..., self.permutation.argsort()].reshape(-1, y.shape[-1]).to(packed.dtype)
+        z = torch.linalg.solve_triangular(packed.T, z, upper=True, left=False, unitriangular=True)
+        return torch.linalg.solve_triangular(packed.diagonal_scatter(diagonal).T, z, upper=False, left=False).view(y.shape).to(y.dtype)
 
     def log_dets(self)->Tensor: # log|det W| (count,), nats, summed in float64
         return self.log_scales(self.packed.double()).sum(-1)
