@@ -6,6 +6,8 @@
 __all__ = ['LayerWeights', 'leaves', 'couple', 'Passage', 'Memory', 'Decoder', 'prefill', 'attend', 'step']
 
 # %% ../../nbs/lm/35_decode.ipynb #7ebc8b1c
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -132,7 +134,7 @@ class Decoder:
         seen = torch.ones(batch, limit, dtype=torch.bool, device=base.embed_tokens.weight.device)
         if attention_mask is not None: seen[:, :attention_mask.shape[1]] = attention_mask.bool()
         self.model, self.dtype, self.reversible, self.memory = model, dtype, c.reversible, Memory(c, seen, dtype)
-        self.by_modules, self.rounded = self.memory.padded or c.exact, snapped if c.exact else lambda h: h # lifted wheels are no matrices
+        self.by_modules, self.rounded = self.memory.padded or c.exact, partial(snapped, grid=c.grid) if c.exact else lambda h: h # lifted wheels are no matrices
         self.layers = [LayerWeights(layer, dtype) for layer in base.layers]
         self.way_in = Passage(base.enigma) if base.enigma is not None else None
         self.way_out = Passage(base.enigma, False) if c.machine == 'both' else None

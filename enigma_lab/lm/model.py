@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .attention import alibi_dims, causal_attention, widen
 from ..machine.dropout import CounterDropout, new_key
 from ..machine.enigma import Enigma, make_wheel, rotor_kinds
-from ..machine.grid import GRID, snap
+from ..machine.grid import GRID, check_grid, snap
 from ..machine.reversible import Coupling, Turn, Ways, reversible
 from ..machine.rotor import TableRotor, odometer
 
@@ -49,6 +49,7 @@ class EnigmaConfig(PreTrainedConfig):
     machine:str = 'none' # 'none' | 'input' | 'both' | 'between'
     reversible:bool = False # two streams that change each other in turn, trained in constant memory
     exact:bool = False # streams and machine on a grid: undone to the last bit
+    grid:float = GRID # the step of exact streams, a power of two
     num_rev_blocks:int = 2 # N, reversible blocks of the machine
     num_rotors:int = 2 # n, wheels
     num_positions:int = 16 # K, positions of a wheel
@@ -90,6 +91,8 @@ def check_config(c):
     if c.machine not in machine_places: raise ValueError(f"machine must be one of {list(machine_places)}, got {c.machine!r}")
     if c.machine == 'between' and not c.reversible: raise ValueError("machine='between' mixes two streams, got reversible=False; set reversible=True")
     if c.exact and not c.reversible: raise ValueError("exact=True needs two streams that can be undone, got reversible=False; set reversible=True")
+    check_grid(c.grid)
+    if c.exact and c.machine != 'none' and c.grid != GRID: raise ValueError(f"an exact machine works on the grid of {GRID:g}, got grid={c.grid:g}")
     if c.exact and c.rev_scale: raise ValueError("an exact machine keeps volume, got rev_scale=True")
     if c.rotor not in rotor_kinds: raise ValueError(f"rotor must be one of {list(rotor_kinds)}, got {c.rotor!r}")
     if 0 < c.position_rows < c.max_len: raise ValueError(f"position_rows must be 0 or at least max_len={c.max_len}, got {c.position_rows}")
@@ -264,7 +267,7 @@ class EnigmaModel(EnigmaPreTrainedModel):
 
     def two_streams(self, h, positions, front, mask, key, cache):
         h = h.float() if self.config.exact else h
-        a, b = ((snap(h) if self.config.exact else h).view_as(h) for _ in range(2)) # two tensors, whose gradients meet only here
+        a, b = ((snap(h, self.config.grid) if self.config.exact else h).view_as(h) for _ in range(2)) # two tensors, whose gradients meet only here
         blocks = list(self.chain(positions, (*front, mask, key), cache))
         if torch.is_grad_enabled() and cache is None and not self.config.output_hidden_states:
             a, b = reversible([step for block in blocks for step in block], a, b)
@@ -275,7 +278,7 @@ class EnigmaModel(EnigmaPreTrainedModel):
             yield self.read_out(a, b)
 
     def chain(self, positions, extras, cache=None): # a list of reversible steps for each block
-        grid = GRID if self.config.exact else None
+        grid = self.config.grid if self.config.exact else None
         for i, layer in enumerate(self.layers):
             turn = [Turn(self.wheels[i - 1], positions, ways=self.ways[i - 1])] if i and self.wheels is not None else []
             attn = layer.attn if cache is None else partial(layer.attn, cache=cache)

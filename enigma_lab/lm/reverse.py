@@ -20,7 +20,7 @@ def chain_of(base, ids:Tensor): # an `EnigmaModel`; (B, T) -> the two streams at
     if not base.config.reversible: raise ValueError("only a model of two streams can be reversed, got reversible=False")
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     h = base.encipher(base.embed_tokens(ids), positions)
-    if base.config.exact: h = snapped(h)
+    if base.config.exact: h = snapped(h, base.config.grid)
     steps = [step for block in base.chain(positions, (*alibi_fronts(base.config, positions, h.dtype), None, None)) for step in block]
     return h, steps
 
@@ -57,7 +57,7 @@ def recover_tokens(
     found, rows = [], base.embed_tokens.weight
     for t in range(a.shape[1]):
         letters = base.encipher(rows[None], torch.full((1, len(rows)), t, device=rows.device))[0]
-        if base.config.exact: letters = snapped(letters)
+        if base.config.exact: letters = snapped(letters, base.config.grid)
         found.append(torch.cdist(a[:, t].double(), letters.double()).argmin(-1))
     return torch.stack(found, 1)
 
@@ -67,7 +67,7 @@ class BlockChain(ReversibleSequence):
     def __init__(self,
         model, # a reversible `EnigmaForCausalLM`
     ):
-        super().__init__([], exact=model.config.exact)
+        super().__init__([], exact=model.config.exact, grid=model.config.grid)
         self.model, self.layers, self.wheels = [model.model], model.model.layers, model.model.wheels # in a list: embedding and machine are no part of the chain
 
     def steps(self, extras, positions): # int64 (B, T)
