@@ -10,8 +10,9 @@ V, T = 16, 16
 
 def original_attention(q, k, v, scale, mask=None, dropout=0.):
     "What the original network computed: symmetric distances, and no mask."
-    distance = (torch.arange(q.shape[-2])[:, None] - torch.arange(k.shape[-2])).clamp(max=0)      # below 0: the future
-    bias = 2 * alibi_slopes(q.shape[1])[:, None, None] * distance                                # -slope (i-j) becomes -slope |i-j|
+    distance = (torch.arange(q.shape[-2])[:, None] - torch.arange(k.shape[-2])).abs()
+    bias = -alibi_slopes(q.shape[1])[:, None, None] * distance
+    assert mask.shape[1:] == bias.shape                                                          # a short text: distances come in the mask
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 def perplexity_of_noise(machine, steps=200):
@@ -34,4 +35,4 @@ def test_noise_stays_noise(machine): assert perplexity_of_noise(machine) >= .99 
 def test_without_the_mask_noise_is_predicted(monkeypatch):
     "The positive control: this test can find a leak."
     monkeypatch.setattr(lm, 'causal_attention', original_attention)
-    assert perplexity_of_noise('input') < V / 2
+    assert perplexity_of_noise('input', steps=400) < V / 2                                     # found suddenly, after a few hundred updates

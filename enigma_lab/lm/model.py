@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['machine_places', 'presets', 'EnigmaConfig', 'check_config', 'Linear', 'Dropout', 'make_dropout', 'Attention', 'MLP',
-           'Block', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_fronts', 'EnigmaModel', 'EnigmaForCausalLM',
-           'parameter_card', 'reached_matrices']
+           'Block', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_fronts', 'short_on_cpu', 'EnigmaModel',
+           'EnigmaForCausalLM', 'parameter_card', 'reached_matrices']
 
 # %% ../../nbs/lm/30_model.ipynb #75251407
 import math
@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import alibi_dims, causal_attention, widen
+from .attention import alibi_dims, alibi_mask, causal_attention, widen
 from ..machine.dropout import CounterDropout, new_key
 from ..machine.enigma import Enigma, make_wheel, rotor_kinds
 from ..machine.grid import GRID, check_grid, snap
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         (B, T, d), x = x.shape, self.norm(x)
         q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         D = q.shape[-1]
-        q, k, v = widen(q, q_front), widen(k, k_front), widen(v)            # (B, H, T, W)
+        if q_front is not None: q, k, v = widen(q, q_front), widen(k, k_front), widen(v)  # (B, H, T, W)
         if cache is not None: k, v = cache.update(k, v, self.layer_idx)
         if mask is None and 1 < T < k.shape[2]: k, v = k[:, :, :T], v[:, :, :T]  # a static cache that is being filled: the rest of it is empty
         out = causal_attention(q, k, v, D**-.5, mask, self.weight_dropout(key))[..., :D]
@@ -227,6 +227,11 @@ def alibi_fronts(
     q, k = alibi_dims(positions, config.num_heads, config.dim//config.num_heads, dtype)
     return (q, k) if config.use_alibi else (torch.zeros_like(q), torch.zeros_like(k))
 
+def short_on_cpu(config, length:int, device, dtype)->bool:
+    "Whether distances are quicker in a mask than in wider heads, and as exact."
+    return (torch.device(device).type == 'cpu' and length <= 512 and dtype == torch.float32 and config.use_alibi and config.dim//config.num_heads % 8 == 0
+        and not (config.reversible and config.attn_dropout) and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling())
+
 # %% ../../nbs/lm/30_model.ipynb #9f70a228
 class EnigmaModel(EnigmaPreTrainedModel):
     "Embedding, machine and blocks: tokens to features."
@@ -255,6 +260,12 @@ class EnigmaModel(EnigmaPreTrainedModel):
 
     def decipher(self, h, positions): # features, as the head sees them
         return self.enigma.inverse(h, positions + 1) if self.config.machine == 'both' else h
+
+    def sight(self, positions, dtype, mask=None, ordinary=True): # ordinary: positions count from 0, and nothing is cached
+        "What every attention gets: two fronts, or none, and a mask, or none."
+        c, T = self.config, positions.shape[1]
+        if ordinary and mask is None and short_on_cpu(c, T, positions.device, dtype): return None, None, alibi_mask(T, c.num_heads, c.dim//c.num_heads, positions.device)
+        return *alibi_fronts(c, positions, dtype), mask
 
     def through_layers(self, h, positions, front, mask, cache=None): # the stream after each block
         "All blocks, in one stream or in two with a wheel between each pair of blocks."
@@ -297,7 +308,7 @@ class EnigmaModel(EnigmaPreTrainedModel):
         positions = token_positions(h, attention_mask, position_ids, past)
         mask = create_causal_mask(self.config, h, attention_mask, past_key_values, position_ids)
         h = self.encipher(h, positions)
-        front = alibi_fronts(self.config, positions, h.dtype)
+        *front, mask = self.sight(positions, h.dtype, mask, position_ids is None and past_key_values is None)
         states = (h,) if (keep := output_hidden_states or self.config.output_hidden_states) else ()
         for h in self.through_layers(h, positions, front, mask, past_key_values):
             if keep: states = *states, h

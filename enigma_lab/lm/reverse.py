@@ -9,7 +9,6 @@ __all__ = ['chain_of', 'final_streams', 'first_streams', 'recover_tokens', 'Bloc
 import torch
 from torch import Tensor
 
-from .model import alibi_fronts
 from ..machine.certify import Certificate, certify
 from ..machine.grid import snapped
 from ..machine.reversible import ReversibleSequence
@@ -21,7 +20,7 @@ def chain_of(base, ids:Tensor): # an `EnigmaModel`; (B, T) -> the two streams at
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     h = base.encipher(base.embed_tokens(ids), positions)
     if base.config.exact: h = snapped(h, base.config.grid)
-    steps = [step for block in base.chain(positions, (*alibi_fronts(base.config, positions, h.dtype), None, None)) for step in block]
+    steps = [step for block in base.chain(positions, (*base.sight(positions, h.dtype), None)) for step in block]
     return h, steps
 
 @torch.no_grad()
@@ -72,8 +71,7 @@ class BlockChain(ReversibleSequence):
 
     def steps(self, extras, positions): # int64 (B, T)
         base, = self.model
-        shared = (*alibi_fronts(base.config, positions, base.embed_tokens.weight.dtype), None, None)
-        for block in base.chain(positions, shared): yield from block
+        for block in base.chain(positions, (*base.sight(positions, base.embed_tokens.weight.dtype), None)): yield from block
 
 def certify_model(
     model, # an `EnigmaForCausalLM`
