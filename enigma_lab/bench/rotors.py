@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lm import alternate, look_at_load, once
+from .lm import alternate, busy, look_at_load, once
 from ..lab.runs import Run, find_run, finish_run, start_run
 from ..machine.rotor import InvertibleConv1x1
 
@@ -146,7 +146,7 @@ def summary(run:Run)->dict: # ready for metrics.json
     for _, line in lines[lines.d == lines.d.max()].iterrows():
         label = line.side.replace(', ', '_')
         metrics |= {f'{label}_{line.direction}_time_ratio': line['times ours'], f'{label}_relative_error': line['inverse error'], f'{label}_log_det_relative_error': line['log-det error']}
-    return metrics | dict(condition_number=lines.condition.max(), loaded=any(row.get('loaded') for row in run.history))
+    return metrics | dict(condition_number=lines.condition.max(), loaded=busy(run))
 
 # %% ../../nbs/bench/12_rotors.ipynb #8ce27df8
 if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1:])
