@@ -247,11 +247,11 @@ TIMED = 'speed', 'generation' # parts that need the machine for themselves
 def look_at_load(run:Run, part:str=''): # an open record; what is measured, empty: all of it
     "Note how busy the machine is."
     env, load = environment(), os.getloadavg()[0]
-    run.log(case='load', part=part, load_1min=load, cores=env['cores'], threads=env['threads'], loaded=load > .5*env['cores'] + env['threads'], git_sha=env['git_sha'])
+    run.log(case='load', beside=part, load_1min=load, cores=env['cores'], threads=env['threads'], loaded=load > .5*env['cores'] + env['threads'], git_sha=env['git_sha'])
 
 def busy(run:Run, *parts)->bool: # a record; of PARTS
     "Whether other work ran beside one of some parts."
-    return any(line.get('loaded') and line.get('part', '') in ('', *parts) for line in run.history)
+    return any(line.get('loaded') and line.get('beside', '') in ('', *parts) for line in run.history)
 
 def summary(run:Run)->dict: # ready for metrics.json
     "Every table's numbers under flat names; what diverged is missing."
