@@ -146,8 +146,7 @@ def generate(
     for token in generate_tokens(model, input_ids, **kwargs):
         if len(eos): token = torch.where(done, eos[0], token)
         pieces.append(token[:, None])
-        done |= torch.isin(token, eos)
-        if done.all(): break
+        if len(eos) and (done := done | torch.isin(token, eos)).all(): break
     return torch.cat(pieces, 1)
 
 # %% ../../nbs/lm/40_generate.ipynb #14fa3db3
