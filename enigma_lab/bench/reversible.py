@@ -69,6 +69,7 @@ class Checkpointed(Plain):
     "torch's checkpoint around each block."
     def step(self, *args): return checkpoint(super().step, *args, use_reentrant=False)
 
+# %% ../../nbs/bench/10_reversible.ipynb #25830050
 def revtorch(blocks):
     import revtorch
     return revtorch.ReversibleSequence(nn.ModuleList(revtorch.ReversibleBlock(f, g, split_along_dim=-1) for f, g in blocks))
@@ -156,6 +157,7 @@ def leaf_input(s):
     module(x).sum().backward()
     return '' if torch.equal(x.detach(), s.x) else 'the input was destroyed'
 
+# %% ../../nbs/bench/10_reversible.ipynb #f185fc67
 def in_place_after(s):
     module, ps, reference, qs = s()
     for m in (module, reference): m(s.x.clone().requires_grad_()*1.).mul_(2).pow(2).mean().backward()
@@ -181,7 +183,7 @@ def backward_twice(s):
     loss.backward()
     return wrong([p.grad for p in ps], [2*g for g in once])
 
-# %% ../../nbs/bench/10_reversible.ipynb #4a85aa5d
+# %% ../../nbs/bench/10_reversible.ipynb #c4ecb8fd
 def hooks_once(s):
     module, ps, *_ = s()
     calls = []
@@ -201,6 +203,7 @@ def differentiate_frozen(module, x, group):
     module(x.clone().requires_grad_()*1.).pow(2).mean().backward()
     return group
 
+# %% ../../nbs/bench/10_reversible.ipynb #4a685b4c
 def functional(s):
     module, _, reference, qs = s()
     found = torch.func.grad(lambda w: functional_call(module, w, (s.x,)).pow(2).mean())({k: v.detach() for k, v in module.named_parameters()})
@@ -233,6 +236,7 @@ def compiled_bytes(module, x):
     torch.compile(module, fullgraph=True, backend=backend)(x.clone().requires_grad_()).pow(2).mean().backward()
     return sizes[0]
 
+# %% ../../nbs/bench/10_reversible.ipynb #9ccb40c6
 def distributed(s): # DDP with one process: every parameter is reduced once
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -386,6 +390,7 @@ def memory_table(run:Run): # a pandas table: engines × depths, MiB
     rows = rows_of(run, 'memory')
     return rows.pivot(index='engine', columns='depth', values='mib').reindex(run.config['engines']).round(1) if len(rows) else rows
 
+# %% ../../nbs/bench/10_reversible.ipynb #aaf0c4e5
 def time_table(run:Run): # a pandas table: a line for each shape and engine
     "CPU time and arithmetic as multiples of plain autograd's: median and quartiles of the rounds."
     import pandas as pd

@@ -38,6 +38,7 @@ def ours(L, U, s, dtype)->Side:
     f = f.to(dtype)
     return Side(lambda x: (lambda y, ld: (y, ld[0]))(*f.forward_and_log_det(x)), f.inverse)
 
+# %% ../../nbs/bench/12_rotors.ipynb #bcb38935
 def nflows(L, U, s, dtype, cached=False)->Side:
     from nflows.transforms.lu import LULinear
     f = LULinear(len(s), using_cache=cached)

@@ -140,6 +140,7 @@ def grid_of(
         if getattr(m, 'grid', None) and not isinstance(m, ReversibleSequence): return m.grid
         if isinstance(m, Lifted) or (getattr(m, 'exact', False) is True and isinstance(m, Bijection)): return GRID
 
+# %% ../../nbs/machine/70_certify.ipynb #f9f6156e
 def certify(
     module:nn.Module, # a `Bijection` or a `ReversibleSequence`
     x:Tensor|None=None, # (B, …) to try it on, B at least 2; `None`: 32 normal vectors of the width of a bijection

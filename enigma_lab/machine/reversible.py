@@ -60,6 +60,7 @@ def weights(
         buffers += [b for b in m._buffers.values() if b is not None]
     return list(params), buffers
 
+# %% ../../nbs/machine/52_reversible.ipynb #f7c30d37
 class Step:
     "A link of a reversible chain: a module, and the tensors it reads."
     def __init__(self,
@@ -209,6 +210,7 @@ class End(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ga, gb): return ga, gb, *ctx.saved_tensors
 
+# %% ../../nbs/machine/52_reversible.ipynb #21cb31ed
 SPAN = 2**17 # parameters that share a function
 
 def spans(steps, limit:int=SPAN)->list: # lists of steps
@@ -251,6 +253,7 @@ class Start(torch.autograd.Function):
             warnings.warn(f"the streams came back with an error of {error:g} at a size of {size:g}: gradients are wrong. An F is not repeatable, or the chain is too deep for its floats: use exact=True", stacklevel=2)
         return (None,)*5
 
+# %% ../../nbs/machine/52_reversible.ipynb #9c93a7b5
 def reversible(
     steps:list, # the chain's links
     a:Tensor, # first stream
@@ -342,6 +345,7 @@ class TracedEnd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ga, gb): return ga, gb, *(v + ga.flatten()[0]*0 for v in ctx.saved_tensors)
 
+# %% ../../nbs/machine/52_reversible.ipynb #5ba7637a
 def wait_for(grad, t): # a dropout's key has to wait too, or its mask is stored
     return t + (grad.flatten()[0]*0).to(t.dtype) if isinstance(t, Tensor) and t.ndim == 0 else t
 
