@@ -48,6 +48,10 @@ class PLU(nn.Module):
         packed = at_least_float32(self.packed[k])
         return packed, self.sign.to(packed.dtype) * self.log_scales(packed).exp()
 
+    def factors(self, k:int)->tuple[Tensor,Tensor]: # L, U (dim, dim), in float32 or better
+        packed, diagonal = self.entries(k)
+        return packed.tril(-1) + torch.ones_like(diagonal).diag(), packed.triu(1) + diagonal.diag()
+
     def matmul(self, x:Tensor, k:int)->Tensor: # W x, (..., dim)
         packed, diagonal = (t.to(x.dtype) for t in self.entries(k))
         z = x*diagonal + x @ packed.triu(1).T
