@@ -13,7 +13,7 @@ RENAMED = { # the original's words -> ours; `…`: any text without brackets
     'from enigma.model import EnigmaLM': 'from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM',
     'from enigma.invertible_conv1x1 import DynamicInvertibleConv1x1Stack':
         'from enigma_lab.machine.rotor import DynamicInvertibleConv1x1Stack, InvertibleConv1x1, InvertibleConv1x1Stack',
-    'EnigmaLM(…)': "EnigmaForCausalLM(EnigmaConfig(position_rows=8192, chart='plu', rev_scale=True, dropout=.1,…))",
+    'EnigmaLM(…)': "EnigmaForCausalLM(EnigmaConfig(machine='input', position_rows=8192, chart='plu', rev_scale=True, dropout=.1,…))",
     'd=': 'dim=',
     'num_channels=': 'dim=',
     'd_model': 'dim',
