@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['machine_places', 'presets', 'EnigmaConfig', 'check_config', 'Linear', 'Dropout', 'make_dropout', 'Attention', 'MLP',
-           'Block', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_fronts', 'short_on_cpu', 'EnigmaModel',
-           'EnigmaForCausalLM', 'parameter_card', 'reached_matrices']
+           'Block', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_fronts', 'short_on_cpu', 'Streams',
+           'EnigmaModel', 'EnigmaForCausalLM', 'parameter_card', 'reached_matrices']
 
 # %% ../../nbs/lm/30_model.ipynb #75251407
 import math
@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -234,8 +233,48 @@ def short_on_cpu(config, length:int, device, dtype)->bool:
     return (torch.device(device).type == 'cpu' and length <= 512 and dtype == torch.float32 and config.use_alibi and config.dim//config.num_heads % 8 == 0
         and not (config.reversible and config.attn_dropout) and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling())
 
-# %% ../../nbs/lm/30_model.ipynb #9f70a228
-class EnigmaModel(EnigmaPreTrainedModel):
+# %% ../../nbs/lm/30_model.ipynb #eff14dbc
+class Streams:
+    "How a signal passes the blocks of an `EnigmaModel`."
+    def sight(self, positions, dtype, mask=None, ordinary=True): # ordinary: positions count from 0, and nothing is cached
+        "What every attention gets: two fronts, or none, and a mask, or none."
+        c, T = self.config, positions.shape[1]
+        if ordinary and mask is None and short_on_cpu(c, T, positions.device, dtype): return None, None, alibi_mask(T, c.num_heads, c.dim//c.num_heads, positions.device)
+        return *alibi_fronts(c, positions, dtype), mask
+
+    def through_layers(self, h, positions, front, mask, cache=None): # the stream after each block
+        "All blocks, in one stream or in two with a wheel between each pair of blocks."
+        key = new_key(h.device) if self.training and self.config.reversible and (self.config.dropout or self.config.attn_dropout) else None
+        if self.config.reversible: return self.two_streams(h, positions, front, mask, key, cache)
+        return self.one_stream(h, front, mask, key, cache)
+
+    def one_stream(self, h, front, mask, key, cache):
+        for layer in self.layers: yield (h := layer(h, front, mask, key, cache))
+
+    def two_streams(self, h, positions, front, mask, key, cache):
+        h = h.float() if self.config.exact else h
+        a, b = ((snap(h, self.config.grid) if self.config.exact else h).view_as(h) for _ in range(2)) # two tensors, whose gradients meet only here
+        blocks = list(self.chain(positions, (*front, mask, key), cache))
+        if torch.is_grad_enabled() and cache is None and not self.config.output_hidden_states:
+            a, b = reversible([step for block in blocks for step in block], a, b)
+            yield self.read_out(a, b)
+            return
+        for block in blocks:
+            for step in block: a, b = step.plain(a, b)
+            yield self.read_out(a, b)
+
+    def chain(self, positions, extras, cache=None): # a list of reversible steps for each block
+        grid = self.config.grid if self.config.exact else None
+        for i, layer in enumerate(self.layers):
+            turn = [Turn(self.wheels[i - 1], positions, ways=self.ways[i - 1])] if i and self.wheels is not None else []
+            attn = layer.attn if cache is None else partial(layer.attn, cache=cache)
+            yield [*turn, Coupling(attn, extras, grid=grid), Coupling(layer.mlp, extras[-1:], grid=grid)]
+
+    def read_out(self, a, b): # what the last two streams say
+        return (a + b) / 2
+
+# %% ../../nbs/lm/30_model.ipynb #0d10ecc3
+class EnigmaModel(Streams, EnigmaPreTrainedModel):
     "Embedding, machine and blocks: tokens to features."
     def __init__(self,
         config:EnigmaConfig, # shape
@@ -263,68 +302,22 @@ class EnigmaModel(EnigmaPreTrainedModel):
     def decipher(self, h, positions): # features, as the head sees them
         return self.enigma.inverse(h, positions + 1) if self.config.machine == 'both' else h
 
-# %% ../../nbs/lm/30_model.ipynb #99f4f65b
-@patch
-def sight(self:EnigmaModel, positions, dtype, mask=None, ordinary=True): # ordinary: positions count from 0, and nothing is cached
-    "What every attention gets: two fronts, or none, and a mask, or none."
-    c, T = self.config, positions.shape[1]
-    if ordinary and mask is None and short_on_cpu(c, T, positions.device, dtype): return None, None, alibi_mask(T, c.num_heads, c.dim//c.num_heads, positions.device)
-    return *alibi_fronts(c, positions, dtype), mask
-
-@patch
-def through_layers(self:EnigmaModel, h, positions, front, mask, cache=None): # the stream after each block
-    "All blocks, in one stream or in two with a wheel between each pair of blocks."
-    key = new_key(h.device) if self.training and self.config.reversible and (self.config.dropout or self.config.attn_dropout) else None
-    if self.config.reversible: return self.two_streams(h, positions, front, mask, key, cache)
-    return self.one_stream(h, front, mask, key, cache)
-
-@patch
-def one_stream(self:EnigmaModel, h, front, mask, key, cache):
-    for layer in self.layers: yield (h := layer(h, front, mask, key, cache))
-
-@patch
-def two_streams(self:EnigmaModel, h, positions, front, mask, key, cache):
-    h = h.float() if self.config.exact else h
-    a, b = ((snap(h, self.config.grid) if self.config.exact else h).view_as(h) for _ in range(2)) # two tensors, whose gradients meet only here
-    blocks = list(self.chain(positions, (*front, mask, key), cache))
-    if torch.is_grad_enabled() and cache is None and not self.config.output_hidden_states:
-        a, b = reversible([step for block in blocks for step in block], a, b)
-        yield self.read_out(a, b)
-        return
-    for block in blocks:
-        for step in block: a, b = step.plain(a, b)
-        yield self.read_out(a, b)
-
-@patch
-def chain(self:EnigmaModel, positions, extras, cache=None): # a list of reversible steps for each block
-    grid = self.config.grid if self.config.exact else None
-    for i, layer in enumerate(self.layers):
-        turn = [Turn(self.wheels[i - 1], positions, ways=self.ways[i - 1])] if i and self.wheels is not None else []
-        attn = layer.attn if cache is None else partial(layer.attn, cache=cache)
-        yield [*turn, Coupling(attn, extras, grid=grid), Coupling(layer.mlp, extras[-1:], grid=grid)]
-
-@patch
-def read_out(self:EnigmaModel, a, b): # what the last two streams say
-    return (a + b) / 2
-
-# %% ../../nbs/lm/30_model.ipynb #0d10ecc3
-@patch
-def forward(self:EnigmaModel, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-            use_cache=None, output_hidden_states=None, **kwargs): # features (B, T, d) of tokens (B, T) or of their embeddings
-    if (input_ids is None) == (inputs_embeds is None): raise ValueError("give either input_ids or inputs_embeds, got both or neither")
-    h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    use_cache = self.config.use_cache if use_cache is None else use_cache
-    if use_cache and past_key_values is None and not self.training: past_key_values = DynamicCache(config=self.config)
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    positions = token_positions(h, attention_mask, position_ids, past)
-    mask = create_causal_mask(self.config, h, attention_mask, past_key_values, position_ids)
-    h = self.encipher(h, positions)
-    *front, mask = self.sight(positions, h.dtype, mask, position_ids is None and past_key_values is None)
-    states = (h,) if (keep := output_hidden_states or self.config.output_hidden_states) else ()
-    for h in self.through_layers(h, positions, front, mask, past_key_values):
-        if keep: states = *states, h
-    return BaseModelOutputWithPast(last_hidden_state=self.decipher(self.norm(h), positions), past_key_values=past_key_values,
-        hidden_states=states if keep else None)
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                use_cache=None, output_hidden_states=None, **kwargs): # features (B, T, d) of tokens (B, T) or of their embeddings
+        if (input_ids is None) == (inputs_embeds is None): raise ValueError("give either input_ids or inputs_embeds, got both or neither")
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training: past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        positions = token_positions(h, attention_mask, position_ids, past)
+        mask = create_causal_mask(self.config, h, attention_mask, past_key_values, position_ids)
+        h = self.encipher(h, positions)
+        *front, mask = self.sight(positions, h.dtype, mask, position_ids is None and past_key_values is None)
+        states = (h,) if (keep := output_hidden_states or self.config.output_hidden_states) else ()
+        for h in self.through_layers(h, positions, front, mask, past_key_values):
+            if keep: states = *states, h
+        return BaseModelOutputWithPast(last_hidden_state=self.decipher(self.norm(h), positions), past_key_values=past_key_values,
+            hidden_states=states if keep else None)
 
 # %% ../../nbs/lm/30_model.ipynb #61a38d30
 class EnigmaForCausalLM(EnigmaPreTrainedModel, GenerationMixin):
