@@ -9,9 +9,10 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 train: .venv/ready          ## train the language model on builtin text, about three minutes
 	enigma-lab train train_enigma
 
+test: export OMP_NUM_THREADS ?= 1 # a process for each core
 test: .venv/ready           ## every notebook, then tests/
 	nbdev_test
-	pytest -q
+	pytest -q --numprocesses auto --dist loadfile --durations 10
 
 docs: .venv/ready           ## build the site and print its path
 	enigma-lab docs

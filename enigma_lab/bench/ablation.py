@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .interval import paired_differences
 from ..data.text import Windows
 from ..lab.launch import sweep
 from ..lab.runs import Run, checkout, finish_run, runs_root, start_run
@@ -121,7 +122,7 @@ def main(arguments:list[str]=()):
     parser.add_argument('--texts', nargs='+', default=list(TEXTS), choices=TEXTS)
     parser.add_argument('--variants', nargs='+', default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument('--parallel', type=int, default=1)
+    parser.add_argument('--parallel', type=int, default=1, help='cells at a time; 0: in this process')
     for name, default in dict(steps=150, preset='cpu', batch_size=4, max_chars=0, name='ablation').items():
         parser.add_argument(f'--{name}', type=type(default), default=default)
     given = parser.parse_args(arguments)
@@ -144,18 +145,14 @@ def results(name:str='ablation'): # a DataFrame of finished cells, perhaps empty
 def effects(
     table, # of cells: variant, text, seed, bits_per_token
 ): # a DataFrame: text, variant, bits, and the difference to 'none' with its 95 % interval
-    "What each variant gains over a plain transformer, paired by seed (Student's t)."
+    "What each variant gains over a plain transformer, paired by seed."
     import pandas as pd
-    from scipy import stats
     rows = []
     for text in dict.fromkeys(table.text):
         bits = table[table.text == text].pivot(index='seed', columns='variant', values='bits_per_token')
-        for variant in [v for v in VARIANTS if v in bits]:
-            gain = (bits['none'] - bits[variant]).dropna() if 'none' in bits else []
-            half = stats.t.ppf(.975, len(gain) - 1) * gain.std() / len(gain)**.5 if len(gain) > 1 else math.nan
-            rows.append({'text': text, 'variant': variant, 'bits per token': bits[variant].mean(), 'seeds': bits[variant].count()} |
-                        ({'gain': gain.mean(), 'from': gain.mean() - half, 'to': gain.mean() + half} if variant != 'none' and len(gain) else {}))
-    return pd.DataFrame(rows)
+        gains = paired_differences(-bits[[v for v in VARIANTS if v in bits]], 'none')
+        rows.append(gains.assign(text=text, mean=-gains['mean']).rename(columns={'mean': 'bits per token', 'difference': 'gain'}).rename_axis('variant').reset_index())
+    return pd.concat(rows)[['text', 'variant', 'bits per token', 'seeds', 'gain', 'from', 'to']].reset_index(drop=True)
 
 # %% ../../nbs/bench/20_ablation.ipynb #aa347bfb
 def conclusion(
@@ -163,7 +160,7 @@ def conclusion(
 )->str: # Markdown
     "A sentence by rule: a gain is one whose interval lies above 0."
     found = effects(table)
-    if 'gain' not in found or found.seeds.min() < 2: return 'No conclusion yet: fewer than two seeds are finished.'
+    if found.gain.isna().all() or found.seeds.min() < 2: return 'No conclusion yet: fewer than two seeds are finished.'
     say = lambda rows: ', '.join(f"{r.variant} ({r.gain:+.3f}, {r['from']:+.3f} to {r['to']:+.3f})" for _, r in rows.iterrows()) or 'no variant'
     lines = []
     for text, rows in found.groupby('text', sort=False):

@@ -10,6 +10,7 @@ import argparse, shutil, sys
 from dataclasses import asdict
 
 from .ablation import bits_per_token
+from .interval import paired_differences
 from ..data.text import Windows
 from ..lab.launch import sweep
 from ..lab.runs import Run, finish_run, runs_root, start_run
@@ -43,7 +44,7 @@ def main(arguments:list[str]=()): # of the command line
     "Train what is missing; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.grid', description=main.__doc__)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument('--parallel', type=int, default=1)
+    parser.add_argument('--parallel', type=int, default=1, help='cells at a time; 0: in this process')
     parser.add_argument('--rows', nargs='+', default=list(ROWS), choices=ROWS)
     for name, default in dict(steps=150, preset='cpu', max_chars=0, name='grid').items(): parser.add_argument(f'--{name}', type=type(default), default=default)
     given = parser.parse_args(arguments)
@@ -59,16 +60,11 @@ def results(name:str='grid')->list[Run]: # finished
     return sorted(found, key=lambda run: (list(ROWS).index(run.config['row']), run.config['seed']))
 
 def costs(runs:list[Run]): # a DataFrame: a line for each row
-    "Bits per token, and the difference to one stream with its 95 % interval, paired by seed (Student's t)."
+    "Bits per token, and the difference to one stream, paired by seed."
     import pandas as pd
-    from scipy import stats
     bits = pd.DataFrame([dict(row=run.config['row'], seed=run.config['seed'], bits=run.metrics['bits_per_token']) for run in runs]).pivot(index='seed', columns='row', values='bits')
-    lines = []
-    for row in [name for name in ROWS if name in bits]:
-        more = (bits[row] - bits['one stream']).dropna()
-        half = stats.t.ppf(.975, len(more) - 1) * more.std() / len(more)**.5 if len(more) > 1 else float('nan')
-        lines.append({'row': row, 'seeds': bits[row].count(), 'bits per token': bits[row].mean()} | ({} if row == 'one stream' else {'more than one stream': more.mean(), 'from': more.mean() - half, 'to': more.mean() + half}))
-    return pd.DataFrame(lines)
+    table = paired_differences(bits[[name for name in ROWS if name in bits]], 'one stream')
+    return table.rename(columns=dict(mean='bits per token', difference='more than one stream')).rename_axis('row').reset_index()
 
 def plot_losses(runs:list[Run]): # axes
     "Validation loss of every cell against tokens, a colour for each row."

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['ROWS', 'PEER', 'TRIAL_SEED', 'CASES', 'TIMED', 'PARTS', 'FULL', 'CUDA', 'SMALL', 'reachable', 'shape', 'build',
            'once', 'alternate', 'updates', 'measure_speed', 'writers', 'own_times', 'measure_generation', 'UpdateClock',
-           'train_once', 'best_rate', 'measure_quality', 'high_water', 'probe', 'measure_memory', 'median_interval',
-           'ratios', 'bits_at', 'untuned', 'scores', 'look_at_load', 'busy', 'summary', 'verdict', 'read_options',
-           'open_run', 'main']
+           'train_once', 'best_rate', 'measure_quality', 'high_water', 'probe', 'measure_memory', 'ratios', 'bits_at',
+           'untuned', 'scores', 'look_at_load', 'busy', 'summary', 'verdict', 'read_options', 'open_run', 'main']
 
 # %% ../../nbs/bench/30_lm.ipynb #0b2411e2
 import argparse, cProfile, json, math, os, pstats, subprocess, sys, tempfile, time
@@ -20,6 +19,7 @@ from transformers import TrainerCallback, set_seed
 
 from .ablation import RATES, narrowed
 from .gpu import flops_per_token, peak_flops
+from .interval import median_interval
 from .machine import sample_ms
 from ..data.text import Windows
 from ..lab.optimizer import make_optimizer
@@ -195,14 +195,6 @@ def measure_memory(run:Run, parts:Parts, rows=ROWS): # an open record; data and 
 
 # %% ../../nbs/bench/30_lm.ipynb #72e6af4e
 CASES = {'update': PEER, 'forward and backward': PEER, 'generation': 'GPT-2, HF generate'} # case -> what the others are divided by
-
-def median_interval(
-    x, # numbers
-)->tuple[float,float]: # from, to
-    "Where the median of the population lies, at 95 % confidence (binomial ranks, scipy); of fewer than six numbers the extremes."
-    from scipy import stats
-    low, high = stats.quantile_test(x, p=.5).confidence_interval(.95)
-    return (min(x) if math.isnan(low) else low), (max(x) if math.isnan(high) else high)
 
 def ratios(
     run:Run, # perhaps unfinished

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['rank', 'world_size', 'local_rank', 'check_processes', 'launch', 'quiet', 'same_signals', 'failure_text', 'cells',
-           'cell_name', 'task_name', 'task_command', 'check_task', 'locked', 'finished_run', 'run_cell', 'sweep',
-           'sweep_table']
+           'cell_name', 'task_name', 'task_command', 'check_task', 'locked', 'finished_run', 'run_here', 'run_cell',
+           'sweep', 'sweep_table']
 
 # %% ../../nbs/lab/20_launch.ipynb #b65ca87d
-import glob, hashlib, json, logging, os, signal, subprocess, sys, threading, time
+import glob, hashlib, json, logging, os, signal, subprocess, sys, threading, time, traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from inspect import Parameter, signature
+from importlib import import_module
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -151,7 +153,7 @@ def check_task(
         return check_parameters(task, names)
     module, _, function = task.partition(':')
     if not function: raise ValueError(f"a task is a notebook or 'module:function', got {task!r}")
-    known = signature(getattr(__import__(module, fromlist=[function]), function)).parameters
+    known = signature(getattr(import_module(module), function)).parameters
     if Parameter.VAR_KEYWORD in [p.kind for p in known.values()]: return
     if unknown := sorted(set(names) - known.keys()): raise ValueError(f"{function} has no parameter {unknown}; it has {list(known)}")
 
@@ -178,19 +180,35 @@ def finished_run(
     return found[0] if found else None
 
 # %% ../../nbs/lab/20_launch.ipynb #ceaffb10
+def run_here(
+    task:str, # 'module:function'
+    cell:dict, # with these parameters
+    log, # a file for what it says
+    env:dict, # environment variables
+)->int: # exit code
+    "Run a function as its own process would."
+    module, _, function = task.partition(':')
+    with patch.dict(os.environ, env), redirect_stdout(log), redirect_stderr(log):
+        try: getattr(import_module(module), function)(**cell)
+        except Exception: traceback.print_exc()
+        else: return 0
+    return 1
+
 def run_cell(
     task:str, # what to run
     cell:dict, # with these parameters
     folder:Path, # where the records lie
     name:str, # the cell's
     env:dict, # further environment variables
+    here:bool=False, # a function: in this process
 )->str: # '' when it finished, else the last line of what it said
-    "Run one cell in a process of its own."
+    "Run one cell, in a process of its own or here."
     path = next(p for i in range(1, 100) if not (p := folder/(name + f'+{i}'*(i > 1))).exists())
     path.mkdir(parents=True)
     env = {**os.environ, 'ENIGMA_RUNS': str(folder.parent), 'ENIGMA_RUN_DIR': str(path), **env}
     with open(folder.parent/f'{path.name}.log', 'w') as log:
-        code = subprocess.run(task_command(task, cell), stdout=log, stderr=subprocess.STDOUT, env=env).returncode
+        if here and not task.endswith('.ipynb'): code = run_here(task, cell, log, env)
+        else: code = subprocess.run(task_command(task, cell), stdout=log, stderr=subprocess.STDOUT, env=env).returncode
     said = [line for line in Path(log.name).read_text(errors='replace').splitlines() if line.strip()]
     return '' if Run(path).finished and not code else (said[-1] if said else f'exit code {code}')
 
@@ -199,7 +217,7 @@ def sweep(
     task:str, # a notebook's path, or 'module:function' of a function that leaves a finished run
     grid, # {parameter: values}, all combinations; or a list of dictionaries
     name:str, # of the sweep, a folder under runs/sweeps/
-    parallel:int=1, # cells at a time
+    parallel:int=1, # cells at a time; 0: in this process, to debug
     devices:list|None=None, # CUDA device of each slot; `None`: the CPU's cores are shared out
     show:Callable=print, # called with a line about each cell
     **fixed, # parameters of every cell
@@ -207,6 +225,7 @@ def sweep(
     "Run what is missing of a grid, and compare."
     todo = cells(grid, fixed)
     check_task(task, {k for cell in todo for k in cell})
+    here, parallel = not parallel, max(1, parallel)
     if devices is not None and len(devices) != parallel: raise ValueError(f"devices gives each slot its own, got {devices} for parallel={parallel}")
     varied = [k for k in todo[-1] if k not in fixed]
     folder = runs_root()/'sweeps'/name/task_name(task)
@@ -220,7 +239,7 @@ def sweep(
         slot, start = slots.pop(), time.monotonic()
         if not finished_run(folder, label):
             env = dict(CUDA_VISIBLE_DEVICES=str(devices[slot])) if devices else {k: os.environ.get(k, threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
-            failures[label] = run_cell(task, cell, folder, label, env)
+            failures[label] = run_cell(task, cell, folder, label, env, here)
         slots.append(slot); done += 1
         show(f"[{done}/{len(todo)}] {label}  {time.monotonic() - start:.0f} s  {'failed: ' + failures[label] if failures.get(label) else 'finished'}")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .bijection import check_width
 from .grid import snap, snapped
 from .reflector import SwapHalves, swap_halves
-from .rotor import charts, signed_permutation
+from .rotor import Wired, charts
 
 # %% ../../nbs/machine/49_exact.ipynb #955c1357
 WEIGHT = 2**-20 # the step of fixed-point weights
@@ -51,18 +51,15 @@ def unlift(
     return BlockwiseInverse.apply(y, L)
 
 # %% ../../nbs/machine/49_exact.ipynb #8de3b588
-class Lifted(nn.Module):
+class Lifted(Wired):
     "Matrices `P diag(sign) L U`, both unit triangular, as bijections of the grid: two lifts (Calderbank et al., 1998)."
     def __init__(self,
         dim:int, # channels
         count:int=1, # matrices
         seed:int=0, # of the fixed permutation and signs, which all `count` share
     ):
-        super().__init__()
+        super().__init__(dim, seed)
         self.packed = nn.Parameter(torch.zeros(count, 2, dim*(dim-1)//2))
-        permutation, sign = signed_permutation(dim, seed)
-        self.register_buffer('permutation', permutation)
-        self.register_buffer('sign', sign)
 
     def factors(self, k:int)->tuple[Tensor,Tensor]: # strictly lower triangular (dim, dim), twice
         dim, packed = len(self.sign), snap(self.packed[k].double(), WEIGHT)

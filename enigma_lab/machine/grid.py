@@ -20,7 +20,8 @@ def snapped(
 )->Tensor: # float32, or float64 where `x` is
     "The nearest points of the grid, without gradient."
     wide = x if x.dtype == torch.float64 else x.float()
-    return (wide / grid).round_().mul_(grid)
+    large = 1.5 * grid / torch.finfo(wide.dtype).eps
+    return (wide + large).sub_(large)
 
 class StraightThrough(torch.autograd.Function):
     "`snapped`, whose gradient passes straight through."

@@ -121,7 +121,7 @@ class Coupling(Step):
     def add(self, a, s, out): # the stream that changes
         if out.shape != a.shape: raise ValueError(f"{type(self.module).__name__} must keep the shape of its stream, {tuple(a.shape)}, got {tuple(out.shape)}")
         y = (a if s is None else s*a) + (out if not self.grid else snap(out, self.grid) if torch.is_grad_enabled() else snapped(out, self.grid))
-        if self.peak is not None: self.peak.copy_(torch.linalg.vector_norm(y.detach(), torch.inf))
+        if self.peak is not None: torch.linalg.vector_norm(y.detach(), torch.inf, out=self.peak)
         return y
 
     def plain(self, a, b): # as autograd does it, storing everything
