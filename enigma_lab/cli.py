@@ -141,7 +141,7 @@ def train(
 # %% ../nbs/cli.ipynb #db3ac7d3
 @command('lm')
 def tokenizer(
-    data:str, # 'auto', a file, a folder, or a hub id
+    data:str, # 'auto', 'tasks', a file, a folder, or a hub id
     out:str, # a new folder
     *,
     max_vocab:int=0, # rows at most; 0: a row for each character

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['readers', 'suffixes', 'docstrings', 'builtin_documents', 'read_bytes', 'as_text', 'text_column', 'pick_text',
-           'parquet_rows', 'json_rows', 'read_file', 'hub_documents', 'disk_documents', 'read_source', 'digest',
-           'drop_duplicates', 'split_text', 'split_documents', 'Corpus', 'up_to', 'load_text', 'keep_splits',
-           'encode_texts', 'cache_dir', 'encode_documents', 'Windows', 'restarting_positions']
+           'parquet_rows', 'json_rows', 'read_rows', 'read_file', 'hub_rows', 'hub_documents', 'task_documents',
+           'disk_documents', 'read_source', 'digest', 'drop_duplicates', 'split_text', 'split_documents', 'Corpus',
+           'up_to', 'load_text', 'keep_splits', 'encode_texts', 'cache_dir', 'encode_documents', 'Windows',
+           'restarting_positions']
 
 # %% ../../nbs/data/10_text.ipynb #dce0d7de
 import ast, bz2, csv, gzip, hashlib, io, json, lzma, os, re, sys, sysconfig, time
@@ -101,28 +102,47 @@ readers = {
     '.csv': lambda data, name: list(csv.DictReader(io.StringIO(as_text(data, name))))}
 suffixes = sorted(readers)
 
-def read_file(
+def read_rows(
     path:str|Path, # .txt .jsonl .json .csv .parquet, also .gz .bz2 .xz .zst
-)->list[str]: # documents: the whole .txt, each row of the others
-    "Documents of one file."
+)->list[dict]: # the whole .txt as one row, each row of the others
+    "Rows of one file."
     data, suffix = read_bytes(Path(path))
     if suffix not in readers: raise ValueError(f"a data file must end in one of {suffixes}, perhaps compressed, got {Path(path).name}")
-    try: rows = readers[suffix](data, Path(path).name)
+    try: return readers[suffix](data, Path(path).name)
     except json.JSONDecodeError as e: raise ValueError(f"{Path(path).name} must hold JSON, got {e}") from None
-    return list(pick_text(rows, Path(path).name))
+
+def read_file(
+    path:str|Path, # as for `read_rows`
+)->list[str]: # documents
+    "Documents of one file."
+    return list(pick_text(read_rows(path), Path(path).name))
 
 # %% ../../nbs/data/10_text.ipynb #4a1f6198
-def hub_documents(
+def hub_rows(
     name:str, # 'owner/dataset' or 'owner/dataset:config'
     split:str='train', # the dataset's own split
-)->Iterator[str]: # one at a time
-    "Stream the texts of a dataset on the hub."
+)->Iterator[dict]: # one at a time
+    "Stream the rows of a dataset on the hub."
     try: from datasets import load_dataset
     except ImportError: raise ImportError("hub data needs the datasets library: pip install 'enigma_lab[lm]'") from None
     dataset, _, config = name.partition(':')
-    try: yield from pick_text(load_dataset(dataset, config or None, split=split, streaming=True), name)
+    try: yield from load_dataset(dataset, config or None, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as e:
-        raise ConnectionError(f"data must be 'auto', a file, a folder, or a dataset the hub can deliver, got {name!r}: {type(e).__name__}: {str(e)[:200]}") from e
+        raise ConnectionError(f"data must be 'auto', 'tasks', a file, a folder, or a dataset the hub can deliver, got {name!r}: {type(e).__name__}: {str(e)[:200]}") from e
+
+def hub_documents(
+    name:str, # as for `hub_rows`
+)->Iterator[str]: # one at a time
+    "Stream the texts of a dataset on the hub."
+    return pick_text(hub_rows(name), name)
+
+def task_documents()->dict[str,list[str]]: # split -> documents
+    "The built-in documents, and every question of the tasks with its answer."
+    from enigma_lab.data.tasks import task_rows
+    parts = split_documents(drop_duplicates(builtin_documents())[0])
+    for split, documents in parts.items():
+        documents += ['\n'.join((row['instruction'], row['input'], row['output'])) for row in task_rows(split, 1000 if split == 'train' else 40)]
+    return parts
 
 def disk_documents(
     path:Path, # a folder made by datasets' save_to_disk
@@ -134,11 +154,12 @@ def disk_documents(
     return {split: list(pick_text(rows, path.name)) for split, rows in (saved.items() if hasattr(saved, 'items') else [('', saved)])}
 
 def read_source(
-    data:str, # 'auto', a file, a folder, or a hub id
+    data:str, # 'auto', 'tasks', a file, a folder, or a hub id
 )->dict[str,Iterable[str]]: # split -> documents; the key '' for documents yet to be split
     "Documents of any source, in the order found."
     path = Path(data).expanduser()
     if data == 'auto': return {'': builtin_documents()}
+    if data == 'tasks': return task_documents()
     if path.is_file(): return {'': read_file(path)}
     if (path/'dataset_dict.json').is_file() or (path/'dataset_info.json').is_file(): return disk_documents(path)
     if path.is_dir():
@@ -147,7 +168,7 @@ def read_source(
         return {'': [document for f in files for document in read_file(f)]}
     if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?', data) and not set(path.suffixes) & {*suffixes, '.gz', '.xz', '.zst', '.bz2'}:
         return {'': hub_documents(data)}
-    raise FileNotFoundError(f"data must be 'auto', an existing file or folder, or a hub id 'owner/name', got {data!r}")
+    raise FileNotFoundError(f"data must be 'auto', 'tasks', an existing file or folder, or a hub id 'owner/name', got {data!r}")
 
 # %% ../../nbs/data/10_text.ipynb #fdbd2329
 def digest(text:str)->str:
@@ -221,7 +242,7 @@ def up_to(
         if max_chars and total >= max_chars: return
 
 def load_text(
-    data:str='auto', # 'auto', a file, a folder, or a hub id
+    data:str='auto', # 'auto', 'tasks', a file, a folder, or a hub id
     max_chars:int|None=None, # read no more than this; `None`: everything (a hub stream: 200 million)
 )->Corpus: # without exact duplicates, split by document
     "Read, deduplicate and split a text source."

@@ -28,7 +28,7 @@ from .tokenizer import load_tokenizer
 class TrainConfig(TrainingConfig):
     "A language model's training: data, shape and recipe."
     preset:str = 'cpu' # shape of the model, see `lm.model.presets`
-    data:str = 'auto' # 'auto', a file, a folder, or a hub id
+    data:str = 'auto' # 'auto', 'tasks', a file, a folder, or a hub id
     max_chars:int = 0 # read no more of the data; 0: all
     isolate:bool = False # documents of a window do not see each other
     tokenizer:str = 'auto' # 'auto' (characters of the training text), a saved tokenizer's folder, or a vocab.txt of BERT's
