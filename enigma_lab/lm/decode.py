@@ -117,10 +117,11 @@ class Memory:
 
     def get_seq_length(self): return self.tokens
 
-    def update(self, k, v, layer): # (B, H, T, W) of a prompt, as the modules make them -> the same
-        self.keys[layer][:, :, :k.shape[2]] = k
-        self.values[layer][:, :, :k.shape[2], self.own] = v[..., :self.D]
-        return k, v
+    def update(self, k, v, layer): # (B, H, T, W) of new tokens, as the modules make them -> of all tokens so far, likewise
+        t, end = self.tokens, self.tokens + k.shape[2]
+        self.keys[layer][:, :, t:end], self.values[layer][:, :, t:end, self.own] = k, v[..., :self.D]
+        if not t: return k, v
+        return self.keys[layer][:, :, :end], F.pad(self.values[layer][:, :, :end, self.own], (0, v.shape[-1] - self.D))
 
     def take(self, rows): # int64 (B,), which row of the batch each row goes on from
         self.all[..., :self.tokens, :] = self.all[:, :, rows, :, :self.tokens]
@@ -164,18 +165,19 @@ class Decoder:
 # %% ../../nbs/lm/35_decode.ipynb #f45bbc86
 @torch.no_grad()
 def prefill(
-    decoder:Decoder, # empty
+    decoder:Decoder, # empty, or with tokens that come before
     prompt:Tensor, # (B, T) int64
 )->Tensor: # (B, V)
-    "Read a prompt through the model's modules; the logits after it."
-    base, memory, T, mask = decoder.model.model, decoder.memory, prompt.shape[1], None
-    positions = memory.positions[:, :T]
-    if memory.padded:
-        mask = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril() & memory.seen[:, None, None, :T]
+    "Read several tokens through the model's modules; the logits after them."
+    base, memory, t, end, mask = decoder.model.model, decoder.memory, decoder.memory.tokens, decoder.memory.tokens + prompt.shape[1], None
+    if end > memory.limit: raise ValueError(f"a decoder remembers limit={memory.limit} tokens, got {end}")
+    positions = memory.positions[:, t:end]
+    if t or memory.padded:
+        mask = torch.ones(end - t, end, dtype=torch.bool, device=prompt.device).tril(t) & memory.seen[:, None, None, :end]
     with torch.autocast(prompt.device.type, decoder.dtype, enabled=decoder.dtype != torch.float32):
         h = base.encipher(base.embed_tokens(prompt), positions)
         for h in base.through_layers(h, positions, alibi_fronts(base.config, positions, h.dtype), mask, memory): pass
-        memory.tokens = T
+        memory.tokens = end
         return decoder.model.lm_head(base.decipher(base.norm(h[:, -1:]), positions[:, -1:]))[:, 0].float()
 
 # %% ../../nbs/lm/35_decode.ipynb #b08e11a4
