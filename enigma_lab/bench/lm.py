@@ -254,8 +254,13 @@ def look_at_load(run:Run, part:str=''): # an open record; what is measured, empt
     run.log(case='load', beside=part, load_1min=load, cores=env['cores'], threads=env['threads'], loaded=load > .5*env['cores'] + env['threads'], git_sha=env['git_sha'])
 
 def busy(run:Run, *parts)->bool: # a record; of PARTS
-    "Whether other work ran beside one of some parts."
-    return any(line.get('loaded') and line.get('beside', '') in ('', *parts) for line in run.history)
+    "Whether other work ran beside one of some parts; a look before and after which nothing was measured says nothing."
+    h = run.history
+    looks = [i for i, line in enumerate(h) if line.get('case') == 'load']
+    for i, j in zip(looks, [*looks[1:], len(h)]):
+        ends = [h[i], *(h[j:j+1] if j < len(h) and h[j].get('beside') == h[i].get('beside') else [])]
+        if j - i > 1 and h[i].get('beside', '') in ('', *parts) and any(look['loaded'] for look in ends): return True
+    return False
 
 def summary(run:Run)->dict: # ready for metrics.json
     "Every table's numbers under flat names; what diverged is missing."
