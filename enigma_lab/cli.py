@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line', 'explain', 'main',
-           'find_notebook', 'train', 'tokenizer', 'load_model', 'generate', 'certify', 'run_line', 'runs', 'docs',
-           'bench_names', 'bench']
+           'find_notebook', 'train', 'tokenizer', 'load_model', 'generate', 'questions', 'chat', 'certify', 'run_line',
+           'runs', 'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #4e3dd18e
 import argparse, importlib, inspect, os, pkgutil, shutil, sys
@@ -185,6 +185,44 @@ def generate(
     for piece in stream(model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         print(piece, end='', flush=True)
     print()
+
+# %% ../nbs/cli.ipynb #47c609ce
+def questions():
+    "What is typed, line by line, until an empty line or the end."
+    while True:
+        try: line = input('> ' if sys.stdin.isatty() else '')
+        except (EOFError, KeyboardInterrupt): return
+        if not line.strip(): return
+        yield line
+
+@command('lm')
+def chat(
+    run:str='', # of train_lora; '' or -: the newest
+    *,
+    system:str='', # said before everything else
+    max_new_tokens:int=200, # of a reply, at most
+    temperature:float=0., # 0: always the likeliest token
+    top_k:int=0, # choose among the k likeliest; 0: among all
+    top_p:float=1., # choose among the likeliest that hold this probability
+    seed:int=0, # of the choices
+):
+    "Talk to a tuned model."
+    from enigma_lab.lab.runs import find_run
+    found = find_run('' if run == '-' else run, 'train_lora')
+    from enigma_lab.lm.generate import Reading, stream_reply
+    from enigma_lab.lm.lora import load_adapted
+    model, tokenizer = load_adapted(found)
+    memory, messages = Reading(model), [dict(role='system', content=system)]*bool(system)
+    for line in questions():
+        messages.append(dict(role='user', content=line))
+        said = ''
+        try:
+            for piece in stream_reply(model, tokenizer, messages, memory, max_new_tokens, temperature, top_k, top_p, seed=seed):
+                said += piece
+                print(piece, end='', flush=True)
+        except KeyboardInterrupt: pass
+        print()
+        messages.append(dict(role='assistant', content=said))
 
 # %% ../nbs/cli.ipynb #0998bb7b
 @command('lm')
