@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'HANZI', 'DAYS', 'DIGITS', 'FAMILIES', 'split_of', 'word', 'letters_or_hanzi', 'shift', 'numeral', 'Family',
-           'family', 'copy', 'double', 'upper', 'lower', 'first', 'last', 'spell', 'to_hanzi', 'to_digits', 'lookup',
+           'questions', 'copy', 'double', 'upper', 'lower', 'first', 'last', 'spell', 'to_hanzi', 'to_digits', 'lookup',
            'reverse', 'length', 'vowels', 'replace', 'successor', 'day_after', 'add', 'larger', 'to_numeral', 'sort',
            'subtract', 'from_numeral', 'count', 'palindrome', 'caesar', 'enigma', 'draw_one', 'task_rows',
            'exact_match', 'tasks_digest']
@@ -61,7 +61,7 @@ class Family:
 
 FAMILIES = {} # by name, in the order of their making
 
-def family(
+def questions(
     tier:str, # 'easy', 'medium' or 'hard'
     en:tuple, # wordings
     zh:tuple, # the same in Chinese
@@ -73,34 +73,34 @@ def family(
     return declare
 
 # %% ../../nbs/data/28_tasks.ipynb #fd37164e
-@family('easy', ('Repeat the word.', 'Write this word again.', 'Copy what follows.'), ('重复这个词。', '把这个词再写一遍。', '照抄下面的内容。'))
+@questions('easy', ('Repeat the word.', 'Write this word again.', 'Copy what follows.'), ('重复这个词。', '把这个词再写一遍。', '照抄下面的内容。'))
 def copy(rng, n): w = letters_or_hanzi(rng, n); return w, w
 
-@family('easy', ('Write the word twice.', 'Say it two times.'), ('把这个词写两遍。', '连写两次。'))
+@questions('easy', ('Write the word twice.', 'Say it two times.'), ('把这个词写两遍。', '连写两次。'))
 def double(rng, n): w = letters_or_hanzi(rng, n); return w, w + w
 
-@family('easy', ('Write it in capital letters.', 'Change to upper case.'), ('改成大写字母。', '用大写写出来。'))
+@questions('easy', ('Write it in capital letters.', 'Change to upper case.'), ('改成大写字母。', '用大写写出来。'))
 def upper(rng, n): w = word(rng, n); return w, w.upper()
 
-@family('easy', ('Write it in small letters.', 'Change to lower case.'), ('改成小写字母。', '用小写写出来。'))
+@questions('easy', ('Write it in small letters.', 'Change to lower case.'), ('改成小写字母。', '用小写写出来。'))
 def lower(rng, n): w = word(rng, n); return w.upper(), w
 
-@family('easy', ('What is the first letter?', 'Give the first character.'), ('第一个字是什么？', '写出第一个字符。'))
+@questions('easy', ('What is the first letter?', 'Give the first character.'), ('第一个字是什么？', '写出第一个字符。'))
 def first(rng, n): w = letters_or_hanzi(rng, n); return w, w[0]
 
-@family('easy', ('What is the last letter?', 'Give the last character.'), ('最后一个字是什么？', '写出最后一个字符。'))
+@questions('easy', ('What is the last letter?', 'Give the last character.'), ('最后一个字是什么？', '写出最后一个字符。'))
 def last(rng, n): w = letters_or_hanzi(rng, n); return w, w[-1]
 
-@family('easy', ('Spell the word.', 'Put a hyphen between the letters.'), ('拼写这个词。', '用连字符隔开每个字。'))
+@questions('easy', ('Spell the word.', 'Put a hyphen between the letters.'), ('拼写这个词。', '用连字符隔开每个字。'))
 def spell(rng, n): w = letters_or_hanzi(rng, n); return w, '-'.join(w)
 
-@family('easy', ('Write each digit in Chinese.', 'Turn the digits into Chinese characters.'), ('用汉字写出每个数字。', '把数字逐个换成汉字。'))
+@questions('easy', ('Write each digit in Chinese.', 'Turn the digits into Chinese characters.'), ('用汉字写出每个数字。', '把数字逐个换成汉字。'))
 def to_hanzi(rng, n): d = ''.join(rng.choices('0123456789', k=n)); return d, ''.join(DIGITS[int(c)] for c in d)
 
-@family('easy', ('Write each character as a digit.', 'Turn the Chinese characters into digits.'), ('用数字写出每个字。', '把汉字逐个换成数字。'))
+@questions('easy', ('Write each character as a digit.', 'Turn the Chinese characters into digits.'), ('用数字写出每个字。', '把汉字逐个换成数字。'))
 def to_digits(rng, n): d = ''.join(rng.choices('0123456789', k=n)); return ''.join(DIGITS[int(c)] for c in d), d
 
-@family('easy', ('Look it up: what belongs to {key}?', 'Which number has {key}?'), ('查一查：{key}对应什么？', '{key}的数字是几？'))
+@questions('easy', ('Look it up: what belongs to {key}?', 'Which number has {key}?'), ('查一查：{key}对应什么？', '{key}的数字是几？'))
 def lookup(rng, n):
     keys = [word(rng, 3) for _ in range(2 + (n > 5))]
     numbers = [str(rng.randrange(10, 100)) for _ in keys]
@@ -108,61 +108,61 @@ def lookup(rng, n):
     return ', '.join(f'{k}={v}' for k, v in zip(keys, numbers)), numbers[keys.index(keys[asked])], dict(key=keys[asked])
 
 # %% ../../nbs/data/28_tasks.ipynb #e21fb113
-@family('medium', ('Write it backwards.', 'Reverse the word.'), ('倒着写。', '把这个词反过来。'))
+@questions('medium', ('Write it backwards.', 'Reverse the word.'), ('倒着写。', '把这个词反过来。'))
 def reverse(rng, n): w = letters_or_hanzi(rng, n); return w, w[::-1]
 
-@family('medium', ('How many letters are there?', 'Count the characters.'), ('有几个字？', '数一数有多少个字符。'))
+@questions('medium', ('How many letters are there?', 'Count the characters.'), ('有几个字？', '数一数有多少个字符。'))
 def length(rng, n): w = letters_or_hanzi(rng, n); return w, str(len(w))
 
-@family('medium', ('Keep the vowels only.', 'Write only a, e, i, o and u.'), ('只保留元音。', '只写出元音字母。'))
+@questions('medium', ('Keep the vowels only.', 'Write only a, e, i, o and u.'), ('只保留元音。', '只写出元音字母。'))
 def vowels(rng, n): w = word(rng, n); return w, ''.join(c for c in w if c in 'aeiou')
 
-@family('medium', ('Replace every {old} by {new}.', 'Write {new} instead of {old}.'), ('把每个{old}换成{new}。', '用{new}代替{old}。'))
+@questions('medium', ('Replace every {old} by {new}.', 'Write {new} instead of {old}.'), ('把每个{old}换成{new}。', '用{new}代替{old}。'))
 def replace(rng, n):
     w, new = word(rng, n), rng.choice('aeiou')
     old = rng.choice(w)
     return w, w.replace(old, new), dict(old=old, new=new)
 
-@family('medium', ('Give the next letter for each letter.', 'Move each letter on by one.'), ('写出每个字母的下一个字母。', '每个字母往后移一位。'))
+@questions('medium', ('Give the next letter for each letter.', 'Move each letter on by one.'), ('写出每个字母的下一个字母。', '每个字母往后移一位。'))
 def successor(rng, n): w = word(rng, n); return w, shift(w, 1)
 
-@family('medium', ('Which day comes {k} days after this one?', 'What day is it {k} days later?'), ('这一天之后{k}天是星期几？', '再过{k}天是星期几？'))
+@questions('medium', ('Which day comes {k} days after this one?', 'What day is it {k} days later?'), ('这一天之后{k}天是星期几？', '再过{k}天是星期几？'))
 def day_after(rng, n):
     day, k = rng.randrange(7), rng.randrange(1, 10*n)
     return {lang: names[day] for lang, names in DAYS.items()}, {lang: names[(day + k) % 7] for lang, names in DAYS.items()}, dict(k=k)
 
-@family('medium', ('Add the numbers.', 'What is the sum?'), ('把这两个数相加。', '和是多少？'))
+@questions('medium', ('Add the numbers.', 'What is the sum?'), ('把这两个数相加。', '和是多少？'))
 def add(rng, n): a, b = rng.randrange(100), rng.randrange(100); return f'{a} + {b}', str(a + b)
 
-@family('medium', ('Which number is larger?', 'Give the greater number.'), ('哪个数更大？', '写出较大的数。'))
+@questions('medium', ('Which number is larger?', 'Give the greater number.'), ('哪个数更大？', '写出较大的数。'))
 def larger(rng, n): a, b = rng.sample(range(1000), 2); return f'{a}, {b}', str(max(a, b))
 
-@family('medium', ('Write the number in Chinese numerals.', 'How is this number read in Chinese?'), ('用中文数字写出这个数。', '这个数怎么读？'))
+@questions('medium', ('Write the number in Chinese numerals.', 'How is this number read in Chinese?'), ('用中文数字写出这个数。', '这个数怎么读？'))
 def to_numeral(rng, n): k = rng.randrange(1000); return str(k), numeral(k)
 
 # %% ../../nbs/data/28_tasks.ipynb #492e68ed
-@family('hard', ('Sort the letters.', 'Put the letters in alphabetical order.'), ('把字母排序。', '按字母顺序排列。'))
+@questions('hard', ('Sort the letters.', 'Put the letters in alphabetical order.'), ('把字母排序。', '按字母顺序排列。'))
 def sort(rng, n): w = word(rng, n); return w, ''.join(sorted(w))
 
-@family('hard', ('Subtract the second number from the first.', 'What is the difference?'), ('用第一个数减去第二个数。', '差是多少？'))
+@questions('hard', ('Subtract the second number from the first.', 'What is the difference?'), ('用第一个数减去第二个数。', '差是多少？'))
 def subtract(rng, n): a, b = sorted((rng.randrange(1000), rng.randrange(1000)), reverse=True); return f'{a} - {b}', str(a - b)
 
-@family('hard', ('Write the Chinese numeral in digits.', 'Which number is this?'), ('用阿拉伯数字写出这个数。', '这是哪个数？'))
+@questions('hard', ('Write the Chinese numeral in digits.', 'Which number is this?'), ('用阿拉伯数字写出这个数。', '这是哪个数？'))
 def from_numeral(rng, n): k = rng.randrange(10_000); return numeral(k), str(k)
 
-@family('hard', ('How often does {letter} occur?', 'Count the letter {letter}.'), ('{letter}出现了几次？', '数一数有几个{letter}。'))
+@questions('hard', ('How often does {letter} occur?', 'Count the letter {letter}.'), ('{letter}出现了几次？', '数一数有几个{letter}。'))
 def count(rng, n): w = word(rng, 2*n); letter = rng.choice(w); return w, str(w.count(letter)), dict(letter=letter)
 
-@family('hard', ('Is it a palindrome?', 'Does it read the same backwards?'), ('这是回文吗？', '倒着读一样吗？'))
+@questions('hard', ('Is it a palindrome?', 'Does it read the same backwards?'), ('这是回文吗？', '倒着读一样吗？'))
 def palindrome(rng, n):
     w, half = word(rng, n), rng.random() < .5
     if half: w = w[:(n + 1)//2] + w[:n//2][::-1]
     return w, dict(en='yes', zh='是') if w == w[::-1] else dict(en='no', zh='不是')
 
-@family('hard', ('Encipher with Caesar, shift {k}.', "Caesar's cipher with key {k}."), ('用凯撒密码加密，位移{k}。', '凯撒密码，密钥{k}。'))
+@questions('hard', ('Encipher with Caesar, shift {k}.', "Caesar's cipher with key {k}."), ('用凯撒密码加密，位移{k}。', '凯撒密码，密钥{k}。'))
 def caesar(rng, n): w, k = word(rng, n), rng.randrange(2, 26); return w, shift(w, k), dict(k=k)
 
-@family('hard', ('Encipher with the Enigma, wheels I II III, reflector B, positions {start}.', 'Enigma I II III, B, start {start}.'),
+@questions('hard', ('Encipher with the Enigma, wheels I II III, reflector B, positions {start}.', 'Enigma I II III, B, start {start}.'),
     ('用恩尼格玛加密，转子 I II III，反射器 B，起始位置 {start}。', '恩尼格玛 I II III，B，起始 {start}。'))
 def enigma(rng, n):
     from enigma_lab.machine.history import EnigmaMachine # letters and wires, no network
