@@ -1,0 +1,121 @@
+"The chat page and the lampboard in a real JupyterLab, used as a person does."
+import json, re
+
+import pytest
+from playwright.sync_api import expect
+
+from enigma_lab.apps.chat import load_voices
+from enigma_lab.lm.generate import stream_reply
+from enigma_lab.machine.history import EnigmaMachine
+from jupyter_lab import WAIT, browser, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
+
+WATCH = """log => {
+    window.seen = []
+    new MutationObserver(() => window.seen.push(log.textContent)).observe(log, {childList: true, subtree: true, characterData: true})
+}"""
+QUICK_HAND = """log => {  // the toy is done before a hand could move: Stop is clicked as soon as the reply grows
+    const begun = new MutationObserver(() => {
+        if (!document.querySelector('.chat-stop').disabled && log.querySelectorAll('div > div > div').length > 0) { begun.disconnect(); document.querySelector('.chat-stop').click(); window.clicked = true }
+    })
+    begun.observe(log, {childList: true, subtree: true, characterData: true})
+}"""
+INJECTION = '<img src=x onerror="window.hacked = true"><script>window.hacked = true</script>'
+
+@pytest.fixture(scope='module')
+def chat(lab, browser): # noqa: F811
+    with opened(lab, browser, '10_chat.ipynb', '.chat-input textarea') as page:
+        page.locator('.chat-log').evaluate(WATCH)
+        page.get_by_text('model and knobs').click()
+        yield page
+
+def long_seed(question, tokens):
+    "A seed at which the toy says so many tokens or more."
+    voice = load_voices()[0]
+    def said(seed): return len(list(stream_reply(voice.model, voice.tokenizer, [dict(role='user', content=question)], temperature=1., max_new_tokens=200, seed=seed)))
+    return next(seed for seed in range(100) if said(seed) >= tokens)
+
+def ask(page, text):
+    page.evaluate('window.seen = []')
+    page.locator('.chat-input textarea').fill(text)
+    page.locator('.chat-input textarea').press('Enter')
+
+def ended(page): expect(page.locator('.chat-stop')).to_be_disabled(timeout=WAIT); return page.locator('.chat-log').inner_text()
+
+def test_a_reply_streams(chat, tmp_path, monkeypatch):
+    monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path)) # where no run is
+    assert 'untrained toy' in chat.locator('.chat-meter').inner_text()
+    for name, value in dict(temperature=1, characters=200, seed=long_seed('the fox', 80)).items(): set_knob(chat, name, value)
+    ask(chat, 'the fox')
+    chat.wait_for_function('window.seen.length > 5')
+    ended(chat)
+    seen = chat.evaluate('window.seen')
+    assert len(set(map(len, seen))) > 5 and 'the fox' in seen[-1]
+    assert re.search(r'\d+ tokens/s · context \d+ of 256', chat.locator('.chat-meter').inner_text())
+
+def test_regenerate_says_the_same(chat):
+    before = ended(chat)
+    chat.evaluate('window.seen = []')
+    chat.locator('.chat-again').click()
+    chat.wait_for_function('window.seen.length > 5')
+    assert ended(chat) == before # the same seed
+
+def test_stop_in_the_middle(chat):
+    whole = ended(chat)
+    chat.locator('.chat-log').evaluate(QUICK_HAND)
+    chat.locator('.chat-again').click()
+    chat.wait_for_function('window.clicked')
+    stopped = ended(chat)
+    assert len(stopped) < len(whole) and whole.startswith(stopped.rstrip('\ufffd \n'))
+
+def test_shift_enter_begins_a_new_line(chat):
+    area = chat.locator('.chat-input textarea')
+    area.fill('one'); area.press('Shift+Enter'); area.type('two')
+    assert area.input_value() == 'one\ntwo'
+    area.fill('')
+
+def test_markup_is_text_and_the_export_holds_it(chat):
+    set_knob(chat, 'characters', 5)
+    ask(chat, INJECTION)
+    expect(chat.locator('.chat-log')).to_contain_text('<img src=x')
+    ended(chat)
+    assert chat.evaluate('window.hacked') is None and chat.locator('.chat-log img, .chat-log script').count() == 0
+    with chat.expect_download() as saved: chat.locator('.chat-export').click()
+    turns = json.loads(saved.value.path().read_text(encoding='utf-8'))['turns']
+    assert [turn['user'] for turn in turns] == ['the fox', INJECTION] and all(turn['replies'] for turn in turns)
+
+def test_narrow_and_dark(chat):
+    chat.set_viewport_size(dict(width=800, height=900))
+    log = chat.locator('.chat-log')
+    assert log.evaluate('log => log.scrollWidth <= log.clientWidth + 1'), 'a long line is cut off'
+    chat.set_viewport_size(dict(width=1400, height=1000))
+
+def test_clear(chat):
+    chat.locator('.chat-clear').click()
+    expect(chat.locator('.chat-log')).not_to_contain_text('the fox')
+    assert no_cell_failed(chat)
+
+
+# the lampboard
+
+@pytest.fixture(scope='module')
+def board(lab, browser): # noqa: F811
+    with opened(lab, browser, '30_lampboard.ipynb', '.board-lamps') as page: yield page
+
+def test_keys_and_lamps(board):
+    app = board.locator('.jp-OutputArea', has=board.locator('.board-lamps')).last
+    for _ in range(3): app.get_by_role('button', name='A', exact=True).click()
+    expect(board.locator('.board-paper b')).to_have_text(EnigmaMachine().encipher('AAA'))
+    assert board.locator('.board-lamps').evaluate("lamps => [...lamps.querySelectorAll('span')].filter(s => s.style.background).map(s => s.textContent)") == [EnigmaMachine().encipher('AAA')[-1]]
+
+def test_a_message_and_back(board):
+    app = board.locator('.jp-OutputArea', has=board.locator('.board-lamps')).last
+    app.get_by_role('button', name='Reset').click()
+    expect(board.locator('.board-paper b')).to_have_text('')
+    board.locator('.board-message textarea').fill('attack at dawn')
+    board.locator('.board-message textarea').blur()
+    board.locator('.board-go').click()
+    secret = EnigmaMachine().encipher('ATTACKATDAWN')
+    expect(board.locator('.board-paper b')).to_have_text(f'{secret[:5]} {secret[5:10]} {secret[10:]}')
+    app.get_by_role('button', name='Neural Enigma').click()
+    expect(board.locator('.board-note')).to_contain_text('every bit came back')
+    assert no_cell_failed(board)
