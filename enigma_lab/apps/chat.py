@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUT_JS', 'Voice', 'tuned_runs', 'load_voices', 'Conversation', 'new_conversation', 'newest_conversation', 'bubble',
-           'chat_html', 'export_link', 'speak', 'input_field', 'chat_app']
+           'chat_html', 'export_link', 'speak', 'input_field', 'chat_knobs', 'ChatApp', 'chat_app']
 
 # %% ../../nbs/apps/10_chat.ipynb #292ab915
 import asyncio, base64, html, json, time
@@ -26,10 +26,11 @@ class Voice:
         from enigma_lab.lm.generate import Reading
         self.memory = Reading(self.model)
 
+# %% ../../nbs/apps/10_chat.ipynb #3e89a037
 def tuned_runs()->list[str]: # names, the newest first
     "Runs of train_lora that can be talked to, and the showcase's."
     from enigma_lab.lab.runs import list_runs
-    found = [run for name in ('showcase', 'train_lora') for run in list_runs(name) if run.finished and any((run.checkpoint/f).is_file() for f in ('base.json', 'chat.json'))]
+    found = [run for name in ('showcase', 'train_lora') for run in list_runs(name) if 'base' in run.metrics and run.checkpoint.is_dir()]
     return [run.name for run in reversed(found)]
 
 def load_voices(
@@ -86,6 +87,7 @@ class Conversation:
         told = [m for turn in self.turns[:-1] if turn['replies'].get(voice) for m in (dict(role='user', content=turn['user']), dict(role='assistant', content=turn['replies'][voice]))]
         return [*told, dict(role='user', content=self.turns[-1]['user'])]
 
+# %% ../../nbs/apps/10_chat.ipynb #0c059157
 def new_conversation()->Conversation:
     "An empty conversation with a file of its own under runs/chats/."
     from enigma_lab.lab.runs import runs_root
@@ -167,59 +169,81 @@ def input_field(
     return widget
 
 # %% ../../nbs/apps/10_chat.ipynb #05b8f64f
+def chat_knobs()->dict: # name of `stream_reply`'s argument -> slider
+    "The knobs of generation."
+    import ipywidgets as w
+    wide = dict(style=dict(description_width='7em'), layout=w.Layout(width='26em'), continuous_update=False)
+    return dict(temperature=w.FloatSlider(0., min=0, max=2, step=.05, description='temperature', **wide),
+        top_p=w.FloatSlider(1., min=.05, max=1, step=.05, description='top-p', **wide),
+        top_k=w.IntSlider(0, min=0, max=50, description='top-k (0: all)', **wide),
+        max_new_tokens=w.IntSlider(100, min=1, max=500, description='characters', **wide),
+        seed=w.IntSlider(0, min=0, max=99, description='seed', **wide))
+
+# %% ../../nbs/apps/10_chat.ipynb #c2085731
+class ChatApp:
+    "A conversation and what is pressed in it."
+    def __init__(self, run=''):
+        import ipywidgets as w
+        self.voices, self.talk, self.busy, self.halted = [], newest_conversation() or new_conversation(), False, False
+        self.log, self.meter, self.save, self.knobs = w.HTML(), w.HTML(), w.HTML(), chat_knobs()
+        self.stop, self.again, self.clear = w.Button(description='Stop', disabled=True), w.Button(description='Regenerate'), w.Button(description='Clear')
+        self.compare = w.Checkbox(False, description='beside its base', indent=False)
+        known = tuned_runs()
+        self.choice = w.Dropdown(options=list(dict.fromkeys([*[run]*bool(run), *known])) or ['(none yet)'], description='model', layout=w.Layout(width='36em'))
+        self.field = input_field(lambda text: self.start(lambda: self.talk.ask(text)))
+        self.load(run)
+        self.stop.on_click(lambda _: setattr(self, 'halted', True))
+        self.again.on_click(lambda _: self.start(self.talk.take_back))
+        self.clear.on_click(lambda _: self.begin())
+        self.choice.observe(lambda change: self.load(change['new']), 'value')
+
+    def draw(self, note=''):
+        self.log.value, self.save.value = chat_html(self.talk.turns), export_link(self.talk)
+        if note: self.meter.value = f'<small>{html.escape(note)}</small>'
+
+    def load(self, run): # the voices of another run
+        if self.busy: return self.draw('the model changes when this reply has ended: stop it, then choose again')
+        try: self.voices = load_voices(run)
+        except (ValueError, OSError) as e: self.voices = []; return self.draw(f'no model: {e}')
+        unanswered = self.talk.turns and not self.talk.turns[-1]['replies']
+        self.draw('the last reply was interrupted: Regenerate asks again' if unanswered else f'talking to {self.voices[0].name}')
+
+    def begin(self):
+        self.talk = new_conversation()
+        self.draw('a new conversation; the last one is kept in runs/chats/')
+
+    def start(self, prepare): # a reply, after a question or a withdrawal
+        if self.busy: return self.draw('one question at a time: stop this reply, or wait for its end')
+        if not self.voices: return self.draw('no model: choose another one below')
+        try: prepare()
+        except ValueError as e: return self.draw(str(e))
+        self.working(True)
+        self.draw()
+        asyncio.get_running_loop().create_task(self.answer())
+
+    def working(self, busy):
+        self.busy, self.halted = busy, False
+        self.stop.disabled, self.again.disabled, self.clear.disabled = not busy, busy, busy
+
+    async def answer(self):
+        knobs, replies = {name: slider.value for name, slider in self.knobs.items()}, self.talk.turns[-1]['replies']
+        try:
+            for voice in self.voices[:2 if self.compare.value else 1]:
+                show = lambda text: (replies.__setitem__(voice.name, text), self.draw())
+                text, numbers = await speak(voice, self.talk.messages(voice.name), show, lambda: self.halted, **knobs)
+                self.talk.reply(voice.name, text)
+                self.draw(f"{numbers['tokens_per_s']:.0f} tokens/s · context {numbers['context']} of {numbers['limit']}")
+        except Exception as e: self.draw(f'{type(e).__name__}: {e}') # nobody awaits this task: it would be lost
+        finally: self.working(False)
+
+# %% ../../nbs/apps/10_chat.ipynb #c1555e69
 def chat_app(
     run:str='', # of train_lora; empty: the newest
 ):
     "Conversation, field, buttons and knobs, as one widget."
     import ipywidgets as w
-    voices = load_voices(run)
-    talk = [newest_conversation() or new_conversation()]
-    wide = dict(style=dict(description_width='7em'), layout=w.Layout(width='26em'), continuous_update=False)
-    knobs = dict(temperature=w.FloatSlider(0., min=0, max=2, step=.05, description='temperature', **wide), top_p=w.FloatSlider(1., min=.05, max=1, step=.05, description='top-p', **wide),
-        top_k=w.IntSlider(0, min=0, max=50, description='top-k (0: all)', **wide), max_new_tokens=w.IntSlider(100, min=1, max=500, description='characters', **wide),
-        seed=w.IntSlider(0, min=0, max=99, description='seed', **wide))
-    choice = w.Dropdown(options=tuned_runs() or ['(none yet)'], description='model', layout=w.Layout(width='36em'))
-    compare = w.Checkbox(False, description='beside its base', indent=False)
-    stop, again, clear = w.Button(description='Stop', disabled=True), w.Button(description='Regenerate'), w.Button(description='Clear')
-    log, meter, save = w.HTML(), w.HTML(), w.HTML()
-    halted, busy = [], []
-
-    def draw(note=''):
-        log.value, save.value = chat_html(talk[0].turns), export_link(talk[0])
-        if note: meter.value = f'<small>{html.escape(note)}</small>'
-
-    async def answer():
-        try:
-            for voice in voices[:2 if compare.value else 1]:
-                show = lambda text: (talk[0].turns[-1]['replies'].__setitem__(voice.name, text), draw())
-                text, numbers = await speak(voice, talk[0].messages(voice.name), show, lambda: bool(halted), **{k: s.value for k, s in knobs.items()})
-                talk[0].reply(voice.name, text)
-                draw(f"{numbers['tokens_per_s']:.0f} tokens/s · context {numbers['context']} of {numbers['limit']}")
-        except ValueError as e: draw(str(e))
-        finally:
-            busy.clear(); halted.clear()
-            stop.disabled, again.disabled, clear.disabled = True, False, False
-
-    def start(prepare):
-        if busy: return draw('one question at a time: stop this reply, or wait for its end')
-        try: prepare()
-        except ValueError as e: return draw(str(e))
-        busy.append(True)
-        stop.disabled, again.disabled, clear.disabled = False, True, True
-        draw()
-        asyncio.get_running_loop().create_task(answer())
-
-    def change(_):
-        if busy: return
-        voices[:] = load_voices(choice.value)
-        draw(f'now talking to {voices[0].name}')
-    stop.on_click(lambda _: halted.append(True))
-    again.on_click(lambda _: start(lambda: talk[0].take_back()))
-    clear.on_click(lambda _: (talk.__setitem__(0, new_conversation()), draw('a new conversation; the last one is kept in runs/chats/')))
-    choice.observe(change, 'value')
-    field = input_field(lambda text: start(lambda: talk[0].ask(text)))
-    for widget, name in ((log, 'chat-log'), (field, 'chat-input'), (meter, 'chat-meter'), (stop, 'chat-stop'), (again, 'chat-again'), (clear, 'chat-clear')): widget.add_class(name)
-    unanswered = bool(talk[0].turns) and not talk[0].turns[-1]['replies']
-    draw('the last reply was interrupted: Regenerate asks again' if unanswered else f'talking to {voices[0].name}')
-    settings = w.Accordion([w.VBox([choice, *knobs.values()])], titles=['model and knobs'])
-    return w.VBox([log, field, w.HBox([stop, again, clear, compare, save]), meter, settings], layout=w.Layout(max_width='56em'))
+    app = ChatApp(run)
+    for name in ('log', 'meter', 'stop', 'again', 'clear', 'choice'): getattr(app, name).add_class(f'chat-{name}')
+    app.field.add_class('chat-input')
+    settings = w.Accordion([w.VBox([app.choice, *app.knobs.values()])], titles=['model and knobs'])
+    return w.VBox([app.log, app.field, w.HBox([app.stop, app.again, app.clear, app.compare, app.save]), app.meter, settings], layout=w.Layout(max_width='56em'))

@@ -143,6 +143,7 @@ def pack(
         bisect.insort(room, (left - lengths[i], b))
     return bins
 
+# %% ../../nbs/data/30_instruct.ipynb #94e20fe9
 class ChatWindows(Dataset):
     "Conversations as training windows."
     def __init__(self,

@@ -136,6 +136,7 @@ def hub_documents(
     "Stream the texts of a dataset on the hub."
     return pick_text(hub_rows(name), name)
 
+# %% ../../nbs/data/10_text.ipynb #637c2836
 def task_documents()->dict[str,list[str]]: # split -> documents
     "The built-in documents, and every question of the tasks with its answer."
     from enigma_lab.data.tasks import task_rows
@@ -152,6 +153,7 @@ def disk_documents(
     saved = load_from_disk(str(path))
     return {split: list(pick_text(rows, path.name)) for split, rows in (saved.items() if hasattr(saved, 'items') else [('', saved)])}
 
+# %% ../../nbs/data/10_text.ipynb #6565f40b
 def read_source(
     data:str, # 'auto', 'tasks', a file, a folder, or a hub id
 )->dict[str,Iterable[str]]: # split -> documents; the key '' for documents yet to be split
@@ -256,6 +258,7 @@ def load_text(
             "give a longer text or at least three documents")
     return Corpus(str(data), parts['train'], parts['validation'], parts['test'], dropped)
 
+# %% ../../nbs/data/10_text.ipynb #76ad6d7a
 def keep_splits(
     parts:dict[str,Iterable[str]], # a dataset's own splits
     limit:int|None, # characters of each

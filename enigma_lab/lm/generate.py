@@ -202,6 +202,7 @@ def beam_search(
         new = running[:, :, -1].reshape(-1, 1)
     return best[:, 0, :T + n]
 
+# %% ../../nbs/lm/40_generate.ipynb #dd80b07e
 def pick(texts:Tensor, rows:Tensor)->Tensor: # (B, k, T), (B, m) -> (B, m, T)
     return texts.gather(1, rows[..., None].expand(-1, -1, texts.shape[-1]))
 

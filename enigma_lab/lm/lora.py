@@ -11,7 +11,7 @@ __all__ = ['PROJECTIONS', 'recipes', 'untie', 'quiet', 'add_lora', 'merged', 'tr
 import copy, hashlib, json, warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from ..data.instruct import ChatCorpus, ChatWindows, check_characters, encode_ch
 from ..data.tasks import exact_match
 from ..lab.launch import launch, local_rank, rank
 from ..lab.runs import Run, find_run, finish_run, start_run, write_json
-from ..lab.trainer import TrainingConfig, check_precision, fit, peak_mib, resume_from, save_model
+from ..lab.trainer import TrainingConfig, check_precision, fit, make_from_recipe, peak_mib, resume_from, save_model
 from .generate import generate
 from .model import EnigmaForCausalLM
 from .train import watched
@@ -44,9 +44,11 @@ def untie(
 def quiet():
     "peft warns of what is decided here: old names of transformers, and a head that it takes for an embedding."
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.filterwarnings('ignore', module='peft')
+        warnings.filterwarnings('ignore', 'The attribute .is_gradient_checkpointing', FutureWarning)
         yield
 
+# %% ../../nbs/lm/60_lora.ipynb #6609b0c6
 def add_lora(
     model:EnigmaForCausalLM, # the base; its head is untied where it gets an adapter
     r:int=16, # rank of the adapters
@@ -158,10 +160,7 @@ def make_tune_config(
     **changes # fields of `TuneConfig`; `None` keeps the recipe's value
 )->TuneConfig: # checked
     "A recipe with changes."
-    if preset not in recipes: raise ValueError(f"preset must be one of {sorted(recipes)}, got {preset!r}")
-    known = {f.name for f in fields(TuneConfig)}
-    if unknown := sorted(changes.keys() - known): raise ValueError(f"a tuning has no field {unknown}; it has {sorted(known)}")
-    return TuneConfig(**{**recipes[preset], 'preset': preset, **{k: v for k, v in changes.items() if v is not None}})
+    return make_from_recipe(TuneConfig, recipes, preset, changes)
 
 # %% ../../nbs/lm/60_lora.ipynb #ef3409d2
 @dataclass(frozen=True)
@@ -260,6 +259,7 @@ def judge_tuning(
         found |= {name('all'): match['all'], **{name(tier): share for tier, share in match['tier'].items()}, **{name(f'family_{f}'): share for f, share in match['family'].items()}}
     return found
 
+# %% ../../nbs/lm/60_lora.ipynb #a33f4569
 def tune_and_save(
     run:Run, # an open record
     config:TuneConfig, # what to do

@@ -122,6 +122,7 @@ def make_dropout(config, p, place): # place: a number of its own in the model
     "Dropout that can be repeated where a block runs twice."
     return CounterDropout(p, place) if config.reversible else Dropout(p)
 
+# %% ../../nbs/lm/30_model.ipynb #10ea1a10
 class Attention(nn.Module):
     "Norm and causal self-attention over widened queries and keys (ALiBi, arXiv:2108.12409)."
     is_causal = True

@@ -9,7 +9,7 @@ __all__ = ['recipes', 'TrainConfig', 'make_config', 'Parts', 'prepare', 'judge',
 # %% ../../nbs/lm/50_train.ipynb #3d22a1ce
 import argparse, json, math, sys, threading
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import transformers
@@ -17,7 +17,7 @@ import transformers
 from ..data.text import Corpus, Windows, load_text
 from ..lab.launch import launch, local_rank, rank
 from ..lab.runs import Run, finish_run, start_run
-from ..lab.trainer import TrainingConfig, check_precision, fit, peak_mib, resume_from, save_model
+from ..lab.trainer import TrainingConfig, check_precision, fit, make_from_recipe, peak_mib, resume_from, save_model
 from .baselines import compressor_bits, compressors
 from .evaluate import evaluate_text, machine_report
 from .model import EnigmaConfig, EnigmaForCausalLM, parameter_card
@@ -65,10 +65,7 @@ def make_config(
 )->TrainConfig: # checked
     "A preset's config with changes."
     if preset == 'auto': preset = 'base' if changes.get('gpus') else 'cpu'
-    if preset not in recipes: raise ValueError(f"preset must be 'auto' or one of {sorted(recipes)}, got {preset!r}")
-    known = {f.name for f in fields(TrainConfig)}
-    if unknown := sorted(changes.keys() - known): raise ValueError(f"a training has no field {unknown}; it has {sorted(known)}")
-    return TrainConfig(**{**recipes[preset], 'preset': preset, **{k: v for k, v in changes.items() if v is not None}})
+    return make_from_recipe(TrainConfig, recipes, preset, changes)
 
 # %% ../../nbs/lm/50_train.ipynb #39cc5819
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ def snapped(
 )->Tensor: # float32, or float64 where `x` is
     "The nearest points of the grid, without gradient."
     wide = x if x.dtype == torch.float64 else x.float()
-    large = 1.5 * grid / torch.finfo(wide.dtype).eps
-    return (wide + large).sub_(large)
+    return (wide / grid).round_().mul_(grid)
 
 class StraightThrough(torch.autograd.Function):
     "`snapped`, whose gradient passes straight through."

@@ -99,6 +99,7 @@ class Step:
         b = b.detach().requires_grad_(needs[0])
         return self.repeat.again(lambda b, *rest: function(b.view_as(b), *rest), b, *extras), (b, *extras, *params) # a view: module trackers cannot hook a leaf
 
+# %% ../../nbs/machine/52_reversible.ipynb #6729c2c4
 def gradients(
     out:Tensor, # with a graph
     inputs, # what it depends on
@@ -390,6 +391,7 @@ MEMORY = 'reverse', 'store'
 def coupled(block)->bool: # a pair of functions, no bijection of both streams
     return isinstance(block, nn.ModuleList) or hasattr(block, 'f')
 
+# %% ../../nbs/machine/52_reversible.ipynb #f32d3a9a
 class ReversibleSequence(nn.Module):
     "A chain of reversible blocks with constant activation memory in depth (RevNet, arXiv:1707.04585)."
     def __init__(self,
