@@ -341,7 +341,7 @@ def drift(
 
 # %% ../../nbs/bench/10_reversible.ipynb #cfa3f626
 PARTS = 'behaviour', 'memory', 'time', 'drift'
-FULL = dict(depths=[4, 16, 48], deepest=1000, shapes=list(SHAPES), rounds=9, drift_depths=[8, 32, 128], engines=list(ENGINES))
+FULL = dict(depths=[4, 16, 48], deepest=1000, shapes=list(SHAPES), rounds=9, drift_depths=[8, 32, 128, 1000], engines=list(ENGINES))
 SMALL = dict(depths=[1], deepest=0, shapes=['small'], rounds=2, drift_depths=[2], engines=['plain', 'ours', 'ours, exact'])
 
 def open_run(config, resume): # what to measure; a record to go on with, or empty
@@ -412,17 +412,20 @@ def summary(run:Run)->dict: # ready for metrics.json
     "The numbers a claim may name."
     found = {}
     behaviour, memory, times = behaviour_table(run), memory_table(run), time_table(run)
-    for name in ('ours', 'ours, exact', *COMPILED):
+    for name in ('plain', 'checkpoint', 'RevTorch', 'ours', 'ours, exact', *COMPILED):
         label = name.replace(', ', '_')
         if len(behaviour) and name in behaviour: found[f'{label}_right_share'] = float((behaviour[name] == 'right').mean())
-        if len(memory):
+        if len(memory) and name in memory.index:
             first, last = run.config['depths'][0], run.config['depths'][-1]
+            found[f'{label}_memory_mib'] = memory.loc[name, last]
             found[f'{label}_memory_growth_ratio'] = memory.loc[name, last] / memory.loc[name, first]
             for peer in ('plain', 'RevTorch'):
                 if peer in memory.index: found[f'{label}_memory_to_{peer.lower()}_ratio'] = memory.loc[name, last] / memory.loc[peer, last]
     for shape, group in rows_of(run, 'time').groupby('shape', sort=False) if len(times) else ():
         cpu = group.pivot(index='round', columns='engine', values='cpu_ms')
         found[f'exact_to_float_{shape}_time_ratio'] = float((cpu['ours, exact'] / cpu['ours']).median())
+    errors = rows_of(run, 'drift')
+    for kind, group in errors.groupby('kind') if len(errors) else (): found[f'drift_{kind}_max_error'] = group.error.max()
     for _, row in times.iterrows(): found[f"{row.engine.replace(', ', '_').replace('-', '_')}_{row['shape']}_time_ratio"] = row['times plain']
     return found
 
