@@ -214,7 +214,7 @@ def compiled(s):
     import torch._dynamo
     torch._dynamo.reset()
     module, ps, reference, qs = s()
-    module = torch.compile(module, fullgraph=True, backend='aot_eager')
+    module = torch.compile(module, fullgraph=True, dynamic=False, backend='aot_eager')
     return wrong(differentiate(module, ps, s.x)[1:], differentiate(reference, qs, s.x)[1:])
 
 def compiled_memory(s): # what a compiled forward pass hands to the backward pass, at two depths
@@ -233,7 +233,7 @@ def compiled_bytes(module, x):
         sizes.append(sum(v.numel()*v.element_size() for v in values if isinstance(v, Tensor)))
         return make_boxed_func(graph.forward)
     backend = aot_autograd(fw_compiler=forward_graph, bw_compiler=lambda graph, example: make_boxed_func(graph.forward), partition_fn=min_cut_rematerialization_partition)
-    torch.compile(module, fullgraph=True, backend=backend)(x.clone().requires_grad_()).pow(2).mean().backward()
+    torch.compile(module, fullgraph=True, dynamic=False, backend=backend)(x.clone().requires_grad_()).pow(2).mean().backward()
     return sizes[0]
 
 # %% ../../nbs/bench/10_reversible.ipynb #9ccb40c6
@@ -276,7 +276,7 @@ def peak_mib(
     torch.set_num_threads(1)
     blocks = make_blocks(depth, dim)
     module, mix = build(name.removesuffix(', compiled'), blocks), nn.Linear(2*dim, 2*dim)
-    if name.endswith(', compiled'): module = torch.compile(module, fullgraph=True, backend='aot_eager')
+    if name.endswith(', compiled'): module = torch.compile(module, fullgraph=True, dynamic=False, backend='aot_eager')
     x = torch.randn(batch, tokens, 2*dim)
     def step():
         for p in blocks.parameters(): p.grad = None # a compiled backward pass hands over all gradients at its end
