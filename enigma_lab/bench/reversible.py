@@ -230,7 +230,7 @@ def compiled_bytes(module, x):
     def forward_graph(graph, example):
         out, given = next(n for n in graph.graph.nodes if n.op == 'output').args[0], {n for n in graph.graph.nodes if n.op == 'placeholder'}
         values = [n.meta['val'] for n in out[1:] if hasattr(n, 'meta') and n not in given]
-        sizes.append(sum(v.numel()*v.element_size() for v in values if isinstance(v, Tensor)))
+        sizes.append(sum(v.numel()*v.element_size() for v in values if isinstance(v, Tensor) and isinstance(v.numel(), int))) # a generator's state has no size yet
         return make_boxed_func(graph.forward)
     backend = aot_autograd(fw_compiler=forward_graph, bw_compiler=lambda graph, example: make_boxed_func(graph.forward), partition_fn=min_cut_rematerialization_partition)
     torch.compile(module, fullgraph=True, dynamic=False, backend=backend)(x.clone().requires_grad_()).pow(2).mean().backward()
