@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUT_JS', 'Voice', 'tuned_runs', 'load_voices', 'Conversation', 'new_conversation', 'newest_conversation', 'bubble',
-           'chat_html', 'export_link', 'speak', 'input_field', 'chat_knobs', 'ChatApp', 'chat_app']
+           'chat_html', 'export_link', 'speak', 'input_field', 'chat_knobs', 'ChatView', 'ChatApp', 'chat_app']
 
 # %% ../../nbs/apps/10_chat.ipynb #292ab915
 import asyncio, base64, html, json, time
@@ -180,26 +180,33 @@ def chat_knobs()->dict: # name of `stream_reply`'s argument -> slider
         seed=w.IntSlider(0, min=0, max=99, description='seed', **wide))
 
 # %% ../../nbs/apps/10_chat.ipynb #c2085731
-class ChatApp:
-    "A conversation and what is pressed in it."
+class ChatView:
+    "A conversation, and the widgets around it."
     def __init__(self, run=''):
         import ipywidgets as w
-        self.voices, self.talk, self.busy, self.halted = [], newest_conversation() or new_conversation(), False, False
+        self.talk = newest_conversation() or new_conversation()
         self.log, self.meter, self.save, self.knobs = w.HTML(), w.HTML(), w.HTML(), chat_knobs()
         self.stop, self.again, self.clear = w.Button(description='Stop', disabled=True), w.Button(description='Regenerate'), w.Button(description='Clear')
         self.compare = w.Checkbox(False, description='beside its base', indent=False)
-        known = tuned_runs()
-        self.choice = w.Dropdown(options=list(dict.fromkeys([*[run]*bool(run), *known])) or ['(none yet)'], description='model', layout=w.Layout(width='36em'))
+        known = list(dict.fromkeys([*[run]*bool(run), *tuned_runs()])) or ['(none yet)']
+        self.choice = w.Dropdown(options=known, description='model', layout=w.Layout(width='36em'))
+
+    def draw(self, note=''):
+        self.log.value, self.save.value = chat_html(self.talk.turns), export_link(self.talk)
+        if note: self.meter.value = f'<small>{html.escape(note)}</small>'
+
+# %% ../../nbs/apps/10_chat.ipynb #faf5640a
+class ChatApp(ChatView):
+    "The view with voices behind it."
+    def __init__(self, run=''):
+        super().__init__(run)
+        self.voices, self.busy, self.halted = [], False, False
         self.field = input_field(lambda text: self.start(lambda: self.talk.ask(text)))
         self.load(run)
         self.stop.on_click(lambda _: setattr(self, 'halted', True))
         self.again.on_click(lambda _: self.start(self.talk.take_back))
         self.clear.on_click(lambda _: self.begin())
         self.choice.observe(lambda change: self.load(change['new']), 'value')
-
-    def draw(self, note=''):
-        self.log.value, self.save.value = chat_html(self.talk.turns), export_link(self.talk)
-        if note: self.meter.value = f'<small>{html.escape(note)}</small>'
 
     def load(self, run): # the voices of another run
         if self.busy: return self.draw('the model changes when this reply has ended: stop it, then choose again')

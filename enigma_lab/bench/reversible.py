@@ -415,6 +415,7 @@ def time_table(run:Run): # a pandas table: a line for each shape and engine
             lines.append({'shape': shape, 'engine': name, 'CPU ms': round(statistics.median(table[name]), 1), 'times plain': round(middle, 3), 'from': round(low, 3), 'to': round(high, 3), 'FLOP': round(work[name] / work['plain'], 3)})
     return pd.DataFrame(lines)
 
+# %% ../../nbs/bench/10_reversible.ipynb #776ab27c
 def summary(run:Run)->dict: # ready for metrics.json
     "The numbers a claim may name."
     found = {}
@@ -437,6 +438,7 @@ def summary(run:Run)->dict: # ready for metrics.json
     for _, row in times.iterrows(): found[f"{row.engine.replace(', ', '_').replace('-', '_')}_{row['shape']}_time_ratio"] = row['times plain']
     return found
 
+# %% ../../nbs/bench/10_reversible.ipynb #f5a28b9b
 def plot_drift(run:Run): # axes, or `None`
     "Drift against depth."
     import matplotlib.pyplot as plt

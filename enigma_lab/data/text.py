@@ -141,7 +141,7 @@ def task_documents()->dict[str,list[str]]: # split -> documents
     "The built-in documents, and every question of the tasks with its answer."
     from enigma_lab.data.tasks import task_rows
     parts = split_documents(drop_duplicates(builtin_documents())[0])
-    tasks = {split: ['\n'.join((row['instruction'], row['input'], row['output'])) for row in task_rows(split, 1000 if split == 'train' else 40)] for split in parts}
+    tasks = {split: ['\n'.join((row['instruction'], row['input'], row['output'])) for row in task_rows(split, 3000 if split == 'train' else 40)] for split in parts}
     return {split: sorted(documents + tasks[split], key=digest) for split, documents in parts.items()} # mixed, in an order that means nothing
 
 def disk_documents(
