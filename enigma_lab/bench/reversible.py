@@ -89,7 +89,8 @@ def reformer(blocks):
 ENGINES = { # name -> (package whose version counts, from blocks to a module)
     'plain': ('torch', Plain), 'checkpoint': ('torch', Checkpointed),
     'ours': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=0)), 'ours, exact': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=0, exact=True)),
-    'ours, default': ('enigma_lab', ReversibleSequence), # the end of the chain stored, up to 4 MiB
+    'ours, default': ('enigma_lab', ReversibleSequence), # the end of the chain stored, up to 4 MiB or the widest step
+    'ours, 24 MiB': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=24*2**20)), # memory for time
     'RevTorch': ('revtorch', revtorch), 'revlib': ('revlib', revlib), 'memcnn': ('memcnn', memcnn), 'reformer-pytorch': ('reformer-pytorch', reformer)}
 
 def installed()->dict[str,str]: # engine -> package and version
@@ -362,7 +363,7 @@ MEASURES = dict(behaviour=measure_behaviour, memory=measure_memory, time=measure
 PARTS = list(MEASURES)
 
 # %% ../../nbs/bench/10_reversible.ipynb #c4b301d0
-FULL = dict(depths=[4, 16, 48], deepest=1000, shapes=list(SHAPES), rounds=9, drift_depths=[8, 32, 128, 1000], engines=list(ENGINES))
+FULL = dict(depths=[4, 16, 48], deepest=1000, shapes=list(SHAPES), rounds=25, drift_depths=[8, 32, 128, 1000], engines=list(ENGINES))
 SMALL = dict(depths=[1], deepest=0, shapes=['small'], rounds=2, drift_depths=[2], engines=['plain', 'ours', 'ours, exact'])
 
 def open_run(config, resume): # what to measure; a record to go on with, or empty
@@ -424,8 +425,8 @@ def summary(run:Run)->dict: # ready for metrics.json
     "The numbers a claim may name."
     found = {}
     behaviour, memory, times = behaviour_table(run), memory_table(run), time_table(run)
-    for name in ('plain', 'checkpoint', 'RevTorch', 'ours', 'ours, exact', *COMPILED):
-        label = name.replace(', ', '_')
+    for name in [*run.config['engines'], *COMPILED]:
+        label = name.replace(', ', '_').replace('-', '_').replace(' ', '_')
         if len(behaviour) and name in behaviour: found[f'{label}_right_share'] = float((behaviour[name] == 'right').mean())
         if len(memory) and name in memory.index:
             first, last = run.config['depths'][0], run.config['depths'][-1]
@@ -439,7 +440,7 @@ def summary(run:Run)->dict: # ready for metrics.json
     if len(times): found['loaded'] = busy(run, 'time')
     errors = rows_of(run, 'drift')
     for kind, group in errors.groupby('kind') if len(errors) else (): found[f'drift_{kind}_max_error'] = group.error.max()
-    for _, row in times.iterrows(): found[f"{row.engine.replace(', ', '_').replace('-', '_')}_{row['shape']}_time_ratio"] = row['times plain']
+    for _, row in times.iterrows(): found[f"{row.engine.replace(', ', '_').replace('-', '_').replace(' ', '_')}_{row['shape']}_time_ratio"] = row['times plain']
     return found
 
 # %% ../../nbs/bench/10_reversible.ipynb #f5a28b9b

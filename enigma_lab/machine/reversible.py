@@ -9,7 +9,7 @@ __all__ = ['SPAN', 'KEEP', 'MEMORY', 'random_state', 'set_random_state', 'Repeat
            'ReversibleSequence']
 
 # %% ../../nbs/machine/52_reversible.ipynb #bb2c2041
-import contextlib, warnings
+import contextlib, itertools, warnings
 
 import torch
 from torch import Tensor, nn
@@ -228,12 +228,10 @@ def spans(steps, limit:int=SPAN)->list: # lists of steps
 KEEP = 2**22 # bytes
 
 def kept_steps(steps, stream:Tensor, keep:int=KEEP)->int: # how many of the last steps to store
-    "How many steps at the end of the chain fit in `keep` bytes, by estimate."
-    total = 0
-    for n, step in enumerate(reversed(steps)):
-        total += step.size(stream)
-        if total > keep: return n
-    return len(steps)
+    "How many steps at the end of the chain fit in `keep` bytes, or in the room that the widest step needs anyway, by estimate."
+    sizes = [step.size(stream) for step in reversed(steps)]
+    room = max(keep, *sizes, 0) if keep else 0
+    return sum(total <= room for total in itertools.accumulate(sizes))
 
 # %% ../../nbs/machine/52_reversible.ipynb #42cf76b5
 class Start(torch.autograd.Function):
@@ -260,7 +258,7 @@ def reversible(
     a:Tensor, # first stream
     b:Tensor, # second, of the same shape
     check:bool=True, # compare what comes back with what was, and exact streams with their range
-    keep:int=KEEP, # bytes at the end of the chain that are stored after all
+    keep:int=KEEP, # bytes at the end of the chain that are stored after all; 0: nothing is
 )->tuple[Tensor,Tensor]: # the two streams at the end
     "Run a chain whose backward pass needs the memory of one step."
     exact = [step for step in steps if step.grid]
@@ -401,7 +399,7 @@ class ReversibleSequence(nn.Module):
         axis:int=-1, # of the channels, which are split in two streams
         memory:str='reverse', # 'reverse': compute again from the end; 'store': plain autograd
         check:bool=True, # of what comes back, see `reversible`
-        keep:int=KEEP, # bytes at the end of the chain that are stored after all
+        keep:int=KEEP, # bytes at the end of the chain that are stored after all; 0: nothing is
     ):
         super().__init__()
         check_grid(grid)
