@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line', 'explain', 'main',
-           'find_notebook', 'train', 'tokenizer', 'load_model', 'generate', 'questions', 'chat', 'certify', 'run_line',
-           'runs', 'docs', 'bench_names', 'bench']
+           'find_notebook', 'train', 'tokenizer', 'showcase', 'load_model', 'generate', 'questions', 'chat', 'certify',
+           'run_line', 'runs', 'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #4e3dd18e
 import argparse, importlib, inspect, os, pkgutil, shutil, sys
@@ -153,6 +153,18 @@ def tokenizer(
     made = train_char_tokenizer(load_text(data).train, max_vocab or None)
     made.save_pretrained(out)
     print(f'{out}: {len(made):,} rows')
+
+# %% ../nbs/cli.ipynb #1ddc5e91
+@command('lm')
+def showcase(
+    run:str, # finished, with a checkpoint
+    name:str, # of the new folder under runs/showcase/
+):
+    "Keep a run in the repository, its weights in half the bytes."
+    from enigma_lab.lab.runs import find_run
+    from enigma_lab.lab.showcase import folder_bytes, make_showcase
+    made = make_showcase(find_run(run), name)
+    print(f'{made.path}: {folder_bytes(made.path):,} bytes')
 
 # %% ../nbs/cli.ipynb #2a16ef66
 def load_model(

@@ -88,7 +88,7 @@ def load_chats(
     "Read, deduplicate and split a source of conversations."
     if data == 'tasks':
         from enigma_lab.data.tasks import task_rows
-        sizes = dict(train=max_chats or 400, validation=20, test=20)
+        sizes = dict(train=max_chats or 400, validation=20, test=50)
         return ChatCorpus(data, *([dict(row, messages=as_messages(row)) for row in task_rows(split, n)] for split, n in sizes.items()))
     chats, unanswered, seen, copies = [], 0, set(), 0
     for row in rows_of(data):

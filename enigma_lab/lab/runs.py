@@ -176,15 +176,16 @@ def list_runs(
 def find_run(
     name:str='', # 'train_enigma/20260412-101500', 'showcase/tiny', a notebook's name, or a folder; empty: the newest
     notebook:str='train_enigma', # whose newest run is meant when none is named
+    showcase:str='', # of runs/showcase, in place of a run that is not there; empty: called as the notebook
 )->Run: # finished, with a checkpoint
-    "The run a person means: the one named, else the newest that has a checkpoint, else the showcase."
+    "The run a person means: the one named, else the newest that has a checkpoint, else a showcase."
     for path in [runs_root()/name, Path(name)] if name else []:
         if (path/'config.json').is_file(): return Run(path.resolve())
-    has_model = [run for run in list_runs(name or notebook) + list_runs('showcase') if run.finished and run.checkpoint.is_dir()]
-    own = [run for run in has_model if run.path.parent.name != 'showcase']
-    if not (own or has_model) or (name and not own):
+    spare = [] if name else [Run(runs_root()/'showcase'/(showcase or notebook))]
+    has_model = [run for run in spare + list_runs(name or notebook) if run.finished and run.checkpoint.is_dir()]
+    if not has_model:
         raise FileNotFoundError(f"no finished run with a checkpoint called {name or notebook!r} under {runs_root()}; `make train` makes one")
-    return (own or has_model)[-1]
+    return has_model[-1]
 
 def load_runs(
     name:str|None=None, # only runs of this notebook; `None`: all
