@@ -89,8 +89,7 @@ def reformer(blocks):
 ENGINES = { # name -> (package whose version counts, from blocks to a module)
     'plain': ('torch', Plain), 'checkpoint': ('torch', Checkpointed),
     'ours': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=0)), 'ours, exact': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=0, exact=True)),
-    'ours, default': ('enigma_lab', ReversibleSequence), # the end of the chain stored, up to 4 MiB or the widest step
-    'ours, 24 MiB': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=24*2**20)), # memory for time
+    'ours, default': ('enigma_lab', ReversibleSequence), # the end of the chain stored, up to 24 MiB or the widest step
     'RevTorch': ('revtorch', revtorch), 'revlib': ('revlib', revlib), 'memcnn': ('memcnn', memcnn), 'reformer-pytorch': ('reformer-pytorch', reformer)}
 
 def installed()->dict[str,str]: # engine -> package and version

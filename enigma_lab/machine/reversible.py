@@ -225,7 +225,7 @@ def spans(steps, limit:int=SPAN)->list: # lists of steps
     return found
 
 # %% ../../nbs/machine/52_reversible.ipynb #4f9d25c4
-KEEP = 2**22 # bytes
+KEEP = 24*2**20 # bytes
 
 def kept_steps(steps, stream:Tensor, keep:int=KEEP)->int: # how many of the last steps to store
     "How many steps at the end of the chain fit in `keep` bytes, or in the room that the widest step needs anyway, by estimate."
