@@ -45,7 +45,7 @@ def quiet():
     "peft warns of what is decided here: old names of transformers, and a head that it takes for an embedding."
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='peft')
-        warnings.filterwarnings('ignore', 'The attribute .is_gradient_checkpointing', FutureWarning)
+        warnings.filterwarnings('ignore', '.is_gradient_checkpointing. is deprecated', FutureWarning)
         yield
 
 # %% ../../nbs/lm/60_lora.ipynb #6609b0c6
