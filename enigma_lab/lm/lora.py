@@ -101,6 +101,7 @@ class Saving:
     "What `save_model` asks for, for an adapter."
     def __init__(self, model, base): self.model, self.base = model, base
     def save_pretrained(self, path):
+        for adapter in self.model.peft_config.values(): adapter.base_model_name_or_path = self.base['run'] # not where it lay on this machine
         self.model.save_pretrained(path, save_embedding_layers=False)
         write_json(Path(path)/'base.json', self.base)
 
@@ -152,7 +153,7 @@ class TuneConfig(TrainingConfig):
 
 recipes = {
     'smoke': dict(max_steps=12, batch_size=4, eval_steps=6, save_steps=6, eval_windows=4, warmup_steps=2, max_chats=8, r=4, alpha=8, learning_rate=1e-2),
-    'cpu': dict(optimizer='adamw', minutes=8., max_chats=2000, batch_size=8, r=4, alpha=8, learning_rate=5e-3, weight_decay=0., eval_steps=50, save_steps=50, eval_windows=32),
+    'cpu': dict(optimizer='adamw', minutes=8., max_chats=2000, batch_size=8, r=4, alpha=8, learning_rate=1e-2, weight_decay=0., eval_steps=50, save_steps=50, eval_windows=32),
     'brief-002': dict(optimizer='adamw', max_steps=1000, window=512, batch_size=4, gradient_accumulation_steps=8, learning_rate=1e-4, weight_decay=.01, stop_ppl=25., eval_steps=50, save_steps=50)}
 
 def make_tune_config(
