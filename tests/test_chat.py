@@ -25,7 +25,7 @@ INJECTION = '<img src=x onerror="window.hacked = true"><script>window.hacked = t
 def chat(lab, browser): # noqa: F811
     with opened(lab, browser, '10_chat.ipynb', '.chat-input textarea') as page:
         page.locator('.chat-log').evaluate(WATCH)
-        page.get_by_text('model and knobs').click()
+        page.get_by_text('model and knobs', exact=True).click()
         yield page
 
 def long_seed(question, tokens):
