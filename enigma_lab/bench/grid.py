@@ -59,12 +59,15 @@ def results(name:str='grid')->list[Run]: # finished
     found = [Run(path.parent) for path in sorted((runs_root()/'sweeps'/name/'cell').glob('*/metrics.json'))]
     return sorted(found, key=lambda run: (list(ROWS).index(run.config['row']), run.config['seed']))
 
-def costs(runs:list[Run]): # a DataFrame: a line for each row
-    "Bits per token, and the difference to one stream, paired by seed."
+def costs(
+    runs:list[Run], # from `results`
+    base:str='one stream', # the row to compare with
+): # a DataFrame: a line for each row
+    "Bits per token, and the difference to another row, paired by seed."
     import pandas as pd
     bits = pd.DataFrame([dict(row=run.config['row'], seed=run.config['seed'], bits=run.metrics['bits_per_token']) for run in runs]).pivot(index='seed', columns='row', values='bits')
-    table = paired_differences(bits[[name for name in ROWS if name in bits]], 'one stream')
-    return table.rename(columns=dict(mean='bits per token', difference='more than one stream')).rename_axis('row').reset_index()
+    table = paired_differences(bits[[name for name in ROWS if name in bits]], base)
+    return table.rename(columns=dict(mean='bits per token', difference=f'more than {base}')).rename_axis('row').reset_index()
 
 def plot_losses(runs:list[Run]): # axes
     "Validation loss of every cell against tokens, a colour for each row."

@@ -302,7 +302,7 @@ def fit(
             for row in [row for row in run.history if 'step' in row]: tracker.log(**row)  # of the interrupted run
             trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
     finally: logging.set_verbosity(level)
-    model.config.use_cache = True
+    if hasattr(getattr(model, 'config', None), 'use_cache'): model.config.use_cache = True
     return trainer
 
 # %% ../../nbs/lab/30_trainer.ipynb #2ba23b07
