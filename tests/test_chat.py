@@ -1,5 +1,5 @@
 "The chat page and the lampboard in a real JupyterLab, used as a person does."
-import json, re
+import json, os, re
 
 import pytest
 from playwright.sync_api import expect
@@ -83,10 +83,25 @@ def test_markup_is_text_and_the_export_holds_it(chat):
     turns = json.loads(saved.value.path().read_text(encoding='utf-8'))['turns']
     assert [turn['user'] for turn in turns] == ['the fox', INJECTION] and all(turn['replies'] for turn in turns)
 
-def test_narrow_and_dark(chat):
+CONTRAST = """log => {  // of the text that is seen, against what lies behind it: WCAG 2.2, 1.4.3
+    const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map(v => v/255).map(v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4); return .2126*r + .7152*g + .0722*b }
+    const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)|transparent/.test(c)) return c } return 'rgb(255, 255, 255)' }
+    const texts = [...log.querySelectorAll('div')].filter(d => [...d.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()))
+    return texts.map(d => [light(getComputedStyle(d).color), light(behind(d))].sort()).map(([a, b]) => (b + .05)/(a + .05))
+}"""
+
+def test_narrow_light_and_dark(chat):
+    log, shots = chat.locator('.chat-log'), os.environ.get('ENIGMA_SHOTS') # a folder, for those who want to look
     chat.set_viewport_size(dict(width=800, height=900))
-    log = chat.locator('.chat-log')
-    assert log.evaluate('log => log.scrollWidth <= log.clientWidth + 1'), 'a long line is cut off'
+    for theme, light in (('JupyterLab Dark', 'false'), ('JupyterLab Light', 'true')):
+        chat.get_by_role('menuitem', name='Settings').click()
+        chat.get_by_role('menuitem', name='Theme').hover()
+        chat.get_by_role('menuitem', name=theme, exact=True).click()
+        chat.wait_for_selector(f'body[data-jp-theme-light="{light}"]')
+        log.scroll_into_view_if_needed()
+        if shots: chat.screenshot(path=f'{shots}/chat-{theme.split()[-1].lower()}.png')
+        assert log.evaluate('log => log.scrollWidth <= log.clientWidth + 1'), 'a long line is cut off'
+        assert min(log.evaluate(CONTRAST)) > 4.5, theme
     chat.set_viewport_size(dict(width=1400, height=1000))
 
 def test_clear(chat):

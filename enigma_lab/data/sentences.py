@@ -151,7 +151,7 @@ def paraphrase_pairs(
 )->list[tuple[str,str]]: # a sentence and another form of it
     "Sentences with one of their paraphrases; all forms of a meaning belong to the same part."
     rng, found = random.Random(f'paraphrase pairs {split} {seed}'), []
-    for text in draw_sentences(paraphrase, split, 3*n, seed):
+    for text in draw_sentences(paraphrase, split, 4*n + 100, seed):
         ways = forms(text)
         if all(part_of(paraphrase.templates[k], paraphrase.parse(way)[1]) == split for k, way in enumerate(ways)):
             found.append((text, rng.choice([way for way in ways if way != text])))

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'check_training', 'make_from_recipe', 'rate_factor', 'Clock', 'Recorder', 'Budget',
            'RecordingTrainer', 'check_precision', 'training_arguments', 'count_steps', 'last_checkpoint',
-           'same_training', 'resume_from', 'fit', 'take_over', 'save_model', 'peak_mib', 'cost_card', 'draw_history',
-           'LiveCurve']
+           'same_training', 'resume_from', 'fit', 'take_over', 'watched', 'save_model', 'peak_mib', 'cost_card',
+           'draw_history', 'LiveCurve']
 
 # %% ../../nbs/lab/30_trainer.ipynb #5e673420
-import json, math, os, resource, shutil, sys, time
+import json, math, os, resource, shutil, sys, threading, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -317,6 +318,23 @@ def take_over(
     for row in rows if rank() == 0 else []: run.log(**row)
     if rank() == 0: run.log(resumed_from=old.name, step=step)
     return rows[-1]['wall_s'] if rows else 0.
+
+# %% ../../nbs/lab/30_trainer.ipynb #504cd0b7
+@contextmanager
+def watched(run:Run, show, every:float=1.):
+    "Call `show` from a thread while other processes write the record."
+    done = threading.Event()
+    def watch():
+        seen = 0
+        while not done.wait(every):
+            looks = sum('val_nll_nats' in row for row in run.history)
+            if looks > seen: show(run.history); seen = looks
+    thread = threading.Thread(target=watch, daemon=True)
+    if show: thread.start()
+    try: yield
+    finally:
+        done.set()
+        if show: thread.join()
 
 # %% ../../nbs/lab/30_trainer.ipynb #5722e784
 def save_model(

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['recipes', 'TrainConfig', 'make_config', 'Parts', 'prepare', 'judge', 'judge_test', 'has_package', 'train',
-           'fit_and_save', 'importable', 'watched', 'read_config', 'main', 'replace_resume', 'print_last']
+           'fit_and_save', 'importable', 'read_config', 'main', 'replace_resume', 'print_last']
 
 # %% ../../nbs/lm/50_train.ipynb #3d22a1ce
-import argparse, json, math, sys, threading
-from contextlib import contextmanager
+import argparse, json, math, sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import transformers
 from ..data.text import Corpus, Windows, load_text
 from ..lab.launch import launch, local_rank, rank
 from ..lab.runs import Run, finish_run, start_run
-from ..lab.trainer import TrainingConfig, check_precision, fit, make_from_recipe, peak_mib, resume_from, save_model
+from ..lab.trainer import TrainingConfig, check_precision, fit, make_from_recipe, peak_mib, resume_from, save_model, watched
 from .baselines import compressor_bits, compressors
 from .evaluate import evaluate_text, machine_report
 from .model import EnigmaConfig, EnigmaForCausalLM, parameter_card
@@ -151,22 +150,6 @@ def importable(fn):
     "The same function under the name by which other processes find it: a module that runs as a program is called `__main__`."
     from enigma_lab.lm import train
     return getattr(train, fn.__name__)
-
-@contextmanager
-def watched(run:Run, show, every:float=1.):
-    "Call `show` from a thread while other processes write the record."
-    done = threading.Event()
-    def watch():
-        seen = 0
-        while not done.wait(every):
-            looks = sum('val_nll_nats' in row for row in run.history)
-            if looks > seen: show(run.history); seen = looks
-    thread = threading.Thread(target=watch, daemon=True)
-    if show: thread.start()
-    try: yield
-    finally:
-        done.set()
-        if show: thread.join()
 
 # %% ../../nbs/lm/50_train.ipynb #83f68ef6
 def read_config(

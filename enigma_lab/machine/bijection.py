@@ -50,7 +50,7 @@ def as_positions(
     positions:Tensor|None, # int64, broadcastable to `x.shape[:-1]`; `None`: all zero
     x:Tensor, # (..., dim)
 )->Tensor: # int64, `x.shape[:-1]`
-    "Positions of every vector of `x`; a ValueError if they are no integers, negative, or do not fit its shape."
+    "Positions of every vector of `x`; a ValueError if they are no integers or do not fit its shape."
     if positions is None: return torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(f"positions must be integers, got {positions.dtype}")

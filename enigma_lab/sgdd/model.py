@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'make_tokenizer', 'SGDDConfig', 'SGDDModel', 'SGDDOutput', 'noise_source', 'SentenceVectors']
 
 # %% ../../nbs/sgdd/40_model.ipynb #308652bf
-import json
+import json, string
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def make_tokenizer(
     texts:list[str], # of training
     encoder:SemanticEncoder, # whose pieces are used, if it has any
 ): # a fast tokenizer with pad, unk and mask
-    "The encoder's word pieces that occur in a text, and every single character."
+    "The encoder's word pieces that occur in a text, and every single character of ASCII."
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     special = dict(pad_token='[PAD]', unk_token='[UNK]', mask_token='[MASK]')
@@ -39,7 +39,7 @@ def make_tokenizer(
         spec = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
         if spec['model']['type'] != 'WordPiece': return encoder.tokenizer                       # RoBERTa's bytes cannot be left out
         seen = {piece for text in texts for piece in encoder.tokenizer.tokenize(text)}
-        letters = {piece for piece in spec['model']['vocab'] if len(piece.removeprefix('##')) == 1}
+        letters = {mark + c for c in string.printable for mark in ('', '##')}
         pieces = [p for p in spec['model']['vocab'] if p in seen | letters and p not in special.values()]
         spec['model']['vocab'] = {p: i for i, p in enumerate([*special.values(), *pieces])}
         spec.update(post_processor=None, added_tokens=[], truncation=None, padding=None)
@@ -47,8 +47,8 @@ def make_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **special)
 
 # %% ../../nbs/sgdd/40_model.ipynb #58ed6a9c
-@dataclass(frozen=True)
-class SGDDConfig:
+@dataclass
+class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's config
     "What a model is made of."
     vocab_size:int # V, rows of the embedding
     mask_id:int # the token that hides
