@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line', 'explain', 'main',
-           'find_notebook', 'train', 'tokenizer', 'showcase', 'load_model', 'generate', 'questions', 'chat', 'certify',
-           'run_line', 'runs', 'docs', 'bench_names', 'bench']
+           'find_notebook', 'train', 'tokenizer', 'showcase', 'load_model', 'generate', 'questions', 'chat', 'sgdd',
+           'certify', 'run_line', 'runs', 'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #4e3dd18e
 import argparse, importlib, inspect, os, pkgutil, shutil, sys
@@ -235,6 +235,35 @@ def chat(
         except KeyboardInterrupt: pass
         print()
         messages.append(dict(role='assistant', content=said))
+
+# %% ../nbs/cli.ipynb #7660de8c
+@command('sgdd')
+def sgdd(
+    action:str, # 'evaluate' | 'read'
+    run:str, # of train_sgdd, or - for the newest, else the showcase's
+    *texts:str, # to read: sentences
+    dataset:str='', # to evaluate on: small, hard, paraphrase, docs, a file, or a hub id; empty: what it was trained on
+    num_samples:int=1000, # to evaluate on, at most
+    loop:bool=False, # with the encoder in the loop
+):
+    "Evaluate a sentence decoder, or read sentences from their vectors."
+    if action not in ('evaluate', 'read'): raise ValueError(f"action must be 'evaluate' or 'read', got {action!r}")
+    from enigma_lab.lab.runs import find_run, read_json
+    found = find_run('' if run == '-' else run, 'train_sgdd', 'sgdd')
+    if not found.checkpoint.is_dir(): raise FileNotFoundError(f"a model is read from a run's checkpoint, and {found.name} has none; name another run")
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    if action == 'evaluate':
+        from enigma_lab.sgdd.train import evaluate_run
+        path = evaluate_run(found, dataset, num_samples, loop)
+        scores = read_json(path)['metrics']
+        print(f"{path}: {scores['sentences']} sentences, exact match {scores['exact_match']:.3f}, perplexity {scores['perplexity']:.2f}")
+        return
+    if not texts: raise ValueError("to read needs sentences, got none")
+    from enigma_lab.sgdd.loop import reconstruct
+    from enigma_lab.sgdd.model import SGDDModel
+    model = SGDDModel.from_pretrained(found.checkpoint)
+    for v in reconstruct(model, list(texts), *(() if loop else (1, 0))): print(f'{v.text}   {v.verdict} (distance {v.distance:.2g})')
 
 # %% ../nbs/cli.ipynb #0998bb7b
 @command('lm')

@@ -92,17 +92,17 @@ CONTRAST = """log => {  // of the text that is seen, against what lies behind it
 
 def test_narrow_light_and_dark(chat):
     log, shots = chat.locator('.chat-log'), os.environ.get('ENIGMA_SHOTS') # a folder, for those who want to look
-    chat.set_viewport_size(dict(width=800, height=900))
     for theme, light in (('JupyterLab Dark', 'false'), ('JupyterLab Light', 'true')):
-        chat.get_by_role('menuitem', name='Settings').click()
-        chat.get_by_role('menuitem', name='Theme').hover()
-        chat.get_by_role('menuitem', name=theme, exact=True).click()
-        chat.wait_for_selector(f'body[data-jp-theme-light="{light}"]')
+        chat.locator('#jp-MainMenu').get_by_text('Settings', exact=True).click()
+        chat.locator('.lm-Menu-item', has=chat.get_by_text('Theme', exact=True)).click()
+        chat.locator('.lm-Menu-item[data-command="apputils:change-theme"]', has=chat.get_by_text(theme, exact=True)).click()
+        chat.wait_for_selector(f'body[data-jp-theme-light="{light}"]', state='attached')
+        chat.set_viewport_size(dict(width=800, height=900))
         log.scroll_into_view_if_needed()
         if shots: chat.screenshot(path=f'{shots}/chat-{theme.split()[-1].lower()}.png')
         assert log.evaluate('log => log.scrollWidth <= log.clientWidth + 1'), 'a long line is cut off'
         assert min(log.evaluate(CONTRAST)) > 4.5, theme
-    chat.set_viewport_size(dict(width=1400, height=1000))
+        chat.set_viewport_size(dict(width=1400, height=1000))
 
 def test_clear(chat):
     chat.locator('.chat-clear').click()

@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['recipes', 'SGDDTrainConfig', 'make_sgdd_config', 'SGDDParts', 'sides', 'within', 'vectors_of', 'prepare_sgdd',
-           'collapse_signs', 'judge_sgdd', 'paraphrase_scores', 'fit_and_save', 'train_sgdd']
+           'collapse_signs', 'judge_sgdd', 'loop_scores', 'paraphrase_scores', 'fit_and_save', 'train_sgdd',
+           'score_table', 'read_yaml', 'evaluate_run']
 
 # %% ../../nbs/sgdd/70_train.ipynb #4e914981
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +21,8 @@ from ..lab.launch import launch, local_rank, rank
 from ..lab.runs import Run, find_run, finish_run, start_run, write_json
 from ..lab.trainer import TrainingConfig, check_precision, fit, make_from_recipe, peak_mib, resume_from, save_model, watched
 from .encoder import SemanticEncoder, encode_cached
-from .metrics import evaluate_generation
+from .loop import reconstruct
+from .metrics import bootstrap, evaluate_generation
 from .model import PRESETS, SGDDConfig, SGDDModel, SentenceVectors, make_tokenizer
 
 # %% ../../nbs/sgdd/70_train.ipynb #4737af4a
@@ -30,6 +34,7 @@ class SGDDTrainConfig(TrainingConfig):
     phase:int = 1 # 1: a sentence from its own vector; 2: another from it, starting from `base`
     base:str = '' # run of phase 1; phase 2 needs it
     max_sentences:int = 0 # of training; 0: all
+    max_words:int = 12 # of a sentence of natural text
     test_sentences:int = 1000 # judged at most, of validation half as many
     encoder:str = 'minilm' # 'minilm', a folder, or a hub id
     num_vectors:int = 1 # coefficients of the pooling
@@ -45,11 +50,11 @@ class SGDDTrainConfig(TrainingConfig):
         if self.phase == 1 and self.base: raise ValueError(f"phase 1 starts anew; base belongs to phase 2, got {self.base!r}")
         if self.size not in PRESETS: raise ValueError(f"size must be one of {sorted(PRESETS)}, got {self.size!r}")
 
-_brief = dict(size='brief', encoder='roberta-base', optimizer='adamw', batch_size=32, learning_rate=1e-4, weight_decay=.01, warmup_steps=500, decay_share=1., max_sentences=100_000,
+_brief = dict(size='brief', encoder='roberta-base', optimizer='adamw', batch_size=32, learning_rate=1e-4, weight_decay=.01, warmup_steps=500, decay_share=1., max_sentences=100_000, max_words=48,
               eval_steps=500, save_steps=1000, svd=True)
 recipes = {
     'smoke': dict(data='small', size='tiny', max_sentences=200, test_sentences=40, max_steps=20, batch_size=16, eval_steps=10, save_steps=10, eval_windows=64, warmup_steps=5),
-    'cpu': dict(minutes=3., batch_size=64, learning_rate=5e-3, warmup_steps=40, eval_steps=200, save_steps=200, eval_windows=500),
+    'cpu': dict(minutes=3., batch_size=256, learning_rate=5e-3, warmup_steps=20, eval_steps=100, save_steps=100, eval_windows=400),
     'brief-phase1': dict(_brief, data='wikimedia/wikipedia:20231101.en', epochs=10.),
     'brief-phase2': dict(_brief, data='sentence-transformers/quora-duplicates:pair', phase=2, base='train_sgdd', epochs=5.),
     'brief-test': dict(_brief, data='small', encoder='minilm', size='tiny', epochs=1., max_sentences=1000, warmup_steps=5, eval_steps=10, save_steps=10)}
@@ -101,7 +106,7 @@ def prepare_sgdd(
     config:SGDDTrainConfig, # what to do
 )->SGDDParts: # ready to train
     "Read, encode, build or load."
-    corpus = load_sentences(config.data, config.max_sentences) if config.phase == 1 else load_pairs(config.data, config.max_sentences)
+    corpus = load_sentences(config.data, config.max_sentences, (3, config.max_words)) if config.phase == 1 else load_pairs(config.data, config.max_sentences)
     torch.manual_seed(config.seed)
     if config.phase == 2: model = SGDDModel.from_pretrained(find_run(config.base, 'train_sgdd').checkpoint)
     else:
@@ -139,6 +144,7 @@ def judge_sgdd(
     run:Run, # an open record
     parts:SGDDParts, # with the trained model
     test:bool=True, # read the test sentences; False while a recipe is being chosen
+    loop:bool=True, # with the encoder in the loop, too
 )->dict: # metrics
     "The model on validation, and on test on record."
     model, found = parts.model.eval(), {}
@@ -151,6 +157,7 @@ def judge_sgdd(
         pairs = sources is not targets
         scores = evaluate_generation(model, targets, sources if pairs else None, (sides(parts.corpus.train)[1], parts.z))
         examples = scores.pop('examples')
+        if loop and not pairs: scores |= loop_scores(model, examples)
         write_json(run.path/f'examples_{name}.json', examples[:40] + [e for e in examples[40:] if not e['exact']][:40])
         written = [e['written'] for e in examples]
         if pairs and parts.corpus.source == 'paraphrase': scores |= paraphrase_scores(written, sources)
@@ -159,6 +166,23 @@ def judge_sgdd(
     return dict(found, **parts.corpus.card(), val_nll_nats=min(row['val_nll_nats'] for row in run.history if 'val_nll_nats' in row),
         **{f'parameters_{k}': v for k, v in model.parameter_card().items()}, vocabulary=model.config.vocab_size,
         train_steps=last['step'], train_tokens=last['tokens'], train_wall_s=last['wall_s'], peak_mib=round(peak_mib()))
+
+def loop_scores(
+    model:SGDDModel, # with its encoder
+    examples:list[dict], # of `evaluate_generation`; what the loop finds is entered
+)->dict: # shares between 0 and 1, with intervals as '_from' and '_to'
+    "What the encoder in the loop adds, and how far its verdicts can be trusted."
+    begin = time.perf_counter()
+    found = reconstruct(model, model.encoder.encode([e['wanted'] for e in examples]))
+    seconds = time.perf_counter() - begin
+    for e, v in zip(examples, found): e.update(loop=v.text, verdict=v.verdict, distance=v.distance)
+    right = [e['loop'] == e['wanted'] for e in examples]
+    proved = [ok for ok, v in zip(right, found) if v.verdict == 'proved']
+    scores = dict(loop_proved_share=len(proved)/len(found), loop_tried=sum(v.tried for v in found)/len(found), loop_s_per_sentence=seconds/len(found))
+    if proved: scores['loop_proved_precision'] = sum(proved)/len(proved)
+    for name, values in dict(loop_exact_match=right, loop_gain=[a - e['exact'] for a, e in zip(right, examples)]).items():
+        scores.update(zip((name, f'{name}_from', f'{name}_to'), bootstrap(values)))
+    return scores
 
 def paraphrase_scores(
     written:list[str], # by a model
@@ -187,6 +211,7 @@ def train_sgdd(
     note:str='', # appended to the record's folder
     show=None, # called with the history after each look at validation
     test:bool=True, # read the test sentences; False while a recipe is being chosen
+    loop:bool=True, # judge with the encoder in the loop, too
 )->Run: # finished, with a checkpoint
     "Train, save, judge, record."
     from enigma_lab.sgdd import train # its functions as other processes find them
@@ -197,4 +222,52 @@ def train_sgdd(
     else:
         with watched(run, show): launch(train.fit_and_save, run, config, origin, gpus=config.gpus, processes=config.processes)
         parts.model.load_state_dict(SGDDModel.from_pretrained(run.checkpoint, parts.model.encoder).state_dict())
-    return finish_run(run, judge_sgdd(run, parts, test))
+    return finish_run(run, judge_sgdd(run, parts, test, loop))
+
+# %% ../../nbs/sgdd/70_train.ipynb #297f0fe2
+def score_table(
+    run:Run, # of `train_sgdd`
+): # a DataFrame: a line for each score, with its interval
+    "What was reached, on test if it was read."
+    import pandas as pd
+    part = 'test' if 'test_exact_match' in run.metrics else 'val'
+    names = ('exact_match', 'nearest_exact_match', 'loop_exact_match', 'loop_gain', 'loop_proved_share', 'loop_proved_precision', 'token_accuracy', 'cosine', 'nelbo_bits', 'information_bits',
+             'bleu', 'nearest_bleu', 'copy_bleu', 'ibleu', 'copy_rate', 'meaning_accuracy', 'other_form_share', 'evaluations', 'place_difference', 'repeated_share')
+    rows = {name: {end or 'score': run.metrics.get(f'{part}_{name}{"_"*bool(end)}{end}') for end in ('', 'from', 'to')} for name in names if f'{part}_{name}' in run.metrics}
+    return pd.DataFrame(rows).T.astype(float).round(3).rename_axis(part).fillna('')
+
+# %% ../../nbs/sgdd/70_train.ipynb #67a7284e
+def read_yaml(
+    path:str|Path, # of fields
+)->dict: # field -> value
+    "A config's fields from a file."
+    import yaml
+    if not Path(path).is_file(): raise FileNotFoundError(f"a config must be an existing YAML file, got {str(path)!r}")
+    try: found = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except yaml.YAMLError as e: raise ValueError(f"a config must be YAML, got {str(e).splitlines()[0]} in {path}") from None
+    if not isinstance(found, dict): raise ValueError(f"a config must hold names and values, got {type(found).__name__} in {path}")
+    return found
+
+# %% ../../nbs/sgdd/70_train.ipynb #1d7405cd
+def evaluate_run(
+    run:Run, # of `train_sgdd`
+    dataset:str='', # of `load_sentences`; empty: what it was trained on
+    num_samples:int=1000, # sentences at most, of the validation part
+    loop:bool=False, # with the encoder in the loop, too
+)->Path: # a new JSON file in the run's folder
+    "Judge a finished run on sentences of any source."
+    if num_samples < 2: raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    dataset = dataset or run.config['data']
+    model = SGDDModel.from_pretrained(run.checkpoint)
+    texts = load_sentences(dataset, words=(3, run.config['max_words'])).validation
+    tokens = model.tokenizer(texts)['input_ids']
+    known = [i for i in within(tokens, model.config.max_len)][:num_samples]
+    if len(known) < 2: raise ValueError(f"a data set must hold two sentences of at most {model.config.max_len} tokens, got {len(known)} in {dataset!r}")
+    scores = evaluate_generation(model, [texts[i] for i in known])
+    examples = scores.pop('examples')
+    if loop: scores |= loop_scores(model, examples)
+    sizes = sum(len(tokens[i]) for i in known)
+    perplexity = 2**min(1000., scores['nelbo_bits']*len(known)/sizes)
+    path = run.path/f'evaluation-{Path(dataset).stem}-{time.strftime("%Y%m%d-%H%M%S")}.json'
+    write_json(path, dict(dataset=dataset, split='validation', run=run.name, metrics=dict(scores, perplexity=perplexity), examples=examples[:20], failures=[e for e in examples if not e['exact']][:50]))
+    return path
