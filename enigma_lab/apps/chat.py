@@ -120,7 +120,7 @@ def export_link(
 )->str: # HTML
     "A link that saves the history as JSON, without a server."
     data = base64.b64encode(json.dumps(dict(turns=conversation.turns), ensure_ascii=False, indent=1).encode()).decode()
-    return f"<a class='chat-export' download='chat.json' href='data:application/json;base64,{data}'>Export (json)</a>"
+    return f"<a class='chat-export' download='chat.json' style='white-space:nowrap' href='data:application/json;base64,{data}'>Export (json)</a>"
 
 # %% ../../nbs/apps/10_chat.ipynb #a2b791ea
 async def speak(
@@ -186,7 +186,7 @@ class ChatView:
         import ipywidgets as w
         self.talk = newest_conversation() or new_conversation()
         self.log, self.meter, self.save, self.knobs = w.HTML(), w.HTML(), w.HTML(), chat_knobs()
-        self.stop, self.again, self.clear = w.Button(description='Stop', disabled=True), w.Button(description='Regenerate'), w.Button(description='Clear')
+        self.stop, self.again, self.clear = (w.Button(description=name, disabled=name == 'Stop', layout=w.Layout(width='auto', flex='none')) for name in ('Stop', 'Regenerate', 'Clear'))
         self.compare = w.Checkbox(False, description='beside its base', indent=False)
         known = list(dict.fromkeys([*[run]*bool(run), *tuned_runs()])) or ['(none yet)']
         self.choice = w.Dropdown(options=known, description='model', layout=w.Layout(width='36em'))
@@ -253,4 +253,4 @@ def chat_app(
     for name in ('log', 'meter', 'stop', 'again', 'clear', 'choice'): getattr(app, name).add_class(f'chat-{name}')
     app.field.add_class('chat-input')
     settings = w.Accordion([w.VBox([app.choice, *app.knobs.values()])], titles=['model and knobs'])
-    return w.VBox([app.log, app.field, w.HBox([app.stop, app.again, app.clear, app.compare, app.save]), app.meter, settings], layout=w.Layout(max_width='56em'))
+    return w.VBox([app.log, app.field, w.HBox([app.stop, app.again, app.clear, app.compare, app.save], layout=w.Layout(flex_flow='row wrap', align_items='center')), app.meter, settings], layout=w.Layout(max_width='56em'))

@@ -22,10 +22,9 @@ from ..data.instruct import ChatCorpus, ChatWindows, check_characters, encode_ch
 from ..data.tasks import FAMILIES, exact_match
 from ..lab.launch import launch, local_rank, rank
 from ..lab.runs import Run, find_run, finish_run, start_run, write_json
-from ..lab.trainer import TrainingConfig, check_precision, fit, make_from_recipe, peak_mib, resume_from, save_model
+from ..lab.trainer import TrainingConfig, check_precision, fit, make_from_recipe, peak_mib, resume_from, save_model, watched
 from .generate import generate
 from .model import EnigmaForCausalLM
-from .train import watched
 
 # %% ../../nbs/lm/60_lora.ipynb #e36a46a8
 PROJECTIONS = 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj'

@@ -1,0 +1,43 @@
+"The sampler page in a real JupyterLab, used as a person does."
+import pytest
+from playwright.sync_api import expect
+
+from jupyter_lab import browser, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
+
+INJECTION = '<img src=x onerror="window.hacked = true">'
+
+@pytest.fixture(scope='module')
+def page(lab, browser): # noqa: F811
+    with opened(lab, browser, '20_sampler.ipynb', '.sampler-app .sampler-text') as page: yield page
+
+def app(page): return page.locator('.sampler-app').last
+
+def fill(page, where, text):
+    field = app(page).locator(f'.{where} input')
+    field.fill(text); field.press('Tab')
+
+def test_a_sentence_is_written_call_by_call(page):
+    assert 'untrained toy' in app(page).inner_text()
+    set_knob(page, 'steps', 5)
+    fill(page, 'sampler-text', 'the proud nurse cleaned the golden mirror')
+    page.evaluate("""() => { window.rows = []; const app = [...document.querySelectorAll('.sampler-app')].pop()
+        new MutationObserver(() => window.rows.push(app.querySelectorAll('.sampler-table tr').length)).observe(app, {childList: true, subtree: true}) }""")
+    app(page).locator('button.sampler-write').click()
+    expect(app(page).locator('.sampler-said')).to_contain_text('evaluations')
+    page.wait_for_function('Math.max(...window.rows) >= 3')
+    assert sorted(set(page.evaluate('window.rows')) - {0})[:2] == [1, 2] # one call after the other
+
+def test_between_and_missing(page):
+    app(page).locator('button.sampler-between').click()
+    expect(app(page).locator('ol.sampler-between li')).to_have_count(7)
+    app(page).locator('button.sampler-fill').click()
+    expect(app(page).locator('.sampler-filled')).to_be_visible()
+
+def test_markup_is_text_and_nothing_is_an_error(page):
+    fill(page, 'sampler-masked', INJECTION + ' [MASK]')
+    app(page).locator('button.sampler-fill').click()
+    expect(app(page).locator('.sampler-filled')).to_contain_text('img src')
+    fill(page, 'sampler-text', '')
+    app(page).locator('button.sampler-write').click()
+    expect(app(page).locator('.sampler-said')).to_contain_text('a text must hold a word at least')
+    assert page.evaluate('window.hacked') is None and no_cell_failed(page)
