@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROVED', 'PROBABLE', 'distance', 'verdict_of', 'Verdict', 'Search', 'candidates', 'occlusion', 'suspects', 'redraft',
-           'reconstruct']
+           'cheapest_changes', 'second_thoughts', 'reconstruct']
 
 # %% ../../nbs/sgdd/55_loop.ipynb #41ec69a0
 from dataclasses import dataclass
@@ -140,14 +140,49 @@ def redraft(
         t = fill(m, search.z[rows], canvas, content, steps=4, temperature=1., generator=generator)
         search.offer(rows, [row[keep].tolist() for row, keep in zip(t.tokens, t.content)], round)
 
-# %% ../../nbs/sgdd/55_loop.ipynb #754d35b6
+# %% ../../nbs/sgdd/55_loop.ipynb #4f1007c6
+def cheapest_changes(
+    logs:Tensor, # (T, V) log-probabilities of the places
+    draft:list[int], # T tokens
+    n:int, # substitutions, and as many exchanges
+)->list[list[int]]: # changed drafts
+    "The changes of a draft that cost the decoder least."
+    t, T = torch.tensor(draft), len(draft)
+    own = logs[torch.arange(T), t]
+    gain = (logs - own[:, None]).scatter(1, t[:, None], -torch.inf).flatten()
+    found = []
+    for flat in gain.topk(min(n, gain.isfinite().sum().item())).indices.tolist():
+        p, w = divmod(flat, logs.shape[1])
+        found.append(draft[:p] + [w] + draft[p + 1:])
+    across = logs[:, t]                                                                     # (T, T): token of q at p
+    gain = (across + across.T - own[:, None] - own).masked_fill((t[:, None] == t) | torch.ones(T, T).tril().bool(), -torch.inf).flatten()
+    for flat in gain.topk(min(n, gain.isfinite().sum().item())).indices.tolist():
+        p, q = divmod(flat, T)
+        changed = draft[:]; changed[p], changed[q] = draft[q], draft[p]
+        found.append(changed)
+    return found
+
+def second_thoughts(
+    search:Search, # with drafts
+    rows:list[int], # which vectors
+    n:int, # substitutions and exchanges tried of each; a later round goes further down the list
+    round:int, # counted from 1
+):
+    "Try what the decoder would also have said."
+    m = search.model
+    canvas, content = empty_canvas(torch.tensor([len(search.tokens[i]) for i in rows]), m.config.mask_id, m.config.pad_id)
+    logs = m.log_probs(canvas, m.vector(search.z[rows]), content)
+    drafts = [cheapest_changes(part[:len(search.tokens[i])], search.tokens[i], n*round) for i, part in zip(rows, logs)]
+    search.offer([i for i, found in zip(rows, drafts) for _ in found], [ids for found in drafts for ids in found], round)
+
+# %% ../../nbs/sgdd/55_loop.ipynb #ce359a98
 @torch.no_grad()
 def reconstruct(
     model:SGDDModel, # trained, with its encoder
     z, # (B, encoder_dim) vectors, or texts whose vectors are taken
     drafts:int=8, # first drafts of each
-    rounds:int=4, # of occlusion
-    redrafts:int=16, # new drafts of each, a round
+    rounds:int=4, # of occlusion and second thoughts
+    redrafts:int=8, # of each, a round; and as many substitutions and exchanges
     seed:int=0, # of the drafts
 )->list[Verdict]: # for each vector
     "Read sentences from vectors, with the encoder as judge."
@@ -160,5 +195,6 @@ def reconstruct(
     for round in range(1, rounds + 1):
         rows = [i for i in search.open if search.tokens[i]]
         if rows: redraft(search, rows, redrafts, round, generator)
+        if rows := [i for i in rows if search.far[i] >= PROVED]: second_thoughts(search, rows, redrafts, round)
     read = lambda ids: model.tokenizer.decode(ids) if ids else ''
     return [Verdict(read(ids), far, verdict_of(far), len(tried), found) for ids, far, tried, found in zip(search.tokens, search.far, search.tried, search.found)]

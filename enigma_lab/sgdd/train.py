@@ -36,6 +36,7 @@ class SGDDTrainConfig(TrainingConfig):
     max_sentences:int = 0 # of training; 0: all
     max_words:int = 12 # of a sentence of natural text
     test_sentences:int = 1000 # judged at most, of validation half as many
+    loop_sentences:int = 300 # judged with the encoder in the loop at most
     encoder:str = 'minilm' # 'minilm', a folder, or a hub id
     num_vectors:int = 1 # coefficients of the pooling
     size:str = 'small' # shape of the model, of `sgdd.model.PRESETS`
@@ -53,8 +54,8 @@ class SGDDTrainConfig(TrainingConfig):
 _brief = dict(size='brief', encoder='roberta-base', optimizer='adamw', batch_size=32, learning_rate=1e-4, weight_decay=.01, warmup_steps=500, decay_share=1., max_sentences=100_000, max_words=48,
               eval_steps=500, save_steps=1000, svd=True)
 recipes = {
-    'smoke': dict(data='small', size='tiny', max_sentences=200, test_sentences=40, max_steps=20, batch_size=16, eval_steps=10, save_steps=10, eval_windows=64, warmup_steps=5),
-    'cpu': dict(minutes=3., batch_size=256, learning_rate=5e-3, warmup_steps=20, eval_steps=100, save_steps=100, eval_windows=400),
+    'smoke': dict(data='small', size='tiny', max_sentences=200, test_sentences=40, loop_sentences=3, max_steps=20, batch_size=16, eval_steps=10, save_steps=10, eval_windows=64, warmup_steps=5),
+    'cpu': dict(minutes=3., batch_size=256, learning_rate=2.5e-3, warmup_steps=20, eval_steps=100, save_steps=100, eval_windows=400),
     'brief-phase1': dict(_brief, data='wikimedia/wikipedia:20231101.en', epochs=10.),
     'brief-phase2': dict(_brief, data='sentence-transformers/quora-duplicates:pair', phase=2, base='train_sgdd', epochs=5.),
     'brief-test': dict(_brief, data='small', encoder='minilm', size='tiny', epochs=1., max_sentences=1000, warmup_steps=5, eval_steps=10, save_steps=10)}
@@ -157,7 +158,7 @@ def judge_sgdd(
         pairs = sources is not targets
         scores = evaluate_generation(model, targets, sources if pairs else None, (sides(parts.corpus.train)[1], parts.z))
         examples = scores.pop('examples')
-        if loop and not pairs: scores |= loop_scores(model, examples)
+        if loop and not pairs and name == ('test' if test else 'val'): scores |= loop_scores(model, examples[:run.config['loop_sentences']])
         write_json(run.path/f'examples_{name}.json', examples[:40] + [e for e in examples[40:] if not e['exact']][:40])
         written = [e['written'] for e in examples]
         if pairs and parts.corpus.source == 'paraphrase': scores |= paraphrase_scores(written, sources)
@@ -178,7 +179,7 @@ def loop_scores(
     for e, v in zip(examples, found): e.update(loop=v.text, verdict=v.verdict, distance=v.distance)
     right = [e['loop'] == e['wanted'] for e in examples]
     proved = [ok for ok, v in zip(right, found) if v.verdict == 'proved']
-    scores = dict(loop_proved_share=len(proved)/len(found), loop_tried=sum(v.tried for v in found)/len(found), loop_s_per_sentence=seconds/len(found))
+    scores = dict(loop_sentences=len(found), loop_proved_share=len(proved)/len(found), loop_tried=sum(v.tried for v in found)/len(found), loop_s_per_sentence=seconds/len(found))
     if proved: scores['loop_proved_precision'] = sum(proved)/len(proved)
     for name, values in dict(loop_exact_match=right, loop_gain=[a - e['exact'] for a, e in zip(right, examples)]).items():
         scores.update(zip((name, f'{name}_from', f'{name}_to'), bootstrap(values)))
@@ -265,7 +266,7 @@ def evaluate_run(
     if len(known) < 2: raise ValueError(f"a data set must hold two sentences of at most {model.config.max_len} tokens, got {len(known)} in {dataset!r}")
     scores = evaluate_generation(model, [texts[i] for i in known])
     examples = scores.pop('examples')
-    if loop: scores |= loop_scores(model, examples)
+    if loop: scores |= loop_scores(model, examples[:run.config['loop_sentences']])
     sizes = sum(len(tokens[i]) for i in known)
     perplexity = 2**min(1000., scores['nelbo_bits']*len(known)/sizes)
     path = run.path/f'evaluation-{Path(dataset).stem}-{time.strftime("%Y%m%d-%H%M%S")}.json'
