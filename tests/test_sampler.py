@@ -34,9 +34,9 @@ def test_between_and_missing(page):
     expect(app(page).locator('.sampler-filled')).to_be_visible()
 
 def test_markup_is_text_and_nothing_is_an_error(page):
-    fill(page, 'sampler-masked', INJECTION + ' [MASK]')
-    app(page).locator('button.sampler-fill').click()
-    expect(app(page).locator('.sampler-filled')).to_contain_text('img src')
+    fill(page, 'sampler-text', INJECTION*8) # too long, and the message says so
+    app(page).locator('button.sampler-write').click()
+    expect(app(page).locator('.sampler-said')).to_contain_text('<img src=x')
     fill(page, 'sampler-text', '')
     app(page).locator('button.sampler-write').click()
     expect(app(page).locator('.sampler-said')).to_contain_text('a text must hold a word at least')
