@@ -19,7 +19,7 @@ def fill(page, where, text):
 def test_a_sentence_is_written_call_by_call(page):
     assert 'untrained toy' in app(page).inner_text()
     set_knob(page, 'steps', 5)
-    fill(page, 'sampler-text', 'the proud nurse cleaned the golden mirror')
+    fill(page, 'sampler-text', 'the clever pilot said that the brave farmer hid the golden mirror')
     page.evaluate("""() => { window.rows = []; const app = [...document.querySelectorAll('.sampler-app')].pop()
         new MutationObserver(() => window.rows.push(app.querySelectorAll('.sampler-table tr').length)).observe(app, {childList: true, subtree: true}) }""")
     app(page).locator('button.sampler-write').click()

@@ -28,11 +28,11 @@ def load_decoder(
 
 def toy_decoder()->SGDDModel: # of a few words
     "Something to look at where nothing is trained."
-    from enigma_lab.data.sentences import draw_sentences, small
+    from enigma_lab.data.sentences import draw_sentences, hard
     from enigma_lab.sgdd.encoder import SemanticEncoder
     from enigma_lab.sgdd.model import SGDDConfig, make_tokenizer
     encoder = SemanticEncoder()
-    tokenizer = make_tokenizer(draw_sentences(small, 'train', 200), encoder)
+    tokenizer = make_tokenizer(draw_sentences(hard, 'train', 400), encoder)
     torch.manual_seed(0)
     return SGDDModel(SGDDConfig.preset('tiny', vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id, pad_id=tokenizer.pad_token_id), encoder, tokenizer).eval()
 
@@ -110,9 +110,9 @@ def sampler_app(
     import ipywidgets as w
     if model is None: model, note = load_decoder()
     wide, knob = w.Layout(width='100%'), dict(style=dict(description_width='7em'), layout=w.Layout(width='95%'), continuous_update=False)
-    text = w.Text('the shy baker sold the rusty anchor', description='sentence', layout=wide); text.add_class('sampler-text')
-    other = w.Text('the brave pilot burned the golden violin', description='another', layout=wide); other.add_class('sampler-other')
-    masked = w.Text('the [MASK] baker [MASK] the rusty anchor', description='with masks', layout=wide); masked.add_class('sampler-masked')
+    text = w.Text('the proud nurse said that the shy baker sold the rusty anchor', description='sentence', layout=wide); text.add_class('sampler-text')
+    other = w.Text('tonight the pilot quickly painted a golden violin and a tiny map', description='another', layout=wide); other.add_class('sampler-other')
+    masked = w.Text('the proud [MASK] said that the shy [MASK] sold the rusty anchor', description='with masks', layout=wide); masked.add_class('sampler-masked')
     steps, guidance = w.IntSlider(16, 1, 32, description='steps', **knob), w.FloatSlider(0., min=0., max=4., step=.25, description='guidance', **knob)
     temperature, seed = w.FloatSlider(0., min=0., max=2., step=.1, description='temperature', **knob), w.IntSlider(0, 0, 99, description='seed', **knob)
     order, loop = w.Dropdown(options=ORDERS, description='sampler', **{k: v for k, v in knob.items() if k != 'continuous_update'}), w.Checkbox(False, description='encoder in the loop', indent=False)

@@ -238,11 +238,15 @@ class SentenceVectors(Dataset):
 @patch
 def fit_statistics(self:SGDDModel,
     z:Tensor, # (N, encoder_dim) vectors of the training set
+    lengths:Tensor|None=None, # (N,) tokens of its sentences: the length head starts from their frequencies
 ):
     "Mean and deviation of every coordinate."
-    if not self.config.standardise: return
     if len(z) < 2: raise ValueError(f"statistics need two vectors at least, got {len(z)}")
-    self.z_mean.copy_(z.mean(0)); self.z_std.copy_(z.std(0).clamp(min=1e-6))
+    if self.config.standardise: self.z_mean.copy_(z.mean(0)); self.z_std.copy_(z.std(0).clamp(min=1e-6))
+    if self.length is not None and lengths is not None:
+        nn.init.zeros_(self.length.weight)
+        counts = torch.bincount(lengths - 1, minlength=self.config.max_len)
+        self.length.bias.data.copy_((counts + .01).log() - (counts + .01).log().max())
 
 @patch
 def init_embedding(self:SGDDModel):

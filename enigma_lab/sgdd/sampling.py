@@ -188,7 +188,7 @@ def plot_trajectory(
     done = (torch.arange(1, len(steps) + 1)[:, None] >= trajectory.call[row])[:, keep]
     shade = torch.where(done, trajectory.sure[row][keep], torch.nan)
     fig, ax = plt.subplots(figsize=(.85*int(keep.sum()) + .6, .32*len(steps) + .5))
-    ax.imshow(shade, cmap='Blues', vmin=-.4, vmax=1.4, aspect='auto')
+    ax.imshow(shade, cmap='Blues', vmin=0, vmax=2, aspect='auto')
     for k, line in enumerate(steps[:, keep].tolist()):
         for i, token in enumerate(line):
             if token != model.config.mask_id: ax.text(i, k, model.tokenizer.convert_ids_to_tokens(token), ha='center', va='center', fontsize=8)

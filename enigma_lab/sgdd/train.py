@@ -55,7 +55,7 @@ _brief = dict(size='brief', encoder='roberta-base', optimizer='adamw', batch_siz
               eval_steps=500, save_steps=1000, svd=True)
 recipes = {
     'smoke': dict(data='small', size='tiny', max_sentences=200, test_sentences=40, loop_sentences=3, max_steps=20, batch_size=16, eval_steps=10, save_steps=10, eval_windows=64, warmup_steps=5),
-    'cpu': dict(minutes=3., batch_size=256, learning_rate=2.5e-3, warmup_steps=20, eval_steps=100, save_steps=100, eval_windows=400),
+    'cpu': dict(minutes=3., num_vectors=4, batch_size=256, learning_rate=2.5e-3, warmup_steps=20, eval_steps=100, save_steps=100, eval_windows=400),
     'brief-phase1': dict(_brief, data='wikimedia/wikipedia:20231101.en', epochs=10.),
     'brief-phase2': dict(_brief, data='sentence-transformers/quora-duplicates:pair', phase=2, base='train_sgdd', epochs=5.),
     'brief-test': dict(_brief, data='small', encoder='minilm', size='tiny', epochs=1., max_sentences=1000, warmup_steps=5, eval_steps=10, save_steps=10)}
@@ -120,7 +120,7 @@ def prepare_sgdd(
     train, z = vectors_of(corpus.train, model, config.seed)
     validation, _ = vectors_of(corpus.validation, model, hidden=True)
     if config.phase == 1:
-        model.fit_statistics(z)
+        model.fit_statistics(z, (train.labels != -100).sum(1))
         if config.svd: model.init_embedding()
     return SGDDParts(corpus, model.to(f'cuda:{local_rank()}' if config.gpus else 'cpu'), train, validation, z)
 
