@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['recipes', 'SGDDTrainConfig', 'make_sgdd_config', 'SGDDParts', 'sides', 'within', 'vectors_of', 'prepare_sgdd',
-           'collapse_signs', 'judge_sgdd', 'loop_scores', 'paraphrase_scores', 'fit_and_save', 'train_sgdd',
+           'collapse_signs', 'judge_sgdd', 'loop_scores', 'paraphrase_scores', 'NewNoise', 'fit_and_save', 'train_sgdd',
            'score_table', 'read_yaml', 'evaluate_run']
 
 # %% ../../nbs/sgdd/70_train.ipynb #4e914981
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from ..data.pairs import load_pairs
 from ..data.sentences import load_sentences, meaning
@@ -194,6 +195,12 @@ def paraphrase_scores(
     return dict(meaning_accuracy=sum(same)/len(same), other_form_share=sum(s and a != b for s, a, b in zip(same, written, sources))/len(same))
 
 # %% ../../nbs/sgdd/70_train.ipynb #38f8df4b
+class NewNoise(TrainerCallback):
+    "Tell a data set which pass this is."
+    def __init__(self, data:SentenceVectors): self.data = data
+
+    def on_epoch_begin(self, args, state, control, **kwargs): self.data.set_epoch(int((state.epoch or 0) + 1e-6))
+
 def fit_and_save(
     run:Run, # an open record
     config:SGDDTrainConfig, # what to do
@@ -203,7 +210,7 @@ def fit_and_save(
 ):
     "What each process of a training does; rank 0 saves."
     parts = parts or prepare_sgdd(config)
-    fit(run, config, parts.model, parts.train, parts.validation, origin, show)
+    fit(run, config, parts.model, parts.train, parts.validation, origin, show, callbacks=(NewNoise(parts.train),))
     if rank() == 0: save_model(run, parts.model)
 
 def train_sgdd(
