@@ -238,15 +238,22 @@ class SentenceVectors(Dataset):
 @patch
 def fit_statistics(self:SGDDModel,
     z:Tensor, # (N, encoder_dim) vectors of the training set
-    lengths:Tensor|None=None, # (N,) tokens of its sentences: the length head starts from their frequencies
+    lengths:Tensor|None=None, # (N,) tokens of its sentences, for `fit_lengths`
 ):
     "Mean and deviation of every coordinate."
     if len(z) < 2: raise ValueError(f"statistics need two vectors at least, got {len(z)}")
     if self.config.standardise: self.z_mean.copy_(z.mean(0)); self.z_std.copy_(z.std(0).clamp(min=1e-6))
-    if self.length is not None and lengths is not None:
-        nn.init.zeros_(self.length.weight)
-        counts = torch.bincount(lengths - 1, minlength=self.config.max_len)
-        self.length.bias.data.copy_((counts + .01).log() - (counts + .01).log().max())
+    if lengths is not None: self.fit_lengths(lengths)
+
+@patch
+def fit_lengths(self:SGDDModel,
+    lengths:Tensor, # (N,) tokens of the sentences that are to be written
+):
+    "Let the length head start anew from the frequencies of lengths."
+    if self.length is None: return
+    nn.init.zeros_(self.length.weight)
+    logs = (torch.bincount(lengths - 1, minlength=self.config.max_len) + .01).log()
+    self.length.bias.data.copy_(logs - logs.max())
 
 @patch
 def init_embedding(self:SGDDModel):

@@ -120,8 +120,10 @@ def prepare_sgdd(
     if config.gpus: model.encoder.to(f'cuda:{local_rank()}')
     train, z = vectors_of(corpus.train, model, config.seed)
     validation, _ = vectors_of(corpus.validation, model, hidden=True)
-    if config.phase == 1:
-        model.fit_statistics(z, (train.labels != -100).sum(1))
+    lengths = (train.labels != -100).sum(1)
+    if config.phase == 2: model.fit_lengths(lengths)                                      # a paraphrase has a length of its own
+    else:
+        model.fit_statistics(z, lengths)
         if config.svd: model.init_embedding()
     return SGDDParts(corpus, model.to(f'cuda:{local_rank()}' if config.gpus else 'cpu'), train, validation, z)
 
