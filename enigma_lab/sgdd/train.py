@@ -244,7 +244,7 @@ def score_table(
     names = ('exact_match', 'nearest_exact_match', 'loop_exact_match', 'loop_gain', 'loop_proved_share', 'loop_proved_precision', 'token_accuracy', 'cosine', 'nelbo_bits', 'information_bits',
              'bleu', 'nearest_bleu', 'copy_bleu', 'ibleu', 'copy_rate', 'meaning_accuracy', 'other_form_share', 'evaluations', 'place_difference', 'repeated_share')
     rows = {name: {end or 'score': run.metrics.get(f'{part}_{name}{"_"*bool(end)}{end}') for end in ('', 'from', 'to')} for name in names if f'{part}_{name}' in run.metrics}
-    return pd.DataFrame(rows).T.astype(float).round(3).rename_axis(part).fillna('')
+    return pd.DataFrame(rows).T.astype(float).round(3).astype(object).rename_axis(part).fillna('')
 
 # %% ../../nbs/sgdd/70_train.ipynb #67a7284e
 def read_yaml(
