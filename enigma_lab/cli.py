@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line', 'explain', 'main',
            'find_notebook', 'train', 'tokenizer', 'showcase', 'load_model', 'generate', 'questions', 'chat', 'sgdd',
-           'certify', 'run_line', 'runs', 'docs', 'bench_names', 'bench']
+           'maskpro', 'certify', 'run_line', 'runs', 'docs', 'bench_names', 'bench']
 
-# %% ../nbs/cli.ipynb #4e3dd18e
+# %% ../nbs/cli.ipynb #69907a0c
 import argparse, importlib, inspect, os, pkgutil, shutil, sys
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,7 +16,7 @@ from fastcore.docments import docments
 
 import enigma_lab
 from .lab.door import checkout_of, notebook_parameters, papermill_command
-from .lab.runs import checkout
+from .lab.runs import checkout, read_json
 
 # %% ../nbs/cli.ipynb #1060dbcf
 def argument(
@@ -236,7 +236,7 @@ def chat(
         print()
         messages.append(dict(role='assistant', content=said))
 
-# %% ../nbs/cli.ipynb #7660de8c
+# %% ../nbs/cli.ipynb #386fd957
 @command('sgdd')
 def sgdd(
     action:str, # 'evaluate' | 'read'
@@ -248,7 +248,7 @@ def sgdd(
 ):
     "Evaluate a sentence decoder, or read sentences from their vectors."
     if action not in ('evaluate', 'read'): raise ValueError(f"action must be 'evaluate' or 'read', got {action!r}")
-    from enigma_lab.lab.runs import find_run, read_json
+    from enigma_lab.lab.runs import find_run
     found = find_run('' if run == '-' else run, 'train_sgdd', 'sgdd')
     if not found.checkpoint.is_dir(): raise FileNotFoundError(f"a model is read from a run's checkpoint, and {found.name} has none; name another run")
     from transformers.utils.logging import disable_progress_bar
@@ -264,6 +264,36 @@ def sgdd(
     from enigma_lab.sgdd.model import SGDDModel
     model = SGDDModel.from_pretrained(found.checkpoint)
     for v in reconstruct(model, list(texts), *(() if loop else (1, 0))): print(f'{v.text}   {v.verdict} (distance {v.distance:.2g})')
+
+# %% ../nbs/cli.ipynb #3082f6cb
+@command('masks')
+def maskpro(
+    action:Literal['masks','baseline','learn','evaluate','quick','standard','full','custom','monitor'], # a step, a mode, or a look
+    *words:str, # of a step: the record; of 'masks' and modes: settings, name=value; of 'custom': presets, too
+    parallel:int=1, # presets at a time
+    num_samples:int=-1, # of 'evaluate': images drawn from each model; -1: the settings'
+    no_fid:bool=False, # of 'evaluate': compare losses alone
+    validation:bool=False, # of 'evaluate' and modes: leave the test images unread
+    rounds:int=0, # of 'monitor': tables; 0: until nothing is running
+):
+    "Learn N:M masks for a diffusion model, in steps or by preset."
+    from enigma_lab.maskpro import steps
+    if action == 'monitor': return steps.monitor(rounds=rounds)
+    if action in steps.MODES:
+        presets = [word for word in words if '=' not in word]
+        table = steps.run_mode(action, presets, parallel, test=not validation, **steps.read_settings([word for word in words if '=' in word]))
+        return print(table[[c for c in ('preset', 'state', 'gap_recovered', 'learned_loss', 'train_steps', 'train_forwards') if c in table]].to_string(index=False))
+    if action == 'masks':
+        run = steps.make_masks(steps.make_maskpro_config(**steps.read_settings(words)))
+        return print(f"{run.name}: {run.path/'initial_masks.safetensors'}")
+    if len(words) > 1: raise ValueError(f"{action} takes one record, got {list(words)}")
+    run = steps.open_record(words[0] if words else '')
+    if action == 'baseline': found = steps.baseline(run)
+    elif action == 'learn':
+        steps.learn(run, show=lambda row: print(f"{row['step']:>6} updates   validation {row['val_loss']:.4f}   changed {row['changed']:.1%}", flush=True) if 'val_loss' in row else None)
+        found = read_json(run.path/'training_summary.json')
+    else: found = steps.judge(run, None if num_samples < 0 else num_samples, False if no_fid else None, not validation)
+    print(run.name + ''.join(f'\n  {k} {v:.4g}' for k, v in found.items() if isinstance(v, (int, float))))
 
 # %% ../nbs/cli.ipynb #0998bb7b
 @command('lm')
