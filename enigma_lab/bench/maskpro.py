@@ -119,7 +119,7 @@ def main(arguments:list[str]=()): # of the command line
     print(leaderboard(g.name).round(4).to_string())
     if (done.state != 'finished').any(): sys.exit(f"{(done.state != 'finished').sum()} of {len(done)} cells have no result; see the logs in {runs_root()/'sweeps'/g.name}")
 
-# %% ../../nbs/bench/50_maskpro.ipynb #b129aa96
+# %% ../../nbs/bench/50_maskpro.ipynb #e9daf133
 def records(name:str='maskpro', task:str='mask_trial')->list[Run]: # finished, in order
     "The finished cells of a sweep."
     return sorted((Run(path.parent) for path in (runs_root()/'sweeps'/name/task).glob('*/metrics.json')), key=lambda run: (run.config.get('dense', ''), run.config['seed'], run.name))
@@ -151,12 +151,13 @@ def resample(
 
 def leaderboard(
     name:str='maskpro', # of the sweep
+    task:str='mask_trial', # whose records count
     resamples:int=2000,
     base:str='magnitude', # 0 of the gap
 ): # a DataFrame: a line for each row
     "The share of the gap that each method wins back."
     import pandas as pd
-    runs = records(name)
+    runs = records(name, task)
     losses = losses_of(runs)
     models = set(losses.get('dense', {}))
     rows = [row for row in ROWS if models and set(losses.get(row, {})) == models]

@@ -211,13 +211,13 @@ def show_images(
     ax=None, # matplotlib axes; `None` makes new ones
 ): # the axes
     "Images side by side, white at 1."
-    import matplotlib.pyplot as plt
     N, C, H, W = x.shape
     rows = -(-N // columns)
     canvas = np.full((rows*(H + 1) - 1, columns*(W + 1) - 1, C), 255, np.uint8)
     for i, picture in enumerate(as_pixels(x)):
         r, c = divmod(i, columns)
         canvas[r*(H + 1):r*(H + 1) + H, c*(W + 1):c*(W + 1) + W] = picture
+    import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(.45*columns, .45*rows + .25*bool(title)))[1]
     ax.imshow(canvas if C == 3 else canvas[..., 0], **({} if C == 3 else dict(cmap='gray', vmin=0, vmax=255)))
     ax.set(title=title); ax.set_axis_off()

@@ -231,14 +231,14 @@ def sweep(
     folder = runs_root()/'sweeps'/name/task_name(task)
     names = [cell_name(cell, varied) for cell in todo]
     slots, failures, done = list(range(parallel)), {}, 0
-    threads = str(max(1, (os.cpu_count() or 1) // parallel))
+    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1) // parallel))         # MKL's as many, or its threads wait for each other
 
     def one(item):
         nonlocal done
         cell, label = item
         slot, start = slots.pop(), time.monotonic()
         if not finished_run(folder, label):
-            env = dict(CUDA_VISIBLE_DEVICES=str(devices[slot])) if devices else {k: os.environ.get(k, threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+            env = dict(CUDA_VISIBLE_DEVICES=str(devices[slot])) if devices else dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), threads)
             failures[label] = run_cell(task, cell, folder, label, env, here)
         slots.append(slot); done += 1
         show(f"[{done}/{len(todo)}] {label}  {time.monotonic() - start:.0f} s  {'failed: ' + failures[label] if failures.get(label) else 'finished'}")

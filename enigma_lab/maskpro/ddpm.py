@@ -285,7 +285,7 @@ def prepare_ddpm(
     return DDPMParts(images, model.to(f'cuda:{local_rank()}' if config.gpus else 'cpu'),
         NoisedImages(images.train, config.num_steps, config.seed, config.mirror), NoisedImages(images.validation.repeat(4, 1, 1, 1), config.num_steps, seed=123))
 
-# %% ../../nbs/maskpro/05_ddpm.ipynb #770cfa3c
+# %% ../../nbs/maskpro/05_ddpm.ipynb #eaf8b80f
 @torch.no_grad()
 def mean_loss(
     model, # from x_t and t to the noise
@@ -306,7 +306,8 @@ def judge_ddpm(
     "The model on images it has not seen, and a look at its own."
     import matplotlib.pyplot as plt
     held_out = dict(val=images.validation, **(dict(test=images.read_test(run)) if test else {}))
-    found = {f'{name}_mse': mean_loss(model, fixed_batches(x, run.config['repeats'], num_steps=scheduler.config.num_train_timesteps), DenoisingLoss(scheduler)) for name, x in held_out.items()}
+    loss, T = DenoisingLoss(scheduler), scheduler.config.num_train_timesteps
+    found = {f'{name}_mse': mean_loss(model, fixed_batches(x, run.config['repeats'], num_steps=T), loss) for name, x in held_out.items()}
     plt.close(run.figure('samples', show_images(sample_images(model, scheduler, 40), 20).figure))
     plt.close(run.figure('loss', draw_losses(run.history).figure))
     last = [row for row in run.history if 'tokens' in row][-1]

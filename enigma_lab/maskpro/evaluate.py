@@ -135,7 +135,7 @@ def plot_timesteps(
     ax.set(xlabel='timestep', ylabel='squared error', yscale='log'); ax.legend()
     return ax
 
-# %% ../../nbs/maskpro/60_evaluate.ipynb #e4c4c2d3
+# %% ../../nbs/maskpro/60_evaluate.ipynb #62c2acb9
 class DigitFeatures(nn.Module):
     "A small classifier; as a module of features it gives what stands before its last layer."
     num_features = 32 # what torchmetrics asks for
@@ -156,6 +156,7 @@ class DigitFeatures(nn.Module):
     def forward(self, x:Tensor)->Tensor: # (N, C, H, W) in [-1, 1] -> (N, 32)
         return self.body(x)/self.scale
 
+# %% ../../nbs/maskpro/60_evaluate.ipynb #c1762f97
 def train_features(
     images:Images, # with labels
     steps:int=300, # updates
@@ -177,6 +178,7 @@ def train_features(
     model.scale.copy_(model(images.train).square().mean().sqrt())
     return model
 
+# %% ../../nbs/maskpro/60_evaluate.ipynb #6cb273e5
 @torch.no_grad()
 def accuracy(
     model:DigitFeatures,
@@ -186,7 +188,7 @@ def accuracy(
     "How well the classes are told apart."
     return (model.logits(x).argmax(1) == y).double().mean().item()
 
-# %% ../../nbs/maskpro/60_evaluate.ipynb #0e3a37ec
+# %% ../../nbs/maskpro/60_evaluate.ipynb #b4f05c6c
 @torch.no_grad()
 def image_features(
     features:nn.Module, # images -> (N, d)
@@ -208,6 +210,7 @@ def _measure(kind, real, fake, **options): # torchmetrics takes a module of feat
         metric.update(real, real=True); metric.update(fake, real=False)
         return metric.compute()
 
+# %% ../../nbs/maskpro/60_evaluate.ipynb #1182751f
 def frechet_distance(
     real:Tensor, # (N, d) features
     fake:Tensor, # (M, d)
@@ -228,7 +231,7 @@ def kernel_distance(
         torch.manual_seed(seed)
         return _measure(KernelInceptionDistance, real, fake, subsets=subsets, subset_size=min(len(real), len(fake))//2)[0].item()
 
-# %% ../../nbs/maskpro/60_evaluate.ipynb #509ebdc9
+# %% ../../nbs/maskpro/60_evaluate.ipynb #1af369da
 class InceptionFeatures(nn.Module):
     "Inception's features for images in [-1, 1], as torch-fidelity has them."
     num_features = 2048
@@ -239,7 +242,7 @@ class InceptionFeatures(nn.Module):
         path = Path(weights or Path(torch.hub.get_dir())/'checkpoints'/'weights-inception-2015-12-05-6726825d.pth')
         if not path.is_file(): raise FileNotFoundError(f"Inception needs its weights, got no file {path}; fetch them once with torch-fidelity, or use the features of `train_features`")
         try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as e: raise ImportError(f"Inception's features come with torch-fidelity, which needs torchvision: pip install torch-fidelity ({e})") from None
+        except (ImportError, RuntimeError) as e: raise ImportError(f"Inception's features come with torch-fidelity, which needs torchvision: pip install torch-fidelity ({e})") from None
         torch.load(path, weights_only=True)                # raises where the file would run code
         self.net = FeatureExtractorInceptionV3('inception', ['2048'], feature_extractor_weights_path=str(path)).eval().requires_grad_(False)
 
@@ -288,7 +291,7 @@ def compare_samples(
         ax.text(-.01, .5, name, transform=ax.transAxes, ha='right', va='center')
     return fig
 
-# %% ../../nbs/maskpro/60_evaluate.ipynb #7c980367
+# %% ../../nbs/maskpro/60_evaluate.ipynb #9267a7d0
 def loss_report(
     losses:dict, # name -> (R·U,) losses of the same samples
     units:int|None=None, # U; `None`: each sample is its own
@@ -310,6 +313,7 @@ def loss_report(
         if paired_difference(initial, dense, units, resamples, seed)[1] > 0: enter('gap_recovered', *gap_recovered(dense, initial, learned, units, resamples, seed))
     return found
 
+# %% ../../nbs/maskpro/60_evaluate.ipynb #bd92167f
 def distance_report(
     models:dict, # name -> UNet
     scheduler, # of diffusers
@@ -327,6 +331,7 @@ def distance_report(
         found |= {f'{name}_frechet': frechet_distance(known, seen), f'{name}_kernel': kernel_distance(known, seen), f'{name}_sliced': sliced_wasserstein(real, x)}
     return found, samples
 
+# %% ../../nbs/maskpro/60_evaluate.ipynb #0de91f38
 def evaluate_models(
     models:dict, # name -> model; 'dense', 'initial' and 'learned' have a gap
     batches:list, # the same for all, of `fixed_batches` or any
@@ -340,12 +345,12 @@ def evaluate_models(
     seed:int=0, # of the bootstrap
 )->dict: # ready for JSON
     "What each model loses, how sure that is, and how real its images look."
+    given = [x is not None for x in (scheduler, real, held_out, features)]
+    if any(given[1:]) and not all(given): raise ValueError("to judge samples give all of scheduler, real, held_out and features, got only some of them")
     losses = {name: each_loss(model, batches, loss) for name, model in models.items()}
     found = dict(loss_report(losses, units, seed=seed), samples=len(next(iter(losses.values()))), units=units or len(next(iter(losses.values()))))
     if all(hasattr(b, 't') for b in batches) and scheduler is not None:
         t = torch.cat([b.t for b in batches]).cpu()
         by_time = {name: loss_by_timestep(values, t, scheduler.config.num_train_timesteps).tolist() for name, values in losses.items()}
         found['by_timestep'] = {name: [None if math.isnan(v) else v for v in values] for name, values in by_time.items()}
-    given = [x is not None for x in (scheduler, real, held_out, features)]
-    if any(given[1:]) and not all(given): raise ValueError("to judge samples give all of scheduler, real, held_out and features, got only some of them")
     return dict(found, **distance_report(models, scheduler, real, held_out, features, steps)[0]) if all(given) else found
