@@ -154,7 +154,7 @@ def tokenizer(
     made.save_pretrained(out)
     print(f'{out}: {len(made):,} rows')
 
-# %% ../nbs/cli.ipynb #1ddc5e91
+# %% ../nbs/cli.ipynb #35b0a659
 @command('lm')
 def showcase(
     run:str, # finished, with a checkpoint
@@ -163,7 +163,12 @@ def showcase(
     "Keep a run in the repository, its weights in half the bytes."
     from enigma_lab.lab.runs import find_run
     from enigma_lab.lab.showcase import folder_bytes, make_showcase
-    made = make_showcase(find_run(run), name)
+    found = find_run(run)
+    more = {}
+    if (found.path/'learned_masks.safetensors').is_file():
+        from enigma_lab.maskpro.steps import kept_beside
+        more = kept_beside(found)
+    made = make_showcase(found, name, more)
     print(f'{made.path}: {folder_bytes(made.path):,} bytes')
 
 # %% ../nbs/cli.ipynb #2a16ef66

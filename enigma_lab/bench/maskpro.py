@@ -86,12 +86,12 @@ def mask_trial(
         metrics['frechet'] = frechet_distance(image_features(features, images.train), image_features(features, sample_images(unet, scheduler, samples)))
     return finish_run(run, dict(metrics, loss=each.mean().item()))
 
-# %% ../../nbs/bench/50_maskpro.ipynb #93b7b116
+# %% ../../nbs/bench/50_maskpro.ipynb #6208b58d
 def cells_of(
     folders:list[str], # dense pipelines
     seeds:list[int], # of masks, for the methods that learn
     rates:dict, # row -> the rate chosen on validation
-    once:tuple=('pge-literal', 'pge-unpaired', 'leave-one-out'), # rows with the first seed alone
+    once:tuple=('gumbel', 'pge-literal', 'pge-unpaired', 'leave-one-out'), # rows with the first seed alone
 )->list[dict]:
     "What is to be run for the record."
     rows = [(row, seed) for row in ROWS for seed in (seeds[:1] if row in ('dense', *KINDS, *once) else seeds)]

@@ -28,10 +28,11 @@ def folder_bytes(path:Path)->int:
     "What a folder's files hold together."
     return sum(f.stat().st_size for f in Path(path).rglob('*') if f.is_file())
 
-# %% ../../nbs/lab/12_showcase.ipynb #f8d227a7
+# %% ../../nbs/lab/12_showcase.ipynb #654cab82
 def make_showcase(
     run:Run, # finished, with a checkpoint
     name:str, # of the showcase
+    more:dict|None=None, # further files, kept as they are, and folders, whose weights are halved: name -> path
 )->Run: # under runs/showcase/
     "Keep a run in the repository, whole or not at all."
     if not run.finished or not run.checkpoint.is_dir(): raise ValueError(f"a showcase is made of a finished run with a checkpoint, got {run.name}")
@@ -41,6 +42,10 @@ def make_showcase(
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(run.path, part, ignore=shutil.ignore_patterns('checkpoints', 'tensorboard', 'wandb', '*.ipynb', '*.safetensors'))
     for f in run.checkpoint.rglob('*.safetensors'): halve(f, part/f.relative_to(run.path))
+    for where, source in (more or {}).items():
+        if Path(source).is_file(): shutil.copy2(source, part/where); continue
+        shutil.copytree(source, part/where, ignore=shutil.ignore_patterns('*.safetensors'))
+        for f in Path(source).rglob('*.safetensors'): halve(f, part/where/f.relative_to(source))
     if (size := folder_bytes(part)) > LARGEST:
         shutil.rmtree(part)
         raise ValueError(f"a showcase may take {LARGEST:,} bytes, got {size:,} of {run.name}")

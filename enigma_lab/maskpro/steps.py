@@ -7,7 +7,7 @@ __all__ = ['recipes', 'CONFIGS', 'MODES', 'MaskProConfig', 'check_config', 'step
            'Workshop', 'open_workshop', 'config_of', 'need', 'model_name', 'make_masks', 'open_record', 'with_masks',
            'baseline', 'masks_loss', 'known_baselines', 'learn', 'learn_here', 'logger', 'save_learned',
            'save_pipeline', 'curves', 'judge', 'three_models', 'all_steps', 'train_maskpro', 'run_mode', 'maskpro_runs',
-           'progress_table', 'monitor']
+           'progress_table', 'monitor', 'kept_beside']
 
 # %% ../../nbs/maskpro/55_steps.ipynb #4a474880
 import json, math, os, shutil, time
@@ -487,3 +487,11 @@ def monitor(
         rounds -= 1
         if not rounds or not len(table): return
         time.sleep(every)
+
+# %% ../../nbs/maskpro/55_steps.ipynb #d05bd3d4
+def kept_beside(
+    run:Run, # of train_maskpro, finished
+)->dict: # name -> path, for `make_showcase`
+    "What a showcase of masks keeps beside the checkpoint."
+    names = ('initial_masks.safetensors', 'learned_masks.safetensors')
+    return {name: need(run, name, 'learn') for name in names} | dict(dense=Path(find_pipeline(run.config['model'])))
