@@ -9,7 +9,7 @@ __all__ = ['recipes', 'CONFIGS', 'MODES', 'MaskProConfig', 'check_config', 'step
            'save_pipeline', 'curves', 'judge', 'three_models', 'all_steps', 'train_maskpro', 'run_mode', 'maskpro_runs',
            'progress_table', 'monitor', 'kept_beside']
 
-# %% ../../nbs/maskpro/55_steps.ipynb #4a474880
+# %% ../../nbs/maskpro/55_steps.ipynb #82675973
 import json, math, os, shutil, time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,7 +29,7 @@ from .evaluate import InceptionFeatures, compare_samples, distance_report, evalu
 from .estimators import make_method
 from .learn import MaskRun, learn_masks, pool_fingerprint
 from .masked import Masks, apply_masks, find_masks, load_masks, remove_masks, save_masks, verify_masks
-from .scores import extract_masks, initial_mask, project
+from .scores import KINDS, extract_masks, initial_mask, project
 
 # %% ../../nbs/maskpro/55_steps.ipynb #25ede24f
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class MaskProConfig:
     @property
     def parts(self): return self.gradient_accumulation_steps*self.world # of a batch, over all processes
 
-# %% ../../nbs/maskpro/55_steps.ipynb #dfab3ced
+# %% ../../nbs/maskpro/55_steps.ipynb #f898458b
 def check_config(c:MaskProConfig):
     "Refuse what cannot be run."
     check_processes(c.gpus, c.processes); check_tracker(c.tracker); make_method(c.estimator)
@@ -84,6 +84,7 @@ def check_config(c:MaskProConfig):
     for name in ('dataset_size', 'learning_rate', 'logits', 'budget', 'max_steps', 'epochs', 'patience', 'num_samples', 'seed'):
         if getattr(c, name) < 0: raise ValueError(f"{name} must be at least 0, got {getattr(c, name)}")
     if not (c.budget or c.max_steps or c.epochs): raise ValueError("learning needs an end: set budget, max_steps or epochs above 0")
+    if c.initial not in KINDS and not Path(c.initial).is_dir(): raise ValueError(f"initial must be one of {KINDS}, or a folder with a pruned pipeline, got {c.initial!r}")
     if not 0 < c.share <= 1: raise ValueError(f"share must lie in (0, 1], got {c.share}")
     if c.pool < 2 and make_method(c.estimator).pool: raise ValueError(f"pool must be at least 2, got {c.pool}")
     if not 1 <= c.n <= c.m: raise ValueError(f"n must lie in 1 … m, got n={c.n}, m={c.m}")
@@ -438,14 +439,14 @@ def train_maskpro(
     "All four steps of a preset."
     return all_steps(make_maskpro_config(preset, **changes), note, test=test)
 
-# %% ../../nbs/maskpro/55_steps.ipynb #9075511b
+# %% ../../nbs/maskpro/55_steps.ipynb #32c55502
 MODES = dict(quick=CONFIGS[:1], standard=CONFIGS[1:2], full=CONFIGS, custom=[])
 
 def run_mode(
     mode:str, # of `MODES`
     presets:list=(), # of 'custom'
     parallel:int=1, # at a time; 0: in this process
-    name:str='maskpro', # of the sweep
+    name:str='maskpro-presets', # of the sweep
     **fixed # fields of `MaskProConfig` that all have
 ): # a DataFrame: a row for each preset
     "Run presets, and compare them."

@@ -175,7 +175,7 @@ def compute_loss(self:SGDDModel,
     x_t, hidden = self.diffusion.q_sample(x_0, u, canvas, at_least_one=c.weights == 'flat', generator=g)
     dropped = torch.rand(len(x_0), 1, device=x_0.device, generator=g) < c.null_share
     cond = self.vector(z)
-    h = self.decoder.hidden(x_t, torch.where(dropped, self.null, cond), u, canvas)
+    h = self.decoder.hidden(x_t, torch.where(dropped, self.null, cond), 1 - self.diffusion.schedule.alpha_bar(u), canvas)   # what is hidden on average, as in sampling
     logits = self.decoder.logits(h[hidden]).index_fill(-1, torch.tensor(c.mask_id, device=h.device), -torch.inf)
     tokens = self._token_loss(logits, x_0, hidden, content, u)
     length = F.cross_entropy(self.length(cond), content.sum(1) - 1) if self.length else tokens.new_zeros(())
