@@ -6,7 +6,7 @@
 __all__ = ['TUNED', 'UNTUNED', 'ROWS', 'train_ddpm', 'finetuned', 'mask_trial', 'cells_of', 'chosen_rates', 'main', 'records',
            'losses_of', 'resample', 'leaderboard', 'plot_gaps', 'plt_axes', 'scatter_table']
 
-# %% ../../nbs/bench/50_maskpro.ipynb #eb3b25fa
+# %% ../../nbs/bench/50_maskpro.ipynb #6143614e
 import argparse, sys, time
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 
 from ..data.images import load_images
 from ..lab.launch import sweep
-from ..lab.runs import Run, finish_run, runs_root, start_run
+from ..lab.runs import Run, finish_run, list_runs, runs_root, start_run
 from ..maskpro import ddpm
 from ..maskpro.ddpm import DenoisingLoss, draw_batch, fixed_batches, load_pipeline
 from ..maskpro.estimators import Objective, make_method, scatter
@@ -86,7 +86,7 @@ def mask_trial(
         metrics['frechet'] = frechet_distance(image_features(features, images.train), image_features(features, sample_images(unet, scheduler, samples)))
     return finish_run(run, dict(metrics, loss=each.mean().item()))
 
-# %% ../../nbs/bench/50_maskpro.ipynb #6208b58d
+# %% ../../nbs/bench/50_maskpro.ipynb #cb2ebe24
 def cells_of(
     folders:list[str], # dense pipelines
     seeds:list[int], # of masks, for the methods that learn
@@ -105,7 +105,7 @@ def main(arguments:list[str]=()): # of the command line
     "Dense models, trials, records; prints the leaderboard."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.maskpro', description=main.__doc__)
     parser.add_argument('--parallel', type=int, default=1, help='cells at a time; 0: in this process')
-    for name, default in dict(dense=3, seeds=3, budget=1500, dense_steps=2600, samples=400, size='digits', name='maskpro').items(): parser.add_argument(f'--{name}', type=type(default), default=default)
+    for name, default in dict(dense=3, seeds=3, budget=1500, dense_steps=2600, samples=400, draws=40, size='digits', name='maskpro').items(): parser.add_argument(f'--{name}', type=type(default), default=default)
     parser.add_argument('--rows', nargs='+', default=list(ROWS), choices=ROWS)
     g = parser.parse_args(arguments)
     say = lambda line: print(line, flush=True)
@@ -116,6 +116,9 @@ def main(arguments:list[str]=()): # of the command line
     rates = chosen_rates(trials)
     todo = [cell for cell in cells_of(folders, list(range(g.seeds)), rates) if cell['row'] in g.rows]
     done = sweep('enigma_lab.bench.maskpro:mask_trial', todo, g.name, g.parallel, show=say, budget=g.budget, samples=g.samples)
+    if not any(run.finished and run.config['sweep'] == g.name for run in list_runs('bench_maskpro')):
+        run, noise = start_run('bench_maskpro', dict(sweep=g.name, gaps=[3., 5.], draws=g.draws)), scatter_table(folders[0], draws=g.draws)
+        finish_run(run, {f'{gap.replace(" ", "_")}_{row}': float(x) for gap, column in noise.items() for row, x in column.items()})
     print(leaderboard(g.name).round(4).to_string())
     if (done.state != 'finished').any(): sys.exit(f"{(done.state != 'finished').sum()} of {len(done)} cells have no result; see the logs in {runs_root()/'sweeps'/g.name}")
 
