@@ -263,7 +263,7 @@ class PlainSteps:
     def __init__(self): self.state = {}
     def step(self, found:Estimate, rate:float)->Tensor: return -rate*found.grad
 
-# %% ../../nbs/maskpro/40_estimators.ipynb #84a3ea66
+# %% ../../nbs/maskpro/40_estimators.ipynb #733c36b4
 @dataclass(frozen=True)
 class Method:
     "An estimator with its update and settings."
@@ -275,12 +275,12 @@ class Method:
     pool:bool = False # learns on a fixed pool of batches whose baselines are known
 
 METHODS = {
-    'simple': Method(Simple, Adam, 3., .15),
-    'gumbel': Method(Gumbel, Adam, 1.5, .05),
+    'simple': Method(Simple, Adam, 3., .3),
+    'gumbel': Method(Gumbel, Adam, 1.5, .1),
     'pge': Method(PGE, StandardSteps, 5., .5, pool=True),
-    'leave-one-out': Method(LeaveOneOut, StandardSteps, 5., .5),
+    'leave-one-out': Method(LeaveOneOut, StandardSteps, 5., 1.),
     'reinforce': Method(Reinforce, StandardSteps, 5., .5),
-    'pge-unpaired': Method(lambda n: PGE(n, paired=False), StandardSteps, 5., .5, pool=True),
+    'pge-unpaired': Method(lambda n: PGE(n, paired=False), StandardSteps, 5., .25, pool=True),
     'pge-literal': Method(lambda n: PGE(n, SequentialDraws), PlainSteps, 10., 50., 1., pool=True)}
 
 def method_table(): # a DataFrame
