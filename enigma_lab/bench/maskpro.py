@@ -149,7 +149,7 @@ def main(arguments:list[str]=()): # of the command line
     print(leaderboard(g.name).round(4).to_string())
     if (done.state != 'finished').any(): sys.exit(f"{(done.state != 'finished').sum()} of {len(done)} cells have no result; see the logs in {runs_root()/'sweeps'/g.name}")
 
-# %% ../../nbs/bench/50_maskpro.ipynb #e9daf133
+# %% ../../nbs/bench/50_maskpro.ipynb #ccef526a
 def records(name:str='maskpro', task:str='mask_trial')->list[Run]: # finished, in order
     "The finished cells of a sweep."
     return sorted((Run(path.parent) for path in (runs_root()/'sweeps'/name/task).glob('*/metrics.json')), key=lambda run: (run.config.get('dense', ''), run.config['seed'], run.name))
@@ -179,6 +179,7 @@ def resample(
             total[row] += np.mean([of[s] @ weight for s in pick(len(of))])/len(drawn)
     return total
 
+# %% ../../nbs/bench/50_maskpro.ipynb #4d325b5e
 def leaderboard(
     name:str='maskpro', # of the sweep
     task:str='mask_trial', # whose records count
@@ -203,6 +204,7 @@ def leaderboard(
             forwards=max(m.get('forwards', 0) for m in of), cpu_s=np.median([m['train_cpu_s'] for m in of]), runs=len(of))
     return pd.DataFrame(table).T.astype(dict(forwards=int, runs=int))
 
+# %% ../../nbs/bench/50_maskpro.ipynb #0b7fb30a
 def plot_gaps(table): # axes; of `leaderboard`
     "Share of the gap with its interval, a line for each method."
     ax = plt_axes(len(table))

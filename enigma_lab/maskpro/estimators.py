@@ -6,17 +6,19 @@
 __all__ = ['METHODS', 'Objective', 'checked', 'Estimate', 'Estimator', 'Reinforce', 'PGE', 'LeaveOneOut', 'Simple', 'Gumbel',
            'scatter', 'StandardSteps', 'Adam', 'PlainSteps', 'Method', 'method_table', 'make_method']
 
-# %% ../../nbs/maskpro/40_estimators.ipynb #46f90369
+# %% ../../nbs/maskpro/40_estimators.ipynb #01cdcd86
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .masked import Masks
 from .subsets import NMDistribution, SequentialDraws
 
-# %% ../../nbs/maskpro/40_estimators.ipynb #f24676f8
+# %% ../../nbs/maskpro/40_estimators.ipynb #56af7e92
 class Objective:
     "The loss of a model under a mask, counted in forward passes."
     def __init__(self,
@@ -59,31 +61,38 @@ class Objective:
         self.seconds += time.perf_counter() - begin
         return loss, grad
 
-    def take_seconds(self)->float: # since the last time
-        "Wall time spent in the model."
-        spent, self.seconds = self.seconds, 0.
-        return spent
+# %% ../../nbs/maskpro/40_estimators.ipynb #72fbd38e
+@patch
+def baseline(self:Objective,
+    batch:list, # parts
+    key=None, # the batch's name in a pool: asked twice, computed once; `None`: computed
+)->float: # loss of the initial mask
+    "What a residual is taken against."
+    if key is None: return self.loss(self.initial, batch)
+    if key not in self.known: self.known[key] = self.loss(self.initial, batch)
+    return self.known[key]
 
-    def baseline(self,
-        batch:list, # parts
-        key=None, # the batch's name in a pool: asked twice, computed once; `None`: computed
-    )->float: # loss of the initial mask
-        "What a residual is taken against."
-        if key is None: return self.loss(self.initial, batch)
-        if key not in self.known: self.known[key] = self.loss(self.initial, batch)
-        return self.known[key]
+@patch
+def take_seconds(self:Objective)->float: # since the last time
+    "Wall time spent in the model."
+    spent, self.seconds = self.seconds, 0.
+    return spent
 
-    def _shared(self, parts): return self.accelerator is not None and len(parts) % self.accelerator.num_processes == 0   # else each process does all
+@patch
+def _shared(self:Objective, parts): return self.accelerator is not None and len(parts) % self.accelerator.num_processes == 0   # else each process does all
 
-    def _mine(self, parts): return parts[self.accelerator.process_index::self.accelerator.num_processes] if self._shared(parts) else parts
+@patch
+def _mine(self:Objective, parts): return parts[self.accelerator.process_index::self.accelerator.num_processes] if self._shared(parts) else parts
 
-    def _mean(self, values, parts):
-        if self._shared(parts): # (world, parts of each, …): part k of process r is part k·world + r
-            values = [*self.accelerator.gather(torch.stack(values)[None]).transpose(0, 1).flatten(0, 1)]
-        total = values[0]
-        for value in values[1:]: total = total + value
-        return total/len(values)
+@patch
+def _mean(self:Objective, values, parts):
+    if self._shared(parts): # (world, parts of each, …): part k of process r is part k·world + r
+        values = [*self.accelerator.gather(torch.stack(values)[None]).transpose(0, 1).flatten(0, 1)]
+    total = values[0]
+    for value in values[1:]: total = total + value
+    return total/len(values)
 
+# %% ../../nbs/maskpro/40_estimators.ipynb #f954d71c
 def checked(
     loss:Tensor, # a scalar
 )->Tensor: # the same
@@ -91,7 +100,7 @@ def checked(
     if not loss.isfinite(): raise FloatingPointError(f"the loss must be a finite number, got {loss.item()}; see whether the dense model's is, and lower the learning rate")
     return loss
 
-# %% ../../nbs/maskpro/40_estimators.ipynb #0424761a
+# %% ../../nbs/maskpro/40_estimators.ipynb #228a7352
 @dataclass
 class Estimate:
     "What one step has found."
@@ -101,7 +110,7 @@ class Estimate:
     gain:float|None = None # loss of the initial mask on the same batch, less that; `None`: not looked at
     scale:float = 1. # of the residual, in the unit of the loss
 
-class Estimator:
+class Estimator(ABC):
     "The gradient of an expected loss with respect to logits."
     unbiased = True # right on average
     backward = False # needs gradients, and the memory of activations
@@ -114,6 +123,7 @@ class Estimator:
     ):
         self.n, self.family, self.state = n, family, {}                                 # state: what is kept between steps, floats by name
 
+    @abstractmethod
     def __call__(self,
         objective:Objective, # what is to be made small
         logits:Tensor, # (G, M)
@@ -122,7 +132,7 @@ class Estimator:
         progress:float=0., # share of the budget used
         generator:torch.Generator|None=None, # of the masks
     )->Estimate:
-        raise NotImplementedError
+        "One step."
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #2960472f
 class Reinforce(Estimator):

@@ -141,7 +141,7 @@ def read_settings(
         except ValueError: raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}") from None
     return found
 
-# %% ../../nbs/maskpro/55_steps.ipynb #e55139e3
+# %% ../../nbs/maskpro/55_steps.ipynb #2bbbd373
 @dataclass
 class Workshop:
     "Everything that follows from a record's settings."
@@ -171,6 +171,7 @@ class Workshop:
         "A new batch for each step."
         return self.batch((self.config.seed << 32) + step)
 
+# %% ../../nbs/maskpro/55_steps.ipynb #52b2b6b7
 def open_workshop(
     config:MaskProConfig, # settings
 )->Workshop: # on its device, without masks
@@ -185,6 +186,7 @@ def open_workshop(
 def config_of(run:Run)->MaskProConfig: # of a record
     return MaskProConfig(**run.config)
 
+# %% ../../nbs/maskpro/55_steps.ipynb #933f0c98
 def need(
     run:Run, # a record
     name:str, # of a file in it
@@ -195,7 +197,7 @@ def need(
     if not path.is_file(): raise FileNotFoundError(f"{name} is missing in {run.name}: run `enigma-lab maskpro {step}` first")
     return path
 
-# %% ../../nbs/maskpro/55_steps.ipynb #e602086b
+# %% ../../nbs/maskpro/55_steps.ipynb #bfc24c81
 def model_name(
     model:str, # of the settings
 )->str: # a run's name where it is one, else a folder or a hub id
@@ -203,6 +205,7 @@ def model_name(
     path = Path(find_pipeline(model))
     return path.parent.relative_to(runs_root()).as_posix() if path.parent.is_relative_to(runs_root()) else str(path) if path.is_dir() else model
 
+# %% ../../nbs/maskpro/55_steps.ipynb #b37460c9
 def make_masks(
     config:MaskProConfig, # what to do
     note:str='', # appended to the record's folder
@@ -223,6 +226,7 @@ def make_masks(
     write_json(run.path/'initial_masks.json', found)
     return run
 
+# %% ../../nbs/maskpro/55_steps.ipynb #0592a7ed
 def open_record(
     name:str, # a run of train_maskpro, '' for the newest
     config:MaskProConfig|None=None, # settings it must have; `None`: whatever it has
@@ -238,6 +242,7 @@ def open_record(
     if shop is not None: load_masks(need(run, 'initial_masks.safetensors', 'masks'), shop.unet)
     return run
 
+# %% ../../nbs/maskpro/55_steps.ipynb #db9968d4
 def with_masks(
     run:Run, # with initial masks
     shop:Workshop|None=None, # whose model may have masks already
@@ -249,7 +254,7 @@ def with_masks(
     else: masks = find_masks(shop.unet)
     return shop, masks, masks.values()
 
-# %% ../../nbs/maskpro/55_steps.ipynb #9d0c29ca
+# %% ../../nbs/maskpro/55_steps.ipynb #47ba3d84
 def baseline(
     run:Run, # with initial masks
     shop:Workshop|None=None, # with the initial mask set
@@ -270,6 +275,7 @@ def baseline(
 def masks_loss(masks, loss, batch, values): # mean over the parts of a batch
     return sum(masks.loss(loss, part, values) for part in batch)/len(batch)
 
+# %% ../../nbs/maskpro/55_steps.ipynb #a817e8e6
 def known_baselines(
     run:Run, # with baseline losses
     pool:list, # of batches
@@ -282,7 +288,7 @@ def known_baselines(
         if str(stored[name]) != now: raise ValueError(f"baseline losses must be of the same {name}, got {stored[name]} in {run.name} and {now} now; run `enigma-lab maskpro baseline` on a new record")
     return stored['losses'].tolist()
 
-# %% ../../nbs/maskpro/55_steps.ipynb #d97ab54e
+# %% ../../nbs/maskpro/55_steps.ipynb #79cc012f
 def learn(
     run:Run, # with initial masks, and baseline losses where the estimator compares with them
     shop:Workshop|None=None, # with the initial mask set
@@ -295,6 +301,7 @@ def learn(
     if config.world == 1: return learn_here(run, shop, show)
     launch(steps.learn_here, run, gpus=config.gpus, processes=config.processes)
 
+# %% ../../nbs/maskpro/55_steps.ipynb #0142d13f
 def learn_here(run:Run, shop:Workshop|None=None, show=None)->MaskRun|None: # `None`: of several processes
     "What each process of a learning does."
     shop, masks, initial = with_masks(run, shop)
@@ -325,7 +332,7 @@ def logger(run, tracker, show): # a function of a row
         if show: show(row)
     return log
 
-# %% ../../nbs/maskpro/55_steps.ipynb #d95281a0
+# %% ../../nbs/maskpro/55_steps.ipynb #76c91993
 def save_learned(
     run:Run, # an open record
     shop:Workshop, # whose model has the learned masks
@@ -345,6 +352,7 @@ def save_learned(
     curves(run, found.history)
     save_pipeline(run, shop, masks)
 
+# %% ../../nbs/maskpro/55_steps.ipynb #3fbb087f
 def save_pipeline(
     run:Run, # an open record
     shop:Workshop, # whose model has masks, and keeps them
@@ -360,6 +368,7 @@ def save_pipeline(
     if run.checkpoint.exists(): raise FileExistsError(f"a run is written once, and {run.checkpoint} exists; start another")
     os.replace(part, run.checkpoint)
 
+# %% ../../nbs/maskpro/55_steps.ipynb #75ed3342
 def curves(
     run:Run, # an open record
     history:list[dict], # rows
@@ -376,7 +385,7 @@ def curves(
     run.figure('training_curves', fig)
     plt.close(fig)
 
-# %% ../../nbs/maskpro/55_steps.ipynb #b3f93238
+# %% ../../nbs/maskpro/55_steps.ipynb #a313a765
 def judge(
     run:Run, # with learned masks
     num_samples:int|None=None, # images drawn from each model; `None`: the settings'
@@ -403,6 +412,7 @@ def judge(
     finish_run(run, {**{k: v for k, v in found.items() if isinstance(v, (int, float, str))}, **{f'train_{k}': v for k, v in summary.items()}, **shop.images.card()})
     return found
 
+# %% ../../nbs/maskpro/55_steps.ipynb #eb2d689c
 def three_models(
     run:Run, # with initial and learned masks
     shop:Workshop, # with the dense model
