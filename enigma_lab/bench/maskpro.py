@@ -7,7 +7,7 @@ __all__ = ['TUNED', 'UNTUNED', 'ROWS', 'train_ddpm', 'finetuned', 'free_batch', 
            'chosen_rates', 'main', 'records', 'losses_of', 'resample', 'leaderboard', 'plot_gaps', 'plt_axes',
            'scatter_table']
 
-# %% ../../nbs/bench/50_maskpro.ipynb #688d4d83
+# %% ../../nbs/bench/50_maskpro.ipynb #58ccb5ea
 import argparse, sys, time
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..maskpro import ddpm
 from ..maskpro.ddpm import DenoisingLoss, draw_batch, fixed_batches, load_pipeline
 from ..maskpro.estimators import Objective, make_method, scatter
 from ..maskpro.evaluate import each_loss, frechet_distance, image_features, sample_images, train_features
-from ..maskpro.learn import learn_masks
+from ..maskpro.learn import batch_seed, learn_masks
 from ..maskpro.masked import apply_masks, find_masks, verify_masks
 from ..maskpro.scores import KINDS, initial_mask
 
@@ -79,7 +79,7 @@ def learned(
     masks, other = find_masks(unet), [free(k) for k in range(len(pool))]
     return learn_masks(unet, loss, [free(2**20 + k) for k in range(len(pool))], 'pge-literal', baselines=[masks.loss(loss, b, masks.values()) for b in other], **dict(how, logits=5.))
 
-# %% ../../nbs/bench/50_maskpro.ipynb #4c2e5be9
+# %% ../../nbs/bench/50_maskpro.ipynb #27778890
 def mask_trial(
     row:str, # of `ROWS`
     dense:str, # folder of a pipeline
@@ -93,14 +93,14 @@ def mask_trial(
     unet, scheduler = load_pipeline(dense)
     images, loss = load_images('digits'), DenoisingLoss(scheduler)
     run = start_run('mask_trial', dict(row=row, dense=dense.split('/')[-2], seed=seed, learning_rate=learning_rate, budget=budget, test=test, samples=samples))
-    batch = lambda k: draw_batch(images.train, 64, scheduler.config.num_train_timesteps, torch.Generator().manual_seed((seed << 32) + k))
+    batch = lambda k: draw_batch(images.train, 64, scheduler.config.num_train_timesteps, torch.Generator().manual_seed(batch_seed(seed, k)))
     pool = [batch(2**31 + k) for k in range(16)]
     masks = apply_masks(unet) if row != 'dense' else None
     begin, found = time.process_time(), None
     if row in KINDS: masks.set(initial_mask(masks, row, loss, [batch(2**30 + k) for k in range(8)], seed))
     elif row == 'finetune': finetuned(masks, loss, batch, learning_rate, budget)
     elif row != 'dense':
-        free = lambda k: free_batch(images.train, scheduler.config.num_train_timesteps, (seed << 32) + k)
+        free = lambda k: free_batch(images.train, scheduler.config.num_train_timesteps, batch_seed(seed, k))
         found = learned(row, unet, loss, batch, pool, free, budget=budget, learning_rate=learning_rate or None, seed=seed, look_every=10**9,
             log=lambda line: run.log(**line) if 'changed' in line else None)
     metrics = dict(train_cpu_s=time.process_time() - begin)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'next_token_loss', 'window_losses', 'lm_trial', 'gap_intervals', 'main']
 
-# %% ../../nbs/bench/52_maskpro_lm.ipynb #8a49f266
+# %% ../../nbs/bench/52_maskpro_lm.ipynb #54fbb45a
 import argparse, sys, time
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..lab.launch import sweep
 from ..lab.runs import Run, find_run, finish_run, runs_root, start_run
 from ..lm.model import EnigmaForCausalLM
 from ..maskpro.estimators import METHODS
-from ..maskpro.learn import learn_masks
+from ..maskpro.learn import batch_seed, learn_masks
 from ..maskpro.masked import apply_masks, verify_masks
 from ..maskpro.scores import initial_mask
 
@@ -45,7 +45,7 @@ def window_losses(
         found.append(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction='none').view(len(ids), -1).mean(1))
     return torch.cat(found).double()
 
-# %% ../../nbs/bench/52_maskpro_lm.ipynb #5afc263e
+# %% ../../nbs/bench/52_maskpro_lm.ipynb #3dc803b4
 ROWS = ('dense', 'magnitude', 'wanda', 'simple', 'pge')
 
 def lm_trial(
@@ -68,7 +68,7 @@ def lm_trial(
     train = Windows(corpus.train, tokenizer, net.config.max_position_embeddings)
     run = start_run('lm_trial', dict(row=row, dense=model, seed=seed, n=n, m=m, budget=budget, batch_size=batch_size, windows=windows, max_chars=max_chars, test=test))
     def batch(k):
-        rows = torch.randint(len(train), (batch_size,), generator=torch.Generator().manual_seed((seed << 32) + k))
+        rows = torch.randint(len(train), (batch_size,), generator=torch.Generator().manual_seed(batch_seed(seed, k)))
         return torch.stack([train[i]['input_ids'] for i in rows.tolist()])
     pool = [batch(2**31 + k) for k in range(16)]
     masks, found, begin = None if row == 'dense' else apply_masks(net, n, m), None, time.process_time()

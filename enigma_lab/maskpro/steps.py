@@ -9,7 +9,7 @@ __all__ = ['recipes', 'CONFIGS', 'MODES', 'MaskProConfig', 'check_config', 'step
            'save_pipeline', 'curves', 'judge', 'three_models', 'all_steps', 'train_maskpro', 'run_mode', 'maskpro_runs',
            'progress_table', 'monitor', 'kept_beside']
 
-# %% ../../nbs/maskpro/55_steps.ipynb #82675973
+# %% ../../nbs/maskpro/55_steps.ipynb #23c47867
 import json, math, os, shutil, time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,7 +27,7 @@ from ..lab.trackers import check_tracker, open_tracker
 from .ddpm import DenoisingLoss, Noised, draw_batch, find_pipeline, fixed_batches, load_pipeline
 from .evaluate import InceptionFeatures, compare_samples, distance_report, evaluate_models, minimal_detectable_effect, train_features
 from .estimators import make_method
-from .learn import MaskRun, learn_masks, pool_fingerprint
+from .learn import MaskRun, batch_seed, learn_masks, pool_fingerprint
 from .masked import Masks, apply_masks, find_masks, load_masks, remove_masks, save_masks, verify_masks
 from .scores import KINDS, extract_masks, initial_mask, project
 
@@ -141,7 +141,7 @@ def read_settings(
         except ValueError: raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}") from None
     return found
 
-# %% ../../nbs/maskpro/55_steps.ipynb #2bbbd373
+# %% ../../nbs/maskpro/55_steps.ipynb #a1f574a3
 @dataclass
 class Workshop:
     "Everything that follows from a record's settings."
@@ -165,11 +165,11 @@ class Workshop:
 
     def pool(self)->list: # of batches
         "The batches whose baselines are known."
-        return [self.batch(2**40 + 1000*self.config.seed + k) for k in range(self.config.pool)]
+        return [self.batch(batch_seed(self.config.seed, 2**31 + k)) for k in range(self.config.pool)]
 
     def fresh(self, step:int)->list: # parts
         "A new batch for each step."
-        return self.batch((self.config.seed << 32) + step)
+        return self.batch(batch_seed(self.config.seed, step))
 
 # %% ../../nbs/maskpro/55_steps.ipynb #52b2b6b7
 def open_workshop(
@@ -205,7 +205,7 @@ def model_name(
     path = Path(find_pipeline(model))
     return path.parent.relative_to(runs_root()).as_posix() if path.parent.is_relative_to(runs_root()) else str(path) if path.is_dir() else model
 
-# %% ../../nbs/maskpro/55_steps.ipynb #b37460c9
+# %% ../../nbs/maskpro/55_steps.ipynb #3714d5c2
 def make_masks(
     config:MaskProConfig, # what to do
     note:str='', # appended to the record's folder
@@ -218,7 +218,7 @@ def make_masks(
     if Path(config.initial).is_dir():
         mask, lost = project(masks, extract_masks(load_pipeline(config.initial)[0]))
         found['projection'] = lost
-    else: mask = initial_mask(masks, config.initial, shop.loss, [part for k in range(8) for part in shop.batch(2**41 + k)], config.seed)
+    else: mask = initial_mask(masks, config.initial, shop.loss, [part for k in range(8) for part in shop.batch(batch_seed(config.seed, 2**30 + k))], config.seed)
     masks.set(mask)
     verify_masks(shop.unet)
     run = start_run('train_maskpro', replace(config, model=model_name(config.model)), note)                # a later dense model must not take its place
