@@ -45,7 +45,7 @@ def window_losses(
         found.append(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction='none').view(len(ids), -1).mean(1))
     return torch.cat(found).double()
 
-# %% ../../nbs/bench/52_maskpro_lm.ipynb #3dc803b4
+# %% ../../nbs/bench/52_maskpro_lm.ipynb #4fec8f1c
 ROWS = ('dense', 'magnitude', 'wanda', 'simple', 'pge')
 
 def lm_trial(
@@ -66,7 +66,7 @@ def lm_trial(
     net, tokenizer = EnigmaForCausalLM.from_pretrained(source.checkpoint).float().eval(), AutoTokenizer.from_pretrained(source.checkpoint)
     corpus = load_text(source.config['data'], max_chars or None)
     train = Windows(corpus.train, tokenizer, net.config.max_position_embeddings)
-    run = start_run('lm_trial', dict(row=row, dense=model, seed=seed, n=n, m=m, budget=budget, batch_size=batch_size, windows=windows, max_chars=max_chars, test=test))
+    run = start_run('lm_trial', dict(row=row, dense=source.name, seed=seed, n=n, m=m, budget=budget, batch_size=batch_size, windows=windows, max_chars=max_chars, test=test))
     def batch(k):
         rows = torch.randint(len(train), (batch_size,), generator=torch.Generator().manual_seed(batch_seed(seed, k)))
         return torch.stack([train[i]['input_ids'] for i in rows.tolist()])
