@@ -352,7 +352,7 @@ def save_learned(
     curves(run, found.history)
     save_pipeline(run, shop, masks)
 
-# %% ../../nbs/maskpro/55_steps.ipynb #3fbb087f
+# %% ../../nbs/maskpro/55_steps.ipynb #f33f2eb7
 def save_pipeline(
     run:Run, # an open record
     shop:Workshop, # whose model has masks, and keeps them
@@ -365,6 +365,8 @@ def save_pipeline(
     part = run.path/'checkpoint.part'
     shutil.rmtree(part, ignore_errors=True)
     DDPMPipeline(bare, shop.scheduler).save_pretrained(part)
+    about = part/'unet'/'config.json'
+    write_json(about, {k: v for k, v in read_json(about).items() if k != '_name_or_path'})              # where the dense model lay is nobody's business
     if run.checkpoint.exists(): raise FileExistsError(f"a run is written once, and {run.checkpoint} exists; start another")
     os.replace(part, run.checkpoint)
 
