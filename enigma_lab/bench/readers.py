@@ -374,6 +374,7 @@ def plot(
 ): # a figure
     "Exact match against the seconds of a sentence, for each batch size."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     t = table(run)
     fig, axes = plt.subplots(1, len(run.config['batches']), figsize=(6.4, 2.8), sharey=True)
     for ax, (batch, rows) in zip(axes, t.groupby('batch')):
@@ -382,7 +383,9 @@ def plot(
         for (label, own), marker in zip(sides.items(), ('o-', 's', 'D')):
             part = rows[own]
             ax.errorbar(part.seconds, part.exact_match, part.half_interval, fmt=marker, ms=4, lw=1, label=label)
-        ax.set(xscale='log', xlabel='seconds per sentence', title=f'batch {batch}')
+        ax.set(xscale='log', xlabel='milliseconds per sentence', title=f'batch {batch}')
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{1000*x:g}'))
     axes[0].set(ylabel='exact match'); axes[0].legend(fontsize=7)
     return fig
 
