@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SETTINGS', 'FULL', 'SMALL', 'CausalReader', 'Cache', 'turn', 'Written', 'peer_config', 'reached', 'prepare',
-           'written', 'judge', 'reader', 'swept', 'best_rates', 'train_all', 'measure', 'main', 'front', 'table',
+           'read_batches', 'judge', 'reader', 'swept', 'best_rates', 'train_all', 'measure', 'main', 'front', 'table',
            'costs', 'verdict', 'summary', 'plot']
 
 # %% ../../nbs/bench/46_readers.ipynb #1f181482
@@ -170,7 +170,7 @@ SETTINGS = dict( # kind -> name -> how it reads
     diffusion={f'calls {n}': dict(steps=n) for n in (1, 2, 4, 8, 16)} | {'threshold': dict(order='threshold')},
     causal={'greedy': {}})
 
-def written(
+def read_batches(
     model:SGDDModel, # of either kind
     z:Tensor, # (N, encoder_dim) vectors
     batch_size:int=64, # sentences at a time
@@ -189,7 +189,7 @@ def judge(
     kind, z = 'causal' if isinstance(model, CausalReader) else 'diffusion', encode_cached(model.encoder, texts)
     wanted, found = normal_form(model, texts)[1], dict(sentences=len(texts))
     for name, how in SETTINGS[kind].items():
-        batches = written(model.eval(), z, **how)
+        batches = read_batches(model.eval(), z, **how)
         right = [a == b for a, b in zip([text for w in batches for text in model.read(w.tokens)], wanted)]
         score, slug = bootstrap(right), name.replace(' ', '_')
         found |= dict(zip((f'exact_match_{slug}{end}' for end in ('', '_from', '_to')), score))
@@ -277,7 +277,7 @@ def measure(
         kind, seed = cell.config['kind'], cell.config['seed']
         model = dict(diffusion=SGDDModel, causal=CausalReader)[kind].from_pretrained(cell.checkpoint, encoder)
         for batch in c['batches']:
-            sides |= {(f'batch {batch}', f'{kind}, {name}, {seed}'): partial(written, model, z, batch, **how) for name, how in SETTINGS[kind].items()}
+            sides |= {(f'batch {batch}', f'{kind}, {name}, {seed}'): partial(read_batches, model, z, batch, **how) for name, how in SETTINGS[kind].items()}
     look_at_load(run)
     alternate(run, sides, len(z))
     look_at_load(run)
