@@ -25,7 +25,7 @@ from ..maskpro.masked import apply_masks, find_masks, verify_masks
 from ..maskpro.scores import KINDS, initial_mask
 
 # %% ../../nbs/bench/50_maskpro.ipynb #2c8ba11d
-TUNED = {'simple': (.05, .15, .3), 'gumbel': (.02, .05, .1), 'pge': (.25, .5, 1.), 'leave-one-out': (.25, .5, 1.), 'pge-unpaired': (.25, .5, 1.), 'finetune': (3e-4, 1e-3, 3e-3)} # rates of the trials
+TUNED = {'simple': (.05, .15, .3, .6), 'gumbel': (.02, .05, .1, .2), 'pge': (.25, .35, .5, 1.), 'leave-one-out': (.25, .5, 1., 2.), 'pge-unpaired': (.12, .25, .5, 1.), 'finetune': (3e-4, 1e-3, 3e-3, 1e-2)} # rates of the trials
 UNTUNED = 'pge-literal', 'pge-ported' # as published; as in the port to diffusion models
 ROWS = ('dense', *KINDS, *TUNED, *UNTUNED)
 

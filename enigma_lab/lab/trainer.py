@@ -8,7 +8,7 @@ __all__ = ['TrainingConfig', 'check_training', 'make_from_recipe', 'rate_factor'
            'same_training', 'resume_from', 'fit', 'take_over', 'watched', 'save_model', 'peak_mib', 'cost_card',
            'draw_history', 'LiveCurve']
 
-# %% ../../nbs/lab/30_trainer.ipynb #5e673420
+# %% ../../nbs/lab/30_trainer.ipynb #951eeeb3
 import json, math, os, resource, shutil, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -22,12 +22,12 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
-from .launch import check_processes, rank, world_size
+from .launch import check_processes, local_rank, rank, world_size
 from .optimizer import make_optimizer
 from .runs import Run, find_run, list_runs
 from .trackers import check_tracker, open_tracker
 
-# %% ../../nbs/lab/30_trainer.ipynb #126ebb7f
+# %% ../../nbs/lab/30_trainer.ipynb #12ba0638
 @dataclass(frozen=True)
 class TrainingConfig:
     "What every training has in common."
@@ -62,6 +62,10 @@ class TrainingConfig:
     @property
     def world(self): # processes that train together
         return max(self.gpus, self.processes)
+
+    @property
+    def device(self): # of this process
+        return f'cuda:{local_rank()}' if self.gpus else 'cpu'
 
     @property
     def accumulation(self): # forward passes of an update, in each process
