@@ -6,8 +6,9 @@ import nbformat, pytest, torch
 from enigma_lab.lab.runs import checkout, list_runs
 from enigma_lab.maskpro.ddpm import make_ddpm_config, train_ddpm
 from enigma_lab.maskpro.learn import learn_masks
-from enigma_lab.maskpro.masked import read_masks, verify_masks
+from enigma_lab.maskpro.masked import verify_masks
 from enigma_lab.maskpro.steps import CONFIGS, baseline, learn, make_maskpro_config, make_masks, run_mode
+from enigma_lab.maskpro.storage import read_masks
 
 ROOT = checkout(__file__)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 # %% ../../nbs/apps/10_chat.ipynb #9cf40347
 @dataclass
@@ -219,29 +220,33 @@ class ChatApp(ChatView):
         self.talk = new_conversation()
         self.draw('a new conversation; the last one is kept in runs/chats/')
 
-    def start(self, prepare): # a reply, after a question or a withdrawal
-        if self.busy: return self.draw('one question at a time: stop this reply, or wait for its end')
-        if not self.voices: return self.draw('no model: choose another one below')
-        try: prepare()
-        except ValueError as e: return self.draw(str(e))
-        self.working(True)
-        self.draw()
-        asyncio.get_running_loop().create_task(self.answer())
+# %% ../../nbs/apps/10_chat.ipynb #6ad2fca3
+@patch
+def start(self:ChatApp, prepare): # a reply, after a question or a withdrawal
+    if self.busy: return self.draw('one question at a time: stop this reply, or wait for its end')
+    if not self.voices: return self.draw('no model: choose another one below')
+    try: prepare()
+    except ValueError as e: return self.draw(str(e))
+    self.working(True)
+    self.draw()
+    asyncio.get_running_loop().create_task(self.answer())
 
-    def working(self, busy):
-        self.busy, self.halted = busy, False
-        self.stop.disabled, self.again.disabled, self.clear.disabled = not busy, busy, busy
+@patch
+def working(self:ChatApp, busy):
+    self.busy, self.halted = busy, False
+    self.stop.disabled, self.again.disabled, self.clear.disabled = not busy, busy, busy
 
-    async def answer(self):
-        knobs, replies = {name: slider.value for name, slider in self.knobs.items()}, self.talk.turns[-1]['replies']
-        try:
-            for voice in self.voices[:2 if self.compare.value else 1]:
-                show = lambda text: (replies.__setitem__(voice.name, text), self.draw())
-                text, numbers = await speak(voice, self.talk.messages(voice.name), show, lambda: self.halted, **knobs)
-                self.talk.reply(voice.name, text)
-                self.draw(f"{numbers['tokens_per_s']:.0f} tokens/s · context {numbers['context']} of {numbers['limit']}")
-        except Exception as e: self.draw(f'{type(e).__name__}: {e}') # nobody awaits this task: it would be lost
-        finally: self.working(False)
+@patch
+async def answer(self:ChatApp):
+    knobs, replies = {name: slider.value for name, slider in self.knobs.items()}, self.talk.turns[-1]['replies']
+    try:
+        for voice in self.voices[:2 if self.compare.value else 1]:
+            show = lambda text: (replies.__setitem__(voice.name, text), self.draw())
+            text, numbers = await speak(voice, self.talk.messages(voice.name), show, lambda: self.halted, **knobs)
+            self.talk.reply(voice.name, text)
+            self.draw(f"{numbers['tokens_per_s']:.0f} tokens/s · context {numbers['context']} of {numbers['limit']}")
+    except Exception as e: self.draw(f'{type(e).__name__}: {e}') # nobody awaits this task: it would be lost
+    finally: self.working(False)
 
 # %% ../../nbs/apps/10_chat.ipynb #c1555e69
 def chat_app(

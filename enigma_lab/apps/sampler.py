@@ -78,6 +78,7 @@ def write_one(
         return f'<p class="sampler-said">{said}</p>', trajectory
     except ValueError as e: return f'<p class="sampler-said">{html.escape(str(e))}</p>', None
 
+# %% ../../nbs/apps/20_sampler.ipynb #4b649d3c
 def write_between(
     model:SGDDModel, # with its encoder
     first:str, # a sentence
@@ -91,6 +92,7 @@ def write_between(
     except ValueError as e: return f'<p class="sampler-between">{html.escape(str(e))}</p>'
     return '<ol class="sampler-between">' + ''.join(f'<li>{html.escape(text)}</li>' for text in texts) + '</ol>'
 
+# %% ../../nbs/apps/20_sampler.ipynb #593fe059
 def write_missing(
     model:SGDDModel, # with its encoder
     masked:str, # with [MASK] for what is to be written

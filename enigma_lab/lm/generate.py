@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_sampling', 'check_prompt', 'compute_dtype', 'next_token_probs', 'draw_token', 'Stepper', 'penalise',
-           'generate_tokens', 'generate', 'beam_search', 'pick', 'Speller', 'stream', 'Reading', 'fit_context',
-           'stream_reply']
+           'generate_tokens', 'generate', 'pick', 'extend', 'keep_best', 'beam_search', 'Speller', 'stream', 'Reading',
+           'fit_context', 'stream_reply']
 
 # %% ../../nbs/lm/40_generate.ipynb #5ea2aa89
 from collections.abc import Iterator
@@ -160,6 +160,31 @@ def generate(
         if len(eos) and (done := done | torch.isin(token, eos)).all(): break
     return torch.cat(pieces, 1)
 
+# %% ../../nbs/lm/40_generate.ipynb #141696e9
+def pick(texts:Tensor, rows:Tensor)->Tensor: # (B, k, T), (B, m) -> (B, m, T)
+    return texts.gather(1, rows[..., None].expand(-1, -1, texts.shape[-1]))
+
+def extend(
+    texts:Tensor, # (B, k, T)
+    scores:Tensor, # (B, k), Σ log p of each
+    logp:Tensor, # (B·k, V), of its next token
+    m:int, # how many to keep
+)->tuple[Tensor,Tensor,Tensor]: # texts (B, m, T + 1); their Σ log p (B, m); which text each goes on from (B, m)
+    "The likeliest texts that are a token longer."
+    total = (logp.view(*scores.shape, -1) + scores[..., None]).flatten(1)
+    top, index = total.topk(m)
+    origin, token = index // logp.shape[-1], index % logp.shape[-1]
+    return torch.cat([pick(texts, origin), token[..., None]], -1), top, origin
+
+def keep_best(
+    best:tuple[Tensor,Tensor,Tensor], # texts (B, k, T), scores (B, k), whether it is a text at all (B, k)
+    new:tuple[Tensor,Tensor,Tensor], # the same of m more
+)->tuple[Tensor,Tensor,Tensor]: # the k best of both
+    "Finished texts, after some more have ended."
+    texts, scores, is_text = (torch.cat(both, 1) for both in zip(best, new))
+    kept = scores.topk(best[1].shape[1]).indices
+    return pick(texts, kept), scores.gather(1, kept), is_text.gather(1, kept)
+
 # %% ../../nbs/lm/40_generate.ipynb #14fa3db3
 @torch.no_grad()
 def beam_search(
@@ -184,27 +209,18 @@ def beam_search(
     improving = torch.ones(B, 1, dtype=torch.bool, device=new.device)
     for n in range(1, max_new_tokens + 1):
         logp = penalise(read(new).log_softmax(-1), running.flatten(0, 1), repetition_penalty)
-        total = (logp.view(B, k, -1) + scores[..., None]).flatten(1)
-        top, index = total.topk(max(2, 1 + len(eos)) * k)                          # enough to go on with if the first k end
-        origin, token = index // logp.shape[-1], index % logp.shape[-1]
-        texts = torch.cat([pick(running, origin), token[..., None]], -1)
-        ended = torch.isin(token, eos) | (n == max_new_tokens)
+        texts, top, origin = extend(running, scores, logp, max(2, 1 + len(eos)) * k)  # enough to go on with if the first k end
+        ended = torch.isin(texts[..., -1], eos) | (n == max_new_tokens)
         chosen = (top - 1e9*ended).topk(k).indices                                 # these run on,
         running, scores = pick(texts, chosen), (top - 1e9*ended).gather(1, chosen)
         counts = ended & (torch.arange(top.shape[1], device=top.device) < k)       # and these are done
         value = top / n**length_penalty - 1e9*(~counts) - 1e9*(~improving)
-        merged = torch.cat([best_scores, value], 1).topk(k).indices
-        best = pick(torch.cat([best, F.pad(texts, (0, max_new_tokens - n), value=fill)], 1), merged)
-        best_scores, is_text = torch.cat([best_scores, value], 1).gather(1, merged), torch.cat([is_text, counts], 1).gather(1, merged)
+        best, best_scores, is_text = keep_best((best, best_scores, is_text), (F.pad(texts, (0, max_new_tokens - n), value=fill), value, counts))
         improving &= (scores[:, :1] / n**length_penalty > torch.where(is_text, best_scores.min(1, keepdim=True).values, -1e9)).any(1, keepdim=True)
         if not improving.any() or ended.all(): break
         read.take((origin.gather(1, chosen) + k*torch.arange(B, device=new.device)[:, None]).flatten())
         new = running[:, :, -1].reshape(-1, 1)
     return best[:, 0, :T + n]
-
-# %% ../../nbs/lm/40_generate.ipynb #dd80b07e
-def pick(texts:Tensor, rows:Tensor)->Tensor: # (B, k, T), (B, m) -> (B, m, T)
-    return texts.gather(1, rows[..., None].expand(-1, -1, texts.shape[-1]))
 
 # %% ../../nbs/lm/40_generate.ipynb #4ec922df
 class Speller:

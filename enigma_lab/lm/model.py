@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['machine_places', 'presets', 'EnigmaConfig', 'check_config', 'Linear', 'Dropout', 'make_dropout', 'Attention', 'MLP',
-           'Block', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_fronts', 'short_on_cpu', 'Streams',
+           'Block', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_fronts', 'short_on_cpu', 'Streams', 'Ends',
            'EnigmaModel', 'EnigmaForCausalLM', 'parameter_card', 'reached_matrices']
 
 # %% ../../nbs/lm/30_model.ipynb #75251407
@@ -274,8 +274,21 @@ class Streams:
     def read_out(self, a, b): # what the last two streams say
         return (a + b) / 2
 
+# %% ../../nbs/lm/30_model.ipynb #592f4abb
+class Ends:
+    "How a signal enters and leaves the blocks of an `EnigmaModel`."
+    def encipher(self, h, positions): # embeddings, as the blocks see them
+        if self.embed_positions is not None:
+            if positions.max() >= self.config.position_rows:
+                raise ValueError(f"positions must be below position_rows={self.config.position_rows}, got {positions.max()}")
+            h = h + self.embed_positions(positions)
+        return h if self.enigma is None else self.enigma(h, positions).to(h.dtype)  # under autocast, too, the stream keeps its digits
+
+    def decipher(self, h, positions): # features, as the head sees them
+        return self.enigma.inverse(h, positions + 1) if self.config.machine == 'both' else h
+
 # %% ../../nbs/lm/30_model.ipynb #0d10ecc3
-class EnigmaModel(Streams, EnigmaPreTrainedModel):
+class EnigmaModel(Ends, Streams, EnigmaPreTrainedModel):
     "Embedding, machine and blocks: tokens to features."
     def __init__(self,
         config:EnigmaConfig, # shape
@@ -292,16 +305,6 @@ class EnigmaModel(Streams, EnigmaPreTrainedModel):
         self.ways = [Ways(wheel) for wheel in self.wheels or ()] # in a list, so that parameters keep their names
         self.norm = nn.LayerNorm(c.dim)
         self.post_init()
-
-    def encipher(self, h, positions): # embeddings, as the blocks see them
-        if self.embed_positions is not None:
-            if positions.max() >= self.config.position_rows:
-                raise ValueError(f"positions must be below position_rows={self.config.position_rows}, got {positions.max()}")
-            h = h + self.embed_positions(positions)
-        return h if self.enigma is None else self.enigma(h, positions).to(h.dtype)  # under autocast, too, the stream keeps its digits
-
-    def decipher(self, h, positions): # features, as the head sees them
-        return self.enigma.inverse(h, positions + 1) if self.config.machine == 'both' else h
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 use_cache=None, output_hidden_states=None, **kwargs): # features (B, T, d) of tokens (B, T) or of their embeddings

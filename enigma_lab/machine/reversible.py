@@ -6,7 +6,7 @@
 __all__ = ['SPAN', 'KEEP', 'MEMORY', 'random_state', 'set_random_state', 'Repeat', 'weights', 'Step', 'gradients', 'Coupling',
            'full_precision', 'Turn', 'Span', 'End', 'spans', 'kept_steps', 'Start', 'reversible', 'TracedCoupling',
            'TracedTurn', 'Ways', 'TracedEnd', 'wait_for', 'call', 'pullback', 'check_traceable', 'traced', 'coupled',
-           'ReversibleSequence']
+           'couplings', 'ReversibleSequence']
 
 # %% ../../nbs/machine/52_reversible.ipynb #bb2c2041
 import contextlib, itertools, warnings
@@ -112,7 +112,7 @@ def gradients(
     found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True))
     return [next(found) if need else None for need in needs]
 
-# %% ../../nbs/machine/52_reversible.ipynb #1fb6a51c
+# %% ../../nbs/machine/52_reversible.ipynb #3220620b
 class Coupling(Step):
     "`(a, b) -> (b, s a + F(b))` (RevNet, arXiv:1707.04585, eq. 8)."
     def __init__(self, module, extras=(), s=None, axis=-1, grid=None): # grid: the step of exact streams; `None`: floats
@@ -121,7 +121,7 @@ class Coupling(Step):
 
     def add(self, a, s, out): # the stream that changes
         if out.shape != a.shape: raise ValueError(f"{type(self.module).__name__} must keep the shape of its stream, {tuple(a.shape)}, got {tuple(out.shape)}")
-        y = (a if s is None else s*a) + (out if not self.grid else snap(out, self.grid) if torch.is_grad_enabled() else snapped(out, self.grid))
+        y = (a if s is None else s*a) + (out if not self.grid else (snap if torch.is_grad_enabled() else snapped)(out, self.grid).to(a.dtype))
         if self.peak is not None: torch.linalg.vector_norm(y.detach(), torch.inf, out=self.peak)
         return y
 
@@ -132,7 +132,7 @@ class Coupling(Step):
     def undo(self, b, y): # without gradients
         s, *extras = self.given
         out = self.module(b, *extras)
-        a = y - (snapped(out, self.grid) if self.grid else out)
+        a = y - (snapped(out, self.grid).to(y.dtype) if self.grid else out)
         return a if s is None else a/s, b
 
     def forward(self, a, b, s, *tensors):
@@ -142,7 +142,7 @@ class Coupling(Step):
         s = tensors[0]
         out, inputs = self.again(b, tensors, needs)
         g, *rest = gradients(out, inputs, (needs[0], *needs[2:]), gy)
-        a = y - (snapped(out.detach(), self.grid) if self.grid else out.detach()) # after the gradients, whose peak it would raise
+        a = y - (snapped(out.detach(), self.grid).to(y.dtype) if self.grid else out.detach()) # after the gradients, whose peak it would raise
         if s is not None: a = a/s
         ga, gs = (gy, None) if s is None or gy is None else (s*gy, (gy*a).sum() if needs[1] else None)
         return a, b, ga, gb if g is None else g if gb is None else gb + g, (gs, *rest)
@@ -278,13 +278,13 @@ def reversible(
     if check and exact: check_range(peaks.max(), exact[0].grid, a.dtype)
     return a, b
 
-# %% ../../nbs/machine/52_reversible.ipynb #b53a9f95
+# %% ../../nbs/machine/52_reversible.ipynb #5ad02627
 class TracedCoupling(torch.autograd.Function):
     "`Coupling` for `torch.compile` and `torch.func`."
     @staticmethod
     def forward(module, names, grid, amp, extras, a, b, va, vb, s, *tensors):
         out = call(module, names, amp, extras, b, tensors)
-        y = (a if s is None else s*a) + (snapped(out, grid) if grid else out)
+        y = (a if s is None else s*a) + (snapped(out, grid).to(a.dtype) if grid else out)
         return b.clone(), y, b.clone(), y.clone()
 
     @staticmethod
@@ -298,7 +298,7 @@ class TracedCoupling(torch.autograd.Function):
         s, tensors = (ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.scaled else (None, ctx.saved_tensors)
         tensors = *(wait_for(gy, t) for t in tensors[:ctx.extras]), *tensors[ctx.extras:]
         out, pull = pullback(lambda b, *tensors: call(ctx.module, ctx.names, ctx.amp, ctx.extras, b, tensors), b, *tensors)
-        a = y - (snapped(out, ctx.grid) if ctx.grid else out)
+        a = y - (snapped(out, ctx.grid).to(y.dtype) if ctx.grid else out)
         if s is not None: a = a/s
         g, *rest = pull(gy.to(out.dtype))
         return (None,)*5 + (gy if s is None else s*gy, gb + g, a, b, None if s is None else (gy*a).sum(), *rest)
@@ -389,6 +389,11 @@ MEMORY = 'reverse', 'store'
 def coupled(block)->bool: # a pair of functions, no bijection of both streams
     return isinstance(block, nn.ModuleList) or hasattr(block, 'f')
 
+def couplings(block, extras, axis, grid): # a pair of functions, as two half blocks
+    f, g = block if isinstance(block, nn.ModuleList) else (block.f, block.g)
+    s = block.s if getattr(block, 'log_scale', None) is not None else None
+    return [Coupling(part, extras, s, axis, grid) for part in (f, g)]
+
 # %% ../../nbs/machine/52_reversible.ipynb #f32d3a9a
 class ReversibleSequence(nn.Module):
     "A chain of reversible blocks with constant activation memory in depth (RevNet, arXiv:1707.04585)."
@@ -411,10 +416,8 @@ class ReversibleSequence(nn.Module):
 
     def steps(self, extras, positions): # the chain, for one pass
         for block, ways in zip(self.blocks, self.ways):
-            if ways: yield Turn(block, positions, self.axis, ways); continue
-            f, g = block if isinstance(block, nn.ModuleList) else (block.f, block.g)
-            s = block.s if getattr(block, 'log_scale', None) is not None else None
-            for part in (f, g): yield Coupling(part, extras, s, self.axis, self.grid if self.exact else getattr(block, 'grid', None))
+            if ways: yield Turn(block, positions, self.axis, ways)
+            else: yield from couplings(block, extras, self.axis, self.grid if self.exact else getattr(block, 'grid', None))
 
     def split(self, x): # two streams, on the grid where that is asked for
         check_even(x.shape[self.axis], 'to split in two streams')

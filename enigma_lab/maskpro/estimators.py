@@ -48,18 +48,20 @@ class Objective:
         self.seconds += time.perf_counter() - begin
         return sum(found)/len(found)
 
-    def loss_and_grad(self,
-        mask:Tensor, # (G, M), may be relaxed
-        batch:list, # parts
-    )->tuple[float,Tensor]: # mean loss; (G, M) its derivative with respect to the mask
-        "A forward and a backward pass: three forwards."
-        self.forwards += 3
-        begin = time.perf_counter()
-        found = [self.masks.loss_and_grad(self.loss_fn, part, mask) for part in self._mine(batch)]
-        loss = checked(self._mean([torch.tensor(value, dtype=torch.float64) for value, _ in found], batch)).item()
-        grad = self._mean([grad for _, grad in found], batch)
-        self.seconds += time.perf_counter() - begin
-        return loss, grad
+# %% ../../nbs/maskpro/40_estimators.ipynb #fbe374f4
+@patch
+def loss_and_grad(self:Objective,
+    mask:Tensor, # (G, M), may be relaxed
+    batch:list, # parts
+)->tuple[float,Tensor]: # mean loss; (G, M) its derivative with respect to the mask
+    "A forward and a backward pass: three forwards."
+    self.forwards += 3
+    begin = time.perf_counter()
+    found = [self.masks.loss_and_grad(self.loss_fn, part, mask) for part in self._mine(batch)]
+    loss = checked(self._mean([torch.tensor(value, dtype=torch.float64) for value, _ in found], batch)).item()
+    grad = self._mean([grad for _, grad in found], batch)
+    self.seconds += time.perf_counter() - begin
+    return loss, grad
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #72fbd38e
 @patch

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..lab.runs import write_json
-from .masked import apply_masks, find_masks, input_axis, mask_of, pack_bits, remove_masks, unpack_bits, verify_weights
+from .masked import apply_masks, find_masks, input_axis, mask_of, remove_masks, verify_weights
+from .storage import pack_bits, unpack_bits
 from .subsets import check_mask, top_n
 
 # %% ../../nbs/maskpro/70_export.ipynb #4769fcf2

@@ -102,10 +102,11 @@ class Learner:
         key = self.steps % len(self.batches)
         return parts_of(self.batches[key]), key
 
-# %% ../../nbs/maskpro/50_learn.ipynb #0aea4630
+# %% ../../nbs/maskpro/50_learn.ipynb #ef9c8e47
 @patch
 def step(self:Learner)->dict: # what happened, ready for a history
     "Try, estimate, move."
+    self.objective.take_seconds()                                                         # what a look has taken is not the step's
     begin, at = time.perf_counter(), self.progress
     found = self.estimator(self.objective, self.logits, *self.batch(), at, self.generator)
     rate = self.rate*(1 - (1 - self.config.method.final_rate)*at)

@@ -9,7 +9,7 @@ __all__ = ['recipes', 'CONFIGS', 'MODES', 'MaskProConfig', 'check_config', 'step
            'save_pipeline', 'curves', 'judge', 'three_models', 'all_steps', 'train_maskpro', 'run_mode', 'maskpro_runs',
            'progress_table', 'monitor', 'kept_beside']
 
-# %% ../../nbs/maskpro/55_steps.ipynb #23c47867
+# %% ../../nbs/maskpro/55_steps.ipynb #8f4c86a6
 import json, math, os, shutil, time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,8 +28,9 @@ from .ddpm import DenoisingLoss, Noised, draw_batch, find_pipeline, fixed_batche
 from .evaluate import InceptionFeatures, compare_samples, distance_report, evaluate_models, minimal_detectable_effect, train_features
 from .estimators import make_method
 from .learn import MaskRun, batch_seed, learn_masks, pool_fingerprint
-from .masked import Masks, apply_masks, find_masks, load_masks, remove_masks, save_masks, verify_masks
+from .masked import Masks, apply_masks, remove_masks, verify_masks
 from .scores import KINDS, extract_masks, initial_mask, project
+from .storage import load_masks, save_masks
 
 # %% ../../nbs/maskpro/55_steps.ipynb #25ede24f
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def open_record(
     if shop is not None: load_masks(need(run, 'initial_masks.safetensors', 'masks'), shop.unet)
     return run
 
-# %% ../../nbs/maskpro/55_steps.ipynb #db9968d4
+# %% ../../nbs/maskpro/55_steps.ipynb #9389e174
 def with_masks(
     run:Run, # with initial masks
     shop:Workshop|None=None, # whose model may have masks already
@@ -250,8 +251,7 @@ def with_masks(
     "The model of a record as step 1 left it."
     path = need(run, 'initial_masks.safetensors', 'masks')
     shop = shop or open_workshop(config_of(run))
-    if not any('parametrizations' in name for name, _ in shop.unet.named_modules()): masks = load_masks(path, shop.unet)
-    else: masks = find_masks(shop.unet)
+    masks = load_masks(path, shop.unet)                                                   # whatever was tried on it before
     return shop, masks, masks.values()
 
 # %% ../../nbs/maskpro/55_steps.ipynb #47ba3d84
@@ -301,7 +301,7 @@ def learn(
     if config.world == 1: return learn_here(run, shop, show)
     launch(steps.learn_here, run, gpus=config.gpus, processes=config.processes)
 
-# %% ../../nbs/maskpro/55_steps.ipynb #0142d13f
+# %% ../../nbs/maskpro/55_steps.ipynb #4edf6e3e
 def learn_here(run:Run, shop:Workshop|None=None, show=None)->MaskRun|None: # `None`: of several processes
     "What each process of a learning does."
     shop, masks, initial = with_masks(run, shop)
@@ -316,7 +316,7 @@ def learn_here(run:Run, shop:Workshop|None=None, show=None)->MaskRun|None: # `No
     validation = [[batch] for batch in fixed_batches(shop.images.validation.to(shop.train.device), 2, num_steps=shop.num_steps, seed=321)]
     tracker = open_tracker('none' if rank() else c.tracker, run, c.project, c.experiment)
     state = run.path/'state.safetensors' if rank() == 0 else None
-    if state is not None and state.is_file(): (run.path/'history.jsonl').unlink(missing_ok=True)         # the state has it
+    if state is not None: (run.path/'history.jsonl').unlink(missing_ok=True)                             # a state has what counts of it
     with tracker:
         found = learn_masks(shop.unet, shop.loss, pool or shop.fresh, c.estimator, budget, initial=initial, validation=validation, state=state, accelerator=accelerator, baselines=known,
             log=logger(run, tracker, show) if rank() == 0 else None, max_steps=steps, logits=c.logits or None, learning_rate=c.learning_rate or None, seed=c.seed, look_every=c.look_every, patience=c.patience)

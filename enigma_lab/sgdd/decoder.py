@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONDITIONINGS', 'POSITIONS', 'RotaryEmbedding', 'SinusoidalTimeEmbedding', 'Attention', 'DecoderLayer',
-           'DiffusionDecoder', 'svd_embedding']
+           'make_condition', 'check_decoder', 'DiffusionDecoder', 'svd_embedding']
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #671fa52b
 import math
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #3250b72c
@@ -110,6 +111,27 @@ class DecoderLayer(nn.Module):
             x = x + self.dropout(part(norm(x))) if self.norm == 'pre' else norm(x + self.dropout(part(x)))
         return x
 
+# %% ../../nbs/sgdd/30_decoder.ipynb #61368ca4
+def make_condition(
+    conditioning:str, # 'cross' | 'memory' | 'adaln'
+    cond_dim:int, # numbers of the vector
+    dim:int, # C
+    num_memory:int, # M
+)->nn.Module: # (B, cond_dim) -> (B, C); of 'memory' (B, M·C)
+    "From a sentence's vector to the condition of all layers."
+    if conditioning == 'cross': return nn.Identity()
+    if conditioning == 'adaln': return nn.Sequential(nn.Linear(cond_dim, dim), nn.SiLU())
+    return nn.Sequential(nn.Linear(cond_dim, 4*dim), nn.GELU(), nn.Linear(4*dim, num_memory*dim))
+
+# %% ../../nbs/sgdd/30_decoder.ipynb #c219ecbd
+def check_decoder(dim, num_heads, cond_dim, conditioning, positions, norm):
+    "Refuse a decoder that cannot be built."
+    for name, value, known in (('conditioning', conditioning, CONDITIONINGS), ('positions', positions, POSITIONS), ('norm', norm, ('pre', 'post'))):
+        if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    if dim % num_heads: raise ValueError(f"dim must be a multiple of num_heads={num_heads}, got {dim}")
+    if conditioning == 'cross' and cond_dim != dim: raise ValueError(f"one key and value must be as wide as the decoder, {dim}, got {cond_dim}; project it")
+    if conditioning == 'adaln' and norm == 'post': raise ValueError("'adaln' modulates what is normed before a layer; norm must be 'pre', got 'post'")
+
 # %% ../../nbs/sgdd/30_decoder.ipynb #89c34abe
 class DiffusionDecoder(nn.Module):
     "What stands behind the masks, given the rest and a vector."
@@ -129,11 +151,7 @@ class DiffusionDecoder(nn.Module):
         dropout:float=0.,
     ):
         super().__init__()
-        for name, value, known in (('conditioning', conditioning, CONDITIONINGS), ('positions', positions, POSITIONS), ('norm', norm, ('pre', 'post'))):
-            if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        if dim % num_heads: raise ValueError(f"dim must be a multiple of num_heads={num_heads}, got {dim}")
-        if conditioning == 'cross' and cond_dim != dim: raise ValueError(f"one key and value must be as wide as the decoder, {dim}, got {cond_dim}; project it")
-        if conditioning == 'adaln' and norm == 'post': raise ValueError("'adaln' modulates what is normed before a layer; norm must be 'pre', got 'post'")
+        check_decoder(dim, num_heads, cond_dim, conditioning, positions, norm)
         self.dim, self.max_len, self.conditioning, self.num_memory = dim, max_len, conditioning, num_memory
         self.embed = nn.Embedding(vocab_size, dim)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
@@ -142,34 +160,35 @@ class DiffusionDecoder(nn.Module):
         self.time = SinusoidalTimeEmbedding(dim) if time else None
         self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, ffn_dim or 4*dim, conditioning, norm, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim) if norm == 'pre' else None
-        self.condition = dict(cross=nn.Identity, adaln=lambda: nn.Sequential(nn.Linear(cond_dim, dim), nn.SiLU()),
-            memory=lambda: nn.Sequential(nn.Linear(cond_dim, 4*dim), nn.GELU(), nn.Linear(4*dim, num_memory*dim)))[conditioning]()
+        self.condition = make_condition(conditioning, cond_dim, dim, num_memory)
         nn.init.normal_(self.embed.weight, std=.02)
         if self.place is not None: nn.init.normal_(self.place, std=.02)
-
-    def hidden(self,
-        x_t:Tensor, # (B, T) tokens and masks
-        z:Tensor, # (B, cond_dim) the sentence's vector
-        u:Tensor|None=None, # (B,) share that is hidden, for a decoder with `time`
-        content:Tensor|None=None, # (B, T) True where there is a token; `None`: everywhere
-    )->Tensor: # (B, T, C)
-        "The states of all places."
-        if x_t.shape[1] > self.max_len: raise ValueError(f"a canvas must have at most max_len={self.max_len} places, got {x_t.shape[1]}")
-        h = self.embed(x_t)
-        if self.place is not None: h = h + self.place[:x_t.shape[1]]
-        if self.norm: h = h * self.dim**.5
-        if self.time: h = h + self.time(u)[:, None]/(self.dim**.5 if self.norm else 1)
-        condition = self.condition(z)
-        if self.conditioning != 'adaln': condition = condition.unflatten(-1, (-1, self.dim))                        # (B, M, C)
-        mask = None if content is None or content.all() else content[:, None, None].bool()                     # none: a quicker kernel
-        for layer in self.layers: h = layer(h, condition, mask, self.rope)
-        return self.norm(h) if self.norm else h
 
     def logits(self, h:Tensor)->Tensor: # (..., C) -> (..., V)
         return F.linear(h, self.embed.weight, self.bias)
 
     def forward(self, x_t, z, u=None, content=None)->Tensor: # (B, T, V)
         return self.logits(self.hidden(x_t, z, u, content))
+
+# %% ../../nbs/sgdd/30_decoder.ipynb #9945895f
+@patch
+def hidden(self:DiffusionDecoder,
+    x_t:Tensor, # (B, T) tokens and masks
+    z:Tensor, # (B, cond_dim) the sentence's vector
+    u:Tensor|None=None, # (B,) share that is hidden, for a decoder with `time`
+    content:Tensor|None=None, # (B, T) True where there is a token; `None`: everywhere
+)->Tensor: # (B, T, C)
+    "The states of all places."
+    if x_t.shape[1] > self.max_len: raise ValueError(f"a canvas must have at most max_len={self.max_len} places, got {x_t.shape[1]}")
+    h = self.embed(x_t)
+    if self.place is not None: h = h + self.place[:x_t.shape[1]]
+    if self.norm: h = h * self.dim**.5
+    if self.time: h = h + self.time(u)[:, None]/(self.dim**.5 if self.norm else 1)
+    condition = self.condition(z)
+    if self.conditioning != 'adaln': condition = condition.unflatten(-1, (-1, self.dim))                        # (B, M, C)
+    mask = None if content is None or content.all() else content[:, None, None].bool()                     # none: a quicker kernel
+    for layer in self.layers: h = layer(h, condition, mask, self.rope)
+    return self.norm(h) if self.norm else h
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #9afa1bc2
 def svd_embedding(

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -75,25 +76,27 @@ class SemanticEncoder(nn.Module):
 
     forward = encode_from_tokens
 
-    @torch.no_grad()
-    def encode(self,
-        texts:list[str], # none of them empty
-        batch_size:int=256, # texts of a pass
-    )->Tensor: # (B, dim) float32, on the CPU
-        "Vectors of texts, those of equal length side by side."
-        if empty := [i for i, text in enumerate(texts) if not text.strip()]: raise ValueError(f"a text must hold a word at least, got {texts[empty[0]]!r} at {empty[:5]}")
-        if not texts: raise ValueError("texts must hold one text at least, got none")
-        if self.model is None: return torch.as_tensor(self.source(texts), dtype=torch.float32)
-        ids = self.tokenizer(texts)['input_ids']
-        if long := [i for i, row in enumerate(ids) if len(row) > self.max_tokens]:
-            raise ValueError(f"a text must have at most max_tokens={self.max_tokens} tokens, got {len(ids[long[0]])} in {texts[long[0]][:60]!r}; shorten it")
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        device, found = next(self.model.parameters()).device, [None]*len(ids)
-        for start in range(0, len(order), batch_size):
-            rows = order[start:start + batch_size]
-            batch = self.tokenizer.pad({'input_ids': [ids[i] for i in rows]}, return_tensors='pt').to(device)
-            for i, z in zip(rows, self(batch['input_ids'], batch['attention_mask']).float().cpu()): found[i] = z
-        return torch.stack(found)
+# %% ../../nbs/sgdd/10_encoder.ipynb #f5a312d0
+@patch
+@torch.no_grad()
+def encode(self:SemanticEncoder,
+    texts:list[str], # none of them empty
+    batch_size:int=256, # texts of a pass
+)->Tensor: # (B, dim) float32, on the CPU
+    "Vectors of texts, those of equal length side by side."
+    if empty := [i for i, text in enumerate(texts) if not text.strip()]: raise ValueError(f"a text must hold a word at least, got {texts[empty[0]]!r} at {empty[:5]}")
+    if not texts: raise ValueError("texts must hold one text at least, got none")
+    if self.model is None: return torch.as_tensor(self.source(texts), dtype=torch.float32)
+    ids = self.tokenizer(texts)['input_ids']
+    if long := [i for i, row in enumerate(ids) if len(row) > self.max_tokens]:
+        raise ValueError(f"a text must have at most max_tokens={self.max_tokens} tokens, got {len(ids[long[0]])} in {texts[long[0]][:60]!r}; shorten it")
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    device, found = next(self.model.parameters()).device, [None]*len(ids)
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        batch = self.tokenizer.pad({'input_ids': [ids[i] for i in rows]}, return_tensors='pt').to(device)
+        for i, z in zip(rows, self(batch['input_ids'], batch['attention_mask']).float().cpu()): found[i] = z
+    return torch.stack(found)
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #0c5560f2
 PROBES = ['the quick brown fox jumps over the lazy dog', 'she sold her old piano in april', 'why do we dream']
