@@ -44,7 +44,7 @@ def split_pairs(
     part = dict.fromkeys(order[:n], 'test') | dict.fromkeys(order[n:2*n], 'validation')
     return {name: [pair for pair, key in zip(pairs, of) if part.get(key, 'train') == name] for name in ('train', 'validation', 'test')}
 
-# %% ../../nbs/data/40_pairs.ipynb #5e847a11
+# %% ../../nbs/data/40_pairs.ipynb #00b289a2
 COLUMNS = ('sentence1', 'sentence2'), ('question1', 'question2'), ('source', 'target'), ('src', 'trg'), ('anchor', 'positive'), ('input', 'output'), ('complex', 'simple')
 
 def as_pair(
@@ -54,7 +54,7 @@ def as_pair(
     names = next(((a, b) for a, b in COLUMNS if a in row and b in row), None)
     if names is None: raise ValueError(f"a pair needs two columns, one of {COLUMNS}, got {sorted(row)}")
     if str(row.get('is_duplicate', row.get('label', 1))).lower() in ('0', 'false'): return None
-    a, b = (' '.join(str(row[name] or '').split()) for name in names)
+    a, b = (' '.join(str(row[name] or '').replace('<::::>', ' ').split()) for name in names)              # WikiSplit's sign between two sentences
     return (a, b) if a and b and a != b else None
 
 # %% ../../nbs/data/40_pairs.ipynb #0f71f975

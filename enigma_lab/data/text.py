@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['readers', 'suffixes', 'docstrings', 'builtin_documents', 'read_bytes', 'as_text', 'text_column', 'pick_text',
-           'parquet_rows', 'json_rows', 'read_rows', 'read_file', 'hub_rows', 'hub_documents', 'task_documents',
-           'disk_documents', 'read_source', 'digest', 'drop_duplicates', 'split_text', 'split_documents', 'Corpus',
-           'up_to', 'load_text', 'keep_splits', 'encode_texts', 'cache_dir', 'encode_documents', 'Windows',
-           'restarting_positions']
+           'parquet_rows', 'json_rows', 'tsv_rows', 'read_rows', 'read_file', 'hub_rows', 'hub_documents',
+           'task_documents', 'disk_documents', 'read_source', 'digest', 'drop_duplicates', 'split_text',
+           'split_documents', 'Corpus', 'up_to', 'load_text', 'keep_splits', 'encode_texts', 'cache_dir',
+           'encode_documents', 'Windows', 'restarting_positions']
 
 # %% ../../nbs/data/10_text.ipynb #dce0d7de
 import ast, bz2, csv, gzip, hashlib, io, json, lzma, os, re, sys, sysconfig, time
@@ -83,7 +83,7 @@ def pick_text(rows:Iterable[dict], name:str)->Iterator[str]:
         column = column or text_column(row, name)
         if isinstance(row.get(column), str): yield row[column]
 
-# %% ../../nbs/data/10_text.ipynb #cd1c1e46
+# %% ../../nbs/data/10_text.ipynb #9d3b5fd0
 def parquet_rows(data:bytes, name:str)->list[dict]:
     "Rows of a parquet file."
     try: import pyarrow.parquet as pq
@@ -95,15 +95,25 @@ def json_rows(data:bytes, name:str)->list[dict]:
     rows = json.loads(as_text(data, name))
     return [row if isinstance(row, dict) else dict(text=row) for row in (rows if isinstance(rows, list) else [rows])]
 
+def tsv_rows(data:bytes, name:str)->list[dict]:
+    "Rows of a table with tabs; one or two columns may be without names."
+    text = as_text(data, name)
+    head, *_ = rows = [line.split('\t') for line in text.split('\n') if line.strip()] or [['text']]
+    if all(cell.isidentifier() for cell in head): return list(csv.DictReader(io.StringIO(text), delimiter='\t'))
+    names = ('text',) if len(head) == 1 else ('source', 'target')
+    if odd := next((row for row in rows if len(row) != len(names)), None):
+        raise ValueError(f"a table without names of columns must have one or two in each row, got {len(odd)} in {name}: {odd[0][:40]!r} …")
+    return [dict(zip(names, row)) for row in rows]
+
 readers = {
     '.txt': lambda data, name: [dict(text=as_text(data, name))],
     '.jsonl': lambda data, name: [row for line in as_text(data, name).split('\n') if line.strip() for row in json_rows(line.encode(), name)],
-    '.json': json_rows, '.parquet': parquet_rows,
+    '.json': json_rows, '.parquet': parquet_rows, '.tsv': tsv_rows,
     '.csv': lambda data, name: list(csv.DictReader(io.StringIO(as_text(data, name))))}
 suffixes = sorted(readers)
 
 def read_rows(
-    path:str|Path, # .txt .jsonl .json .csv .parquet, also .gz .bz2 .xz .zst
+    path:str|Path, # .txt .jsonl .json .csv .tsv .parquet, also .gz .bz2 .xz .zst
 )->list[dict]: # the whole .txt as one row, each row of the others
     "Rows of one file."
     data, suffix = read_bytes(Path(path))
