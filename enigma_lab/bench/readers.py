@@ -227,7 +227,7 @@ def reader(
         **dict(zip(('train_wall_s', 'train_cpu_s'), clock.spent.tolist()))))
 
 # %% ../../nbs/bench/46_readers.ipynb #3163b421
-FULL = dict(max_steps=500, trial_steps=200, minutes=0., rates=[.00125, .0025, .005], seeds=[0, 1, 2], rounds=7, timed=64, batches=[1, 64], name='readers',
+FULL = dict(max_steps=500, trial_steps=200, minutes=0., rates=[.00125, .0025, .005, .01], seeds=[0, 1, 2], rounds=7, timed=64, batches=[1, 64], name='readers',
     recipe=dict(data='hard', size='small', num_vectors=4, batch_size=256, max_sentences=0, sentences=1000))
 SMALL = dict(max_steps=3, trial_steps=2, minutes=0., rates=[.0025, .005], seeds=[0, 1], rounds=2, timed=4, batches=[1, 4], name='readers-small',
     recipe=dict(data='small', size='tiny', num_vectors=1, batch_size=8, max_sentences=64, sentences=6))

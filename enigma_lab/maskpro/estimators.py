@@ -288,9 +288,9 @@ class Method:
 
 METHODS = {
     'simple': Method(Simple, Adam, 3., .3),
-    'gumbel': Method(Gumbel, Adam, 1.5, .1),
-    'pge': Method(PGE, StandardSteps, 5., .5, pool=True),
-    'leave-one-out': Method(LeaveOneOut, StandardSteps, 5., 1.),
+    'gumbel': Method(Gumbel, Adam, 1.5, .2),
+    'pge': Method(PGE, StandardSteps, 5., .35, pool=True),
+    'leave-one-out': Method(LeaveOneOut, StandardSteps, 5., 2.),
     'reinforce': Method(Reinforce, StandardSteps, 5., .5),
     'pge-unpaired': Method(lambda n: PGE(n, paired=False), StandardSteps, 5., .25, pool=True),
     'pge-literal': Method(lambda n: PGE(n, SequentialDraws), PlainSteps, 10., 50., 1., pool=True)}
