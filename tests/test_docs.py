@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bs4 import BeautifulSoup
+from execnb.nbio import dict2nb
+from markdown_it import MarkdownIt
+from nbdev.process import NBProcessor
+from nbdev.processors import _do_eval
 from playwright.sync_api import sync_playwright
 
-from enigma_lab.lab.docs import build_docs, read_sidebar, readme_text, write_readme
+from enigma_lab.lab.docs import build_docs, check_imports, read_sidebar, readme_text, write_readme
 from enigma_lab.lab.runs import checkout
 
 ROOT = checkout(Path(__file__).parent)
@@ -152,6 +157,29 @@ def test_search(tab):
     hit.click()
     tab.wait_for_url('**/machine/plugboard.html*')
 
+def tables(html): # each a list of rows of text
+    words = lambda cell: ' '.join(cell.get_text().split())
+    return [[[words(cell) for cell in row.find_all(['th', 'td'])] for row in table.find_all('tr')]
+            for table in BeautifulSoup(html, 'html.parser').find_all('table')]
+
+@pytest.mark.parametrize('name, page, least',
+                         [('index', 'index', 3), ('results/10_claims', 'results/claims', 3)])
+def test_result_tables_are_those_of_the_notebook(site, name, page, least):
+    html = (site/f'{page}.html').read_text(encoding='utf-8')
+    nb = json.loads((ROOT/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))
+    shown = [''.join(output['data']['text/markdown']) for cell in nb['cells']
+             for output in cell.get('outputs', []) if 'text/markdown' in output.get('data', {})]
+    kept = tables(MarkdownIt().enable('table').render('\n\n'.join(shown)))
+    assert len(kept) >= least
+    built = tables(html)
+    for table in kept: assert table in built
+    assert 'No record runs yet.' not in html
+
+def test_the_count_of_verdicts_is_that_of_the_notebook(site):
+    text = (ROOT/'nbs/results/10_claims.ipynb').read_text(encoding='utf-8')
+    count = re.search(r'"(36 claims: .*?)\\n"', text)[1]
+    assert count in BeautifulSoup((site/'results/claims.html').read_text(encoding='utf-8'), 'html.parser').get_text()
+
 
 # what must stop a build, on a project of two pages
 
@@ -168,8 +196,12 @@ STALE = [dict(output_type='stream', name='stdout', text=['an old number'])]
 INDEX = [('markdown', '# Small\n\n> Two pages.', None), ('markdown', 'To the [part](parts/10_part.ipynb#One-heading). $x^2$', None),
          ('code', 'from pathlib import Path\nfrom IPython.display import Markdown', []),
          ('code', '#| exec_doc\nprint(Path("number.txt").read_text())', STALE),
-         ('code', '#| exec_doc\nMarkdown("| number |\\n|---|\\n| [of the part](parts/10_part.ipynb) |")', STALE)]
-PART = [('markdown', '# Part\n\n> A part.', None), ('markdown', '## One heading\n\nBack to the [start](../index.ipynb).', None), ('code', 'never_run()', STALE)]
+         ('code', '#| exec_doc\nMarkdown("| number |\\n|---|\\n| [of the part](parts/10_part.ipynb) |")', STALE),
+         ('code', '#| exec_doc\nimport os, sys, warnings\nos.environ["LEFT"] = sys.argv[0] = warnings.left = "behind"\n'
+                  'sys.path.append("behind"); os.chdir("nbs")', [])]
+PART = [('code', '#| exec_doc\nimport os, sys, warnings\nfrom pathlib import Path\nprint("found", os.environ.get("LEFT"), '
+                 '"behind" in [*sys.argv, *sys.path], hasattr(warnings, "left"), Path("number.txt").read_text())', []),
+        ('markdown', '# Part\n\n> A part.', None), ('markdown', '## One heading\n\nBack to the [start](../index.ipynb).', None), ('code', 'never_run()', STALE)]
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
@@ -194,13 +226,32 @@ def test_result_cells_run_again_and_others_do_not(small):
     assert 'href="parts/part.html#one-heading"' in index
     assert re.search(r'<td>.*href="parts/part.html".*of the part', index)  # a table made by a cell, with a link
 
+def test_what_a_page_sets_is_not_seen_by_the_next(small):
+    part = (small/'_docs/parts/part.html').read_text(encoding='utf-8')
+    assert 'found None False False a fresh number' in part
+
+@pytest.mark.parametrize('text', ['import os', 'import os\nos.getcwd()', 'import os\nx = 1', 'x = 1',
+    '#| hide\nimport os\nx = 1', 'def f():\n    import os\n    return os.name', '#| eval: false\nimport os\nx = 1',
+    '#| exec_doc\nimport os\nx = 1', '#| export\nimport os\nx = 1', '%time import os', 'for x in []: import os'])
+def test_no_cell_passes_that_nbdev_runs_unasked(text, recwarn):
+    nb = notebook(('markdown', '# Page', None), ('code', text, []))
+    try: check_imports(nb, 'page.ipynb')
+    except ValueError: return
+    cell = NBProcessor(nb=dict2nb(nb)).nb.cells[1]
+    runs = _do_eval(cell)
+    assert not recwarn.list  # nbdev's, of mixed cells
+    assert not runs or text == 'import os' or text.startswith(('#| exec_doc', '#| export'))
+
 @pytest.mark.parametrize('path, cells, message', [
     ('nbs/parts/10_part.ipynb', PART + [('markdown', 'To [nowhere](20_gone.ipynb).', None)], '20_gone.ipynb'),
     ('nbs/parts/10_part.ipynb', PART + [('markdown', '<a href="gone.html">raw</a>', None)], 'no file for gone.html'),
     ('nbs/parts/10_part.ipynb', [('code', '1', [])], 'must start with `# Title`'),
+    ('nbs/parts/10_part.ipynb', PART + [('code', 'import os\nos.environ["A"] = "b"', [])],
+     f"in cell {len(PART)} of parts/10_part.ipynb move this to a cell of its own: \"os.environ['A'] = 'b'\""),
+    ('nbs/parts/10_part.ipynb', PART + [('code', '#| exec_doc\n1/0', [])], 'ZeroDivisionError'),
     ('nbs/parts/20_new.ipynb', PART, 'not in the sidebar: parts/20_new.ipynb'),
     ('nbs/index.ipynb', None, 'not in nbs/: index.ipynb'),
-], ids='link raw_link title forgotten missing'.split())
+], ids='link raw_link title mixed failing forgotten missing'.split())
 def test_a_failed_build_keeps_the_old_site(small, tmp_path, monkeypatch, path, cells, message):
     root = tmp_path/'project'
     shutil.copytree(small, root, symlinks=True)
