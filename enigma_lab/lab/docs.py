@@ -139,15 +139,15 @@ def module_definitions(
 
 def find_definitions(
     sym, # a function, class or method
-)->list: # its own first, then those of its parents; as far as they are written in this library
+)->list: # its own first, then those of its parents, as far as they are in the same library
     "Find what the source says about a symbol."
     module, (outer, _, name) = sym.__module__, sym.__qualname__.rpartition('.')
     owner = vars(sys.modules.get(module) or object).get(outer) if outer else sym
     family = [(c.__module__, c.__qualname__) for c in getattr(owner, '__mro__', ())] or [(module, outer or name)]
     if outer and (module, outer) not in family: family.insert(0, (module, outer))
-    library = __name__.partition('.')[0] if __name__ != '__main__' else 'enigma_lab'
     names = [(PAGE if m == '__main__' else m, f'{q}.{name}' if outer else q) for m, q in family]
-    found = [module_definitions(m).get(q) for m, q in names if m.partition('.')[0] in (library, PAGE.partition('.')[0])]
+    library = (PAGE if module == '__main__' else module).partition('.')[0]
+    found = [module_definitions(m).get(q) for m, q in names if m.partition('.')[0] == library]
     return [definition for definition in found if definition]
 
 def _rows(sym):
@@ -200,7 +200,8 @@ def _annotation(info):
     anno = info.annotation
     if anno is Parameter.empty and info.default not in (Parameter.empty, None): anno = type(info.default)
     if anno in (Parameter.empty, None, type(None)): return ''
-    return f"`{anno if isinstance(anno, str) else re.sub(r'(?:[a-z_]+[.])+', '', formatannotation(anno))}`"
+    words = anno if isinstance(anno, str) else re.sub(r'(?:[A-Za-z_]\w*[.])+', '', formatannotation(anno))
+    return f'`{words}`'
 
 def _argument(info):
     "A parameter as in a call: `x`, `seed=0`, `**kwargs`."
@@ -300,11 +301,17 @@ def check_api(
     for module in map(import_module, (name for name in names if name.startswith(package))):
         symbols = [getattr(module, name) for name in getattr(module, '__all__', [])]
         symbols = [s for s in symbols if getattr(s, '__module__', '') == module.__name__ and hasattr(s, '__qualname__')]
-        for sym in symbols:
-            for part in (sym, *public_methods(sym)): found += _complaints(module.__name__, part)
+        parts = [part for sym in symbols for part in (sym, *public_methods(sym))] + _patches(module)
+        for part in parts: found += _complaints(module.__name__, part)
     return found
 
 # %% ../../nbs/lab/60_docs.ipynb #36651c8b
+def _patches(module):
+    "The public methods that a module gives to classes by `@patch`."
+    names = [name for name, d in module_definitions(module.__name__).items() if not isinstance(d.node, ast.ClassDef) and _patched(d.node)]
+    pairs = [name.rpartition('.') for name in names]
+    return [getattr(getattr(module, outer), name) for outer, _, name in pairs if name[0] != '_']
+
 def _complaints(module, sym):
     "What the card of one symbol lacks."
     definition = module_definitions(module).get(sym.__qualname__)
@@ -347,7 +354,11 @@ def _each_alone(function, jobs, **_):
 def _process_one(function, job):
     "Process one notebook, with cards of our making."
     from nbdev.config import get_config
-    get_config()['renderer'] = 'enigma_lab.lab.docs.SymbolCard'
+    from enigma_lab.lab import docs
+    config = get_config()
+    config['renderer'] = 'enigma_lab.lab.docs.SymbolCard'
+    notebook = job[0].resolve().relative_to(config.nbs_path.resolve()).as_posix()
+    docs.PAGE = f"{config.lib_name}.{read_modules(config.nbs_path).get(notebook, '')}"
     function(job)
 
 # %% ../../nbs/lab/60_docs.ipynb #e77ecbe9
