@@ -269,9 +269,17 @@ def finish_run(
     return run
 
 # %% ../../nbs/lab/10_runs.ipynb #431b1d32
+def _stamp(file): # a changed file has another
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+@lru_cache(maxsize=8)
+def _members(file, stamp):
+    with zipfile.ZipFile(file) as z: return {name: z.read(name) for name in z.namelist()}
+
 def _packed_files(home):
-    if not (home/'files.zip').is_file(): return {}
-    with zipfile.ZipFile(home/'files.zip') as z: return {n: z.read(n) for n in z.namelist()}
+    file = home/'files.zip'
+    return _members(file, _stamp(file)) if file.is_file() else {}
 
 # %% ../../nbs/lab/10_runs.ipynb #11c312dd
 @dataclass(frozen=True)
@@ -308,7 +316,7 @@ class PackedRun(Run):
 PARTS = ('config', 'env', 'metrics', 'history')
 
 @lru_cache(maxsize=64)
-def _lines(file, stamp): # the stamp makes a changed file another
+def _lines(file, stamp):
     return [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
 
 def read_records(
@@ -317,8 +325,7 @@ def read_records(
     "Read the records that are packed in a folder."
     file = folder/'records.jsonl'
     if not file.is_file(): return []
-    stat = file.stat()
-    lines = _lines(file, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    lines = _lines(file, _stamp(file))
     return [PackedRun(folder/line['name'], folder, line) for line in lines]
 
 # %% ../../nbs/lab/10_runs.ipynb #46b976c4
@@ -407,8 +414,8 @@ def list_runs(
     name:str|None=None, # only runs of this notebook; `None`: all
 )->list[Run]: # oldest first
     "List every record of a notebook's folder, packed or not."
-    if name and Path(name).is_absolute(): return []
-    found = [run for folder in runs_root().glob(name or '*') for run in runs_in(folder)]
+    folders = [runs_root()/name] if name else runs_root().glob('*')
+    found = [run for folder in folders for run in runs_in(folder)]
     return sorted(found, key=lambda run: (run.path.name, run.path.parent.name))
 
 def open_run(
@@ -473,20 +480,19 @@ def plot_runs(
 
 # %% ../../nbs/lab/10_runs.ipynb #14485c89
 HEADLINES = dict( # a metric -> what a table calls it; a run's first two are shown
-    test_bits_per_char='bits/char', test_exact_match='exact', test_loop_exact_match='loop',
-    test_exact_all='exact', test_exact_easy='easy', gap_recovered='gap',
-    learned_loss='loss', val_bits_per_char='val bits', val_exact_all='val exact',
-    val_exact_easy='val easy',
-    val_mse='val mse', val_nll_nats='val nats', test_perplexity='perplexity',
-    best_exact_match='exact', best_token_accuracy='tokens', bits_per_token='bits/token')
+    test_bits_per_char='bpc', test_exact_match='exact', test_loop_exact_match='loop',
+    test_bleu='bleu', test_exact_all='exact', test_exact_easy='easy', gap_recovered='gap',
+    learned_loss='loss', val_bits_per_char='val bpc', val_exact_all='val exact',
+    val_exact_easy='val easy', val_mse='val mse', val_nll_nats='val nats',
+    best_exact_match='exact', best_token_accuracy='tokens', bits_per_token='bpt')
 
 def headlines(
     metrics:dict, # of a run
-)->list[str]: # at most two, e.g. '1.234 bits/char'
+)->list[str]: # at most two, e.g. '1.23 bpc'
     "Say the numbers of a run that matter most."
     found = [(metrics[key], word) for key, word in HEADLINES.items() if key in metrics]
     numbers = [(x, word) for x, word in found if isinstance(x, (int, float))]
-    return [f'{x:.4g} {word}' for x, word in numbers[:2]]
+    return [f'{x:.3g} {word}' for x, word in numbers[:2]]
 
 # %% ../../nbs/lab/10_runs.ipynb #a467566d
 def run_state(
