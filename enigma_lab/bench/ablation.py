@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from .interval import paired_differences
 from ..data.text import Windows
 from ..lab.launch import sweep
-from ..lab.runs import Run, checkout, finish_run, runs_root, start_run
+from ..lab.runs import Run, checkout, finish_run, runs_in, runs_root, start_run
 from ..lab.trainer import fit
 from ..lm.model import EnigmaForCausalLM, parameter_card
 from ..lm.train import make_config, prepare
@@ -139,7 +139,7 @@ def main(arguments:list[str]=()):
 def results(name:str='ablation'): # a DataFrame of finished cells, perhaps empty
     "The finished cells of a sweep, from its records."
     import pandas as pd
-    found = [Run(path.parent) for path in sorted((runs_root()/'sweeps'/name/'cell').glob('*/metrics.json'))]
+    found = [run for run in runs_in(runs_root()/'sweeps'/name/'cell') if run.finished]
     return pd.DataFrame([{k: run.config[k] for k in ('variant', 'text', 'seed', 'learning_rate')} | run.metrics for run in found])
 
 def effects(

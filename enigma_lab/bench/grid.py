@@ -13,7 +13,7 @@ from .ablation import bits_per_token
 from .interval import paired_differences
 from ..data.text import Windows
 from ..lab.launch import sweep
-from ..lab.runs import Run, finish_run, runs_root, start_run
+from ..lab.runs import Run, finish_run, runs_in, runs_root, start_run
 from ..lab.trainer import fit
 from ..lm.model import parameter_card
 from ..lm.train import make_config, prepare
@@ -56,7 +56,7 @@ def main(arguments:list[str]=()): # of the command line
 # %% ../../nbs/bench/14_grid.ipynb #cd065c39
 def results(name:str='grid')->list[Run]: # finished
     "The finished cells of a sweep."
-    found = [Run(path.parent) for path in sorted((runs_root()/'sweeps'/name/'cell').glob('*/metrics.json'))]
+    found = [run for run in runs_in(runs_root()/'sweeps'/name/'cell') if run.finished]
     return sorted(found, key=lambda run: (list(ROWS).index(run.config['row']), run.config['seed']))
 
 def costs(

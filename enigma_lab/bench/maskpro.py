@@ -15,7 +15,7 @@ import torch
 
 from ..data.images import load_images
 from ..lab.launch import sweep
-from ..lab.runs import Run, finish_run, list_runs, runs_root, start_run
+from ..lab.runs import Run, finish_run, list_runs, runs_in, runs_root, start_run
 from ..maskpro import ddpm
 from ..maskpro.ddpm import DenoisingLoss, draw_batch, fixed_batches, load_pipeline
 from ..maskpro.estimators import Objective, make_method, scatter
@@ -152,14 +152,15 @@ def main(arguments:list[str]=()): # of the command line
 # %% ../../nbs/bench/50_maskpro.ipynb #ccef526a
 def records(name:str='maskpro', task:str='mask_trial')->list[Run]: # finished, in order
     "The finished cells of a sweep."
-    return sorted((Run(path.parent) for path in (runs_root()/'sweeps'/name/task).glob('*/metrics.json')), key=lambda run: (run.config.get('dense', ''), run.config['seed'], run.name))
+    found = [run for run in runs_in(runs_root()/'sweeps'/name/task) if run.finished]
+    return sorted(found, key=lambda run: (run.config.get('dense', ''), run.config['seed'], run.name))
 
 def losses_of(
     runs:list[Run], # of `records`
 )->dict: # row -> dense model -> list over seeds of (images,) losses
     "What each method loses on each image."
     found = {}
-    for run in runs: found.setdefault(run.config['row'], {}).setdefault(run.config['dense'], []).append(np.load(run.path/'losses.npy'))
+    for run in runs: found.setdefault(run.config['row'], {}).setdefault(run.config['dense'], []).append(np.load(run.open('losses.npy')))
     return found
 
 def resample(

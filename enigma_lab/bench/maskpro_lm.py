@@ -86,7 +86,7 @@ def gap_intervals(
     name:str, # of the sweep
 )->float: # the gap of the mask by magnitude to the dense model, in widths of its interval
     "Whether there is enough to win back."
-    losses = {run.config['row']: np.load(run.path/'losses.npy') for run in records(name, 'lm_trial') if run.config['row'] in ('dense', 'magnitude')}
+    losses = {run.config['row']: np.load(run.open('losses.npy')) for run in records(name, 'lm_trial') if run.config['row'] in ('dense', 'magnitude')}
     more = losses['magnitude'] - losses['dense']
     return float(more.mean()/(2*1.96*more.std(ddof=1)/len(more)**.5))
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'WORDS', 'NO_RUN', 'read_command_line', 'checkout_of', 'notebook_parameters', 'check_parameters',
-           'given_parameters', 'clock', 'is_evaluation', 'progress_line', 'new_rows', 'follow', 'is_papermill',
-           'our_run', 'run_folder', 'watch', 'default_output', 'papermill_command', 'parameter_option', 'run_notebook']
+           'given_parameters', 'given_note', 'given_values', 'clock', 'is_evaluation', 'progress_line', 'new_rows',
+           'follow', 'is_papermill', 'our_run', 'run_folder', 'watch', 'default_output', 'papermill_command',
+           'parameter_option', 'run_notebook']
 
 # %% ../../nbs/lab/40_door.ipynb #f43b7430
 import ast, atexit, base64, difflib, json, os, shutil, subprocess, sys, threading, time
@@ -69,16 +70,31 @@ def given_parameters(
     options:dict, # from `read_command_line`
 )->list[str]: # names
     "The parameters that a papermill command line sets."
+    return [name for name, _ in given_values(options)]
+
+def given_note(
+    options:dict, # from `read_command_line`
+)->str: # empty when there is none
+    "Read the note that a papermill command line sets."
+    return str(dict(given_values(options)).get('note') or '')
+
+def given_values(
+    options:dict, # from `read_command_line`
+)->list[tuple[str,object]]: # names and values; of a name twice, papermill takes the last
+    "Read the parameters that a papermill command line sets."
     import yaml
-    texts = [*options['parameters_yaml'], *map(base64.b64decode, options['parameters_base64']),
-             *(Path(file).read_text(encoding='utf-8') for file in options['parameters_file'] if '://' not in file)]
-    names = [name for name, _ in options['parameters'] + options['parameters_raw']]
+    files = [Path(file) for file in options['parameters_file'] if '://' not in file]
+    texts = [*map(base64.b64decode, options['parameters_base64']),
+        *(file.read_text(encoding='utf-8') for file in files), *options['parameters_yaml']]
+    found = []
     for text in texts:
         try: values = yaml.safe_load(text) or {}
-        except yaml.YAMLError as e: raise ValueError(f"parameters must be YAML, got {text!r}") from e
-        if not isinstance(values, dict): raise ValueError(f"parameters must be pairs of name and value, got {values!r}; write e.g. -y 'seed: 0'")
-        names += values
-    return names
+        except yaml.YAMLError as e:
+            raise ValueError(f"parameters must be YAML, got {text!r}") from e
+        if not isinstance(values, dict): raise ValueError("parameters must be pairs of "
+            f"name and value, got {values!r}; write e.g. -y 'seed: 0'")
+        found += values.items()
+    return found + [*options['parameters'], *options['parameters_raw']]
 
 # %% ../../nbs/lab/40_door.ipynb #551026d7
 def clock(
@@ -169,12 +185,13 @@ def our_run(
 # %% ../../nbs/lab/40_door.ipynb #07878df3
 def run_folder(
     notebook:Path, # one of ours
+    note:str='', # appended to a new folder's name
 )->Path: # an empty folder
     "The folder of this run: the one prepared in `ENIGMA_RUN_DIR`, else a new one."
     os.environ['ENIGMA_RUNS'] = os.environ.get('ENIGMA_RUNS') or str(checkout_of(notebook)/'runs')
     given = Path(os.environ.get('ENIGMA_RUN_DIR', ''))
     if given.parent.name == notebook.stem and given.is_dir() and not any(given.iterdir()): return given.resolve()
-    return new_run_dir(notebook.stem)
+    return new_run_dir(notebook.stem, note)
 
 def watch(
     run_dir:Path, # a run's folder
@@ -193,7 +210,7 @@ def default_output():
     notebook, options = found
     try:
         check_parameters(notebook, given_parameters(options))
-        run_dir = run_folder(notebook)
+        run_dir = run_folder(notebook, given_note(options))
     except (ValueError, OSError, ImportError) as error:
         print(f'enigma-lab: {error}', file=sys.stderr)
         sys.exit(2)
@@ -237,7 +254,8 @@ def run_notebook(
         raise ValueError(f"a run's folder must lie in one called {notebook.stem}, got {run_dir}")
     if run_dir and Path(run_dir).exists(): raise FileExistsError(f"a run is written once, and {run_dir} exists; give another folder")
     if run_dir: Path(run_dir).mkdir(parents=True)
-    path = Path(run_dir or new_run_dir(notebook.stem)).resolve()
+    note = str(params.get('note') or '')
+    path = Path(run_dir or new_run_dir(notebook.stem, note)).resolve()
     with subprocess.Popen(command, env={**os.environ, 'ENIGMA_RUNS': str(runs_root()), 'ENIGMA_RUN_DIR': str(path)}) as process:
         try: code = process.wait()
         except KeyboardInterrupt: code = process.wait()

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['rank', 'world_size', 'local_rank', 'check_processes', 'launch', 'quiet', 'same_signals', 'failure_text', 'cells',
            'cell_name', 'task_name', 'task_command', 'check_task', 'locked', 'finished_run', 'run_here', 'run_cell',
-           'sweep', 'sweep_table']
+           'slot_settings', 'run_missing', 'sweep', 'sweep_table']
 
 # %% ../../nbs/lab/20_launch.ipynb #b65ca87d
-import glob, hashlib, json, logging, os, signal, subprocess, sys, threading, time, traceback
+import hashlib, json, logging, os, signal, subprocess, sys, threading, time, traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 
-from .runs import Run, runs_root
+from .runs import Run, pack_sweep, runs_in, runs_root, slug
 
 # %% ../../nbs/lab/20_launch.ipynb #973a41f1
 def rank()->int: # 0 … world size - 1
@@ -109,39 +109,47 @@ def cells(
     grid, # {parameter: values}, all combinations; or a list of dictionaries
     fixed:dict, # parameters of every cell
 )->list[dict]: # one dictionary of parameters for each run
-    "The settings of a sweep, in order, each once."
-    if isinstance(grid, dict): grid = [dict(zip(grid, values)) for values in product(*grid.values())]
+    "List the settings of a sweep, in order, each once."
+    if isinstance(grid, dict):
+        grid = [dict(zip(grid, values)) for values in product(*grid.values())]
     if not grid: raise ValueError("a sweep needs at least one cell, got an empty grid")
-    if both := sorted({k for cell in grid for k in cell} & fixed.keys()): raise ValueError(f"a parameter is either varied or fixed, got both for {both}")
-    return list({json.dumps(cell, sort_keys=True): {**fixed, **cell} for cell in grid}.values())
+    if both := sorted({k for cell in grid for k in cell} & fixed.keys()):
+        raise ValueError(f"a parameter is either varied or fixed, got both for {both}")
+    each = {json.dumps(cell, sort_keys=True): {**fixed, **cell} for cell in grid}
+    return list(each.values())
 
+# %% ../../nbs/lab/20_launch.ipynb #10f99b6d
 def cell_name(
     cell:dict, # parameters
     varied:list[str], # those that tell the cells apart
 )->str: # a folder's name: the varied values, and a digest of all
-    "What a cell's folder is called."
-    words = '-'.join(str(cell.get(k, '')).split('/')[-1].replace(' ', '_')[:16] for k in varied)
+    "Name a cell's folder."
+    short = lambda value: str(value).split('/')[-1].replace(' ', '_')[:16]
+    words = '-'.join(short(cell.get(k, '')) for k in varied)
     digest = hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()
-    return f"{words}-{digest[:6]}".strip('-')
+    return slug(f"{words[:72]}-{digest[:6]}")
 
 # %% ../../nbs/lab/20_launch.ipynb #b4acbb5a
 def task_name(
     task:str, # a notebook's path or 'module:function'
 )->str: # a notebook's or a function's name
-    "What the records of a task are called."
+    "Name the records of a task."
     return Path(task).stem if task.endswith('.ipynb') else task.partition(':')[2]
 
 def task_command(
     task:str, # a notebook's path or 'module:function'
     cell:dict, # its parameters
 )->list[str]: # words
-    "The command that runs one cell."
+    "Make the command that runs one cell."
     if not task.endswith('.ipynb'):
         module, _, function = task.partition(':')
-        return [sys.executable, '-c', f"import json, sys; from {module} import {function}; {function}(**json.loads(sys.argv[1]))", json.dumps(cell)]
+        code = f"from {module} import {function}; {function}(**json.loads(sys.argv[1]))"
+        return [sys.executable, '-c', f'import json, sys; {code}', json.dumps(cell)]
     from enigma_lab.lab.door import papermill_command, parameter_option
-    return papermill_command(task, [word for item in cell.items() for word in parameter_option(*item)])
+    words = [word for item in cell.items() for word in parameter_option(*item)]
+    return papermill_command(task, words)
 
+# %% ../../nbs/lab/20_launch.ipynb #e3c9efc8
 def check_task(
     task:str, # a notebook's path or 'module:function'
     names, # of parameters
@@ -149,13 +157,16 @@ def check_task(
     "Refuse a task that does not exist, and a parameter that it does not have."
     if task.endswith('.ipynb'):
         from enigma_lab.lab.door import check_parameters
-        if not Path(task).is_file(): raise FileNotFoundError(f"a sweep needs an existing notebook, got {task}")
+        if not Path(task).is_file():
+            raise FileNotFoundError(f"a sweep needs an existing notebook, got {task}")
         return check_parameters(task, names)
     module, _, function = task.partition(':')
-    if not function: raise ValueError(f"a task is a notebook or 'module:function', got {task!r}")
+    if not function:
+        raise ValueError(f"a task is a notebook or 'module:function', got {task!r}")
     known = signature(getattr(import_module(module), function)).parameters
     if Parameter.VAR_KEYWORD in [p.kind for p in known.values()]: return
-    if unknown := sorted(set(names) - known.keys()): raise ValueError(f"{function} has no parameter {unknown}; it has {list(known)}")
+    if unknown := sorted(set(names) - known.keys()):
+        raise ValueError(f"{function} has no parameter {unknown}; it has {list(known)}")
 
 # %% ../../nbs/lab/20_launch.ipynb #cca471e5
 @contextmanager
@@ -165,8 +176,10 @@ def locked(
     "Hold a folder for this process; a lock whose process is gone is taken over."
     lock = folder/'lock'
     folder.mkdir(parents=True, exist_ok=True)
-    if lock.is_file() and (holder := lock.read_text()).isdigit() and Path(f'/proc/{holder}').exists():
-        raise RuntimeError(f"one sweep at a time may write to a folder, and process {holder} holds {folder}; wait for it, or give another name")
+    holder = lock.read_text() if lock.is_file() else ''
+    if holder.isdigit() and Path(f'/proc/{holder}').exists():
+        raise RuntimeError("one sweep at a time may write to a folder, and process "
+            f"{holder} holds {folder}; wait for it, or give another name")
     lock.write_text(str(os.getpid()))
     try: yield
     finally: lock.unlink(missing_ok=True)
@@ -174,10 +187,10 @@ def locked(
 def finished_run(
     folder:Path, # where a sweep's records of one task lie
     name:str, # a cell's
-)->Run|None:
-    "The finished record of a cell, if there is one."
-    found = [run for path in sorted(folder.glob(f'{glob.escape(name)}*')) if (run := Run(path)).finished]
-    return found[0] if found else None
+)->Run|None: # the first attempt that has a result; packed or not
+    "Find the finished record of a cell, if there is one."
+    ours = lambda path: f'{slug(path.name)}-'.startswith(f'{name}-') # old ones are no slugs
+    return next((run for run in runs_in(folder) if run.finished and ours(run.path)), None)
 
 # %% ../../nbs/lab/20_launch.ipynb #ceaffb10
 def run_here(
@@ -194,6 +207,7 @@ def run_here(
         else: return 0
     return 1
 
+# %% ../../nbs/lab/20_launch.ipynb #63bc17ae
 def run_cell(
     task:str, # what to run
     cell:dict, # with these parameters
@@ -203,22 +217,65 @@ def run_cell(
     here:bool=False, # a function: in this process
 )->str: # '' when it finished, else the last line of what it said
     "Run one cell, in a process of its own or here."
-    path = next(p for i in range(1, 100) if not (p := folder/(name + f'+{i}'*(i > 1))).exists())
+    tries = (folder/(name + f'-{i}'*(i > 1)) for i in range(1, 100))
+    path = next(path for path in tries if not path.exists())
     path.mkdir(parents=True)
-    env = {**os.environ, 'ENIGMA_RUNS': str(folder.parent), 'ENIGMA_RUN_DIR': str(path), **env}
+    place = dict(ENIGMA_RUNS=str(folder.parent), ENIGMA_RUN_DIR=str(path))
+    env = {**os.environ, **place, **env}
     with open(folder.parent/f'{path.name}.log', 'w') as log:
         if here and not task.endswith('.ipynb'): code = run_here(task, cell, log, env)
-        else: code = subprocess.run(task_command(task, cell), stdout=log, stderr=subprocess.STDOUT, env=env).returncode
-    said = [line for line in Path(log.name).read_text(errors='replace').splitlines() if line.strip()]
-    return '' if Run(path).finished and not code else (said[-1] if said else f'exit code {code}')
+        else:
+            how = dict(stdout=log, stderr=subprocess.STDOUT, env=env)
+            code = subprocess.run(task_command(task, cell), **how).returncode
+    if Run(path).finished and not code: return ''
+    said = Path(log.name).read_text(errors='replace').splitlines()
+    return next((line for line in reversed(said) if line.strip()), f'exit code {code}')
+
+# %% ../../nbs/lab/20_launch.ipynb #fe25cec1
+def slot_settings(
+    parallel:int, # cells at a time
+    devices:list|None=None, # CUDA device of each; `None`: shares of the CPU's cores
+)->list[dict]: # environment variables, for each cell that runs at a time
+    "Divide the machine among cells."
+    if devices: return [dict(CUDA_VISIBLE_DEVICES=str(device)) for device in devices]
+    share = str(max(1, (os.cpu_count() or 1) // parallel))
+    threads = os.environ.get('OMP_NUM_THREADS') or share
+    return [dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads) for _ in range(parallel)]
+
+# %% ../../nbs/lab/20_launch.ipynb #0445ee34
+def run_missing(
+    task:str, # what to run
+    named:dict[str,dict], # the cells by name
+    folder:Path, # where the records lie
+    slots:list[dict], # environment variables, for each cell that runs at a time
+    here:bool=False, # functions: in this process
+    show:Callable=print, # called with a line about each cell
+)->dict[str,str]: # the cells that failed, and what they said
+    "Run the cells that have no finished record."
+    free, failures, done = list(slots), {}, 0
+
+    def one(item):
+        nonlocal done
+        label, cell = item
+        env, start = free.pop(), time.monotonic()
+        problem = ''
+        if not finished_run(folder, label):
+            problem = run_cell(task, cell, folder, label, env, here)
+        if problem: failures[label] = problem
+        free.append(env); done += 1
+        how = f'failed: {problem}' if problem else 'finished'
+        show(f"[{done}/{len(named)}] {label}  {time.monotonic() - start:.0f} s  {how}")
+
+    with ThreadPoolExecutor(len(slots)) as pool: list(pool.map(one, named.items()))
+    return failures
 
 # %% ../../nbs/lab/20_launch.ipynb #bfdeb67e
 def sweep(
-    task:str, # a notebook's path, or 'module:function' of a function that leaves a finished run
+    task:str, # a notebook's path, or 'module:function' that leaves a finished run
     grid, # {parameter: values}, all combinations; or a list of dictionaries
     name:str, # of the sweep, a folder under runs/sweeps/
     parallel:int=1, # cells at a time; 0: in this process, to debug
-    devices:list|None=None, # CUDA device of each slot; `None`: the CPU's cores are shared out
+    devices:list|None=None, # CUDA device of each slot; `None`: shares of the CPU's cores
     show:Callable=print, # called with a line about each cell
     **fixed, # parameters of every cell
 ): # a pandas DataFrame, one row per cell: parameters, state, metrics
@@ -226,26 +283,17 @@ def sweep(
     todo = cells(grid, fixed)
     check_task(task, {k for cell in todo for k in cell})
     here, parallel = not parallel, max(1, parallel)
-    if devices is not None and len(devices) != parallel: raise ValueError(f"devices gives each slot its own, got {devices} for parallel={parallel}")
+    if devices is not None and len(devices) != parallel: raise ValueError(
+        f"devices gives each slot its own, got {devices} for parallel={parallel}")
     varied = [k for k in todo[-1] if k not in fixed]
     folder = runs_root()/'sweeps'/name/task_name(task)
-    names = [cell_name(cell, varied) for cell in todo]
-    slots, failures, done = list(range(parallel)), {}, 0
-    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1) // parallel))         # MKL's as many, or its threads wait for each other
-
-    def one(item):
-        nonlocal done
-        cell, label = item
-        slot, start = slots.pop(), time.monotonic()
-        if not finished_run(folder, label):
-            env = dict(CUDA_VISIBLE_DEVICES=str(devices[slot])) if devices else dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS'), threads)
-            failures[label] = run_cell(task, cell, folder, label, env, here)
-        slots.append(slot); done += 1
-        show(f"[{done}/{len(todo)}] {label}  {time.monotonic() - start:.0f} s  {'failed: ' + failures[label] if failures.get(label) else 'finished'}")
-
+    named = {cell_name(cell, varied): cell for cell in todo}
     with locked(folder.parent):
-        with ThreadPoolExecutor(parallel) as pool: list(pool.map(one, zip(todo, names)))
-        return sweep_table(folder, dict(zip(names, todo)), failures)
+        slots = slot_settings(parallel, devices)
+        failures = run_missing(task, named, folder, slots, here, show)
+        table = sweep_table(folder, named, failures)
+        if (table.state == 'finished').all(): pack_sweep(folder.parent)
+        return table
 
 # %% ../../nbs/lab/20_launch.ipynb #551e0bd4
 def sweep_table(
@@ -253,10 +301,13 @@ def sweep_table(
     todo:dict[str,dict], # the cells by name
     failures:dict[str,str]={}, # what failed, and what it said
 ): # a pandas DataFrame; also written beside the records as table.csv
-    "One row per cell."
+    "Tabulate a sweep, one row per cell."
     import pandas as pd
-    runs = {label: finished_run(folder, label) for label in todo}
-    table = pd.DataFrame([dict(cell, state='finished' if runs[label] else failures.get(label) or 'missing', **(runs[label].metrics if runs[label] else {}))
-                          for label, cell in todo.items()])
+    rows = []
+    for label, cell in todo.items():
+        run = finished_run(folder, label)
+        state = 'finished' if run else failures.get(label) or 'missing'
+        rows.append(dict(cell, state=state, **(run.metrics if run else {})))
+    table = pd.DataFrame(rows)
     table.to_csv(folder.parent/'table.csv', index=False)
     return table

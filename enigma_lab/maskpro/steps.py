@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..data.images import Images, load_images
 from ..lab.launch import check_processes, launch, local_rank, rank, sweep
-from ..lab.runs import Run, finish_run, list_runs, read_json, runs_root, start_run, write_json
+from ..lab.runs import Run, finish_run, list_runs, read_json, runs_in, runs_root, start_run, write_json
 from ..lab.trackers import check_tracker, open_tracker
 from .ddpm import DenoisingLoss, Noised, draw_batch, find_pipeline, fixed_batches, load_pipeline
 from .evaluate import InceptionFeatures, compare_samples, distance_report, evaluate_models, minimal_detectable_effect, train_features
@@ -471,7 +471,7 @@ def run_mode(
 # %% ../../nbs/maskpro/55_steps.ipynb #1087bcbd
 def maskpro_runs()->list[Run]: # oldest first
     "Records of mask learning, those of sweeps too."
-    return list_runs('train_maskpro') + [Run(p.parent) for p in sorted((runs_root()/'sweeps').glob('*/train_maskpro/*/config.json'))]
+    return list_runs('train_maskpro') + [run for p in sorted((runs_root()/'sweeps').glob('*')) for run in runs_in(p/'train_maskpro')]
 
 def progress_table(
     running:bool=True, # only what has not ended
@@ -486,7 +486,7 @@ def progress_table(
         c = config_of(run)
         state = 'finished' if run.finished else 'learned' if (run.path/'learned_masks.safetensors').exists() else 'learning' if last else 'masks'
         rows.append(dict(run=run.name, preset=c.preset, state=state, step=last.get('step', 0), forwards=last.get('forwards', 0),
-            **{k: look.get(k) for k in ('gain', 'val_loss', 'changed', 'entropy_bits')}, quiet_s=round(time.time() - max(p.stat().st_mtime for p in run.path.iterdir()))))
+            **{k: look.get(k) for k in ('gain', 'val_loss', 'changed', 'entropy_bits')}, quiet_s=round(time.time() - max((p.stat().st_mtime for p in run.path.glob('*')), default=0))))
     return pd.DataFrame(rows, columns=['run', 'preset', 'state', 'step', 'forwards', 'gain', 'val_loss', 'changed', 'entropy_bits', 'quiet_s'])
 
 def monitor(
