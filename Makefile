@@ -21,7 +21,7 @@ lab: .venv/ready            ## JupyterLab on the front page
 	jupyter lab nbs/index.ipynb
 
 readme: .venv/ready         ## README.md from nbs/index.ipynb
-	python -c "from enigma_lab.lab.docs import write_readme; write_readme()"
+	python -c "from enigma_lab.dev.docs import write_readme; write_readme()"
 
 .venv/ready: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv

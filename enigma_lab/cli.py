@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from fastcore.docments import docments
 
 import enigma_lab
-from .lab.door import checkout_of, notebook_parameters, papermill_command
+from .lab.notebooks import checkout_of, notebook_parameters, papermill_command
 from .lab.runs import checkout, read_json
 
 # %% ../nbs/cli.ipynb #1060dbcf
@@ -168,7 +168,7 @@ def showcase(
     found = find_run(run)
     more = {}
     if (found.path/'learned_masks.safetensors').is_file():
-        from enigma_lab.maskpro.steps import kept_beside
+        from enigma_lab.maskpro.train import kept_beside
         more = kept_beside(found)
     made = make_showcase(found, name, more)
     print(f'{made.path}: {folder_bytes(made.path):,} bytes')
@@ -228,10 +228,10 @@ def chat(
     "Talk to a tuned model."
     from enigma_lab.lab.runs import find_run
     found = find_run('' if run == '-' else run, 'train_lora')
-    from enigma_lab.lm.generate import Reading, stream_reply
+    from enigma_lab.lm.generate import PrefixCache, stream_reply
     from enigma_lab.lm.lora import load_adapted
     model, tokenizer = load_adapted(found)
-    memory, messages = Reading(model), [dict(role='system', content=system)]*bool(system)
+    memory, messages = PrefixCache(model), [dict(role='system', content=system)]*bool(system)
     for line in questions():
         messages.append(dict(role='user', content=line))
         said = ''
@@ -267,7 +267,7 @@ def sgdd(
         print(f"{path}: {scores['sentences']} sentences, exact match {scores['exact_match']:.3f}, perplexity {scores['perplexity']:.2f}")
         return
     if not texts: raise ValueError("to read needs sentences, got none")
-    from enigma_lab.sgdd.loop import reconstruct
+    from enigma_lab.sgdd.reconstruct import reconstruct
     from enigma_lab.sgdd.model import SGDDModel
     model = SGDDModel.from_pretrained(found.checkpoint)
     for v in reconstruct(model, list(texts), *(() if loop else (1, 0))): print(f'{v.text}   {v.verdict} (distance {v.distance:.2g})')
@@ -284,14 +284,16 @@ def maskpro(
     rounds:int=0, # of 'monitor': tables; 0: until nothing is running
 ):
     "Learn N:M masks for a diffusion model, in steps or by preset."
-    from enigma_lab.maskpro import steps
-    if action == 'monitor': return steps.monitor(rounds=rounds)
-    if action in steps.MODES:
+    from enigma_lab.maskpro import modes, train as steps
+    from enigma_lab.maskpro.config import read_settings
+    from enigma_lab.maskpro.presets import make_maskpro_config
+    if action == 'monitor': return modes.monitor(rounds=rounds)
+    if action in modes.preset_groups:
         presets = [word for word in words if '=' not in word]
-        table = steps.run_mode(action, presets, parallel, test=not validation, **steps.read_settings([word for word in words if '=' in word]))
+        table = modes.run_mode(action, presets, parallel, test=not validation, **read_settings([word for word in words if '=' in word]))
         return print(table[[c for c in ('preset', 'state', 'gap_recovered', 'learned_loss', 'train_steps', 'train_forwards') if c in table]].to_string(index=False))
     if action == 'masks':
-        run = steps.make_masks(steps.make_maskpro_config(**steps.read_settings(words)))
+        run = steps.make_masks(make_maskpro_config(**read_settings(words)))
         return print(f"{run.name}: {run.path/'initial_masks.safetensors'}")
     if len(words) > 1: raise ValueError(f"{action} takes one record, got {list(words)}")
     run = steps.open_record(words[0] if words else '')
@@ -299,7 +301,7 @@ def maskpro(
     elif action == 'learn':
         steps.learn(run, show=lambda row: print(f"{row['step']:>6} updates   validation {row['val_loss']:.4f}   changed {row['changed']:.1%}", flush=True) if 'val_loss' in row else None)
         found = read_json(run.path/'training_summary.json')
-    else: found = steps.judge(run, None if num_samples < 0 else num_samples, False if no_fid else None, not validation)
+    else: found = steps.evaluate(run, None if num_samples < 0 else num_samples, False if no_fid else None, not validation)
     print(run.name + ''.join(f'\n  {k} {v:.4g}' for k, v in found.items() if isinstance(v, (int, float))))
 
 # %% ../nbs/cli.ipynb #0998bb7b
@@ -478,7 +480,7 @@ def runs(
 @command('docs')
 def docs():
     "Build the documentation site and print where it is."
-    from enigma_lab.lab.docs import build_docs
+    from enigma_lab.dev.docs import build_docs
     print(build_docs())
 
 def bench_names()->list[str]:

@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 
 import pytest, torch
 
-from enigma_lab.lab.launch import locked, sweep
+from enigma_lab.lab.sweep import locked, sweep
 from enigma_lab.lab.runs import checkout, list_runs
 from enigma_lab.lm.generate import generate, stream
 from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM

@@ -11,7 +11,8 @@ import pytest
 from fastcore.docments import docments
 
 import enigma_lab
-from enigma_lab.lab.docs import SymbolCard, check_api, find_definitions, public_methods, read_definitions
+from enigma_lab.dev.docs import (
+    SymbolCard, check_api, find_definitions, public_methods, read_definitions)
 
 KNOWN = Path(__file__).parent/'undocumented.txt'
 MODULES = [m.name for m in pkgutil.walk_packages(enigma_lab.__path__, 'enigma_lab.')]
@@ -29,7 +30,7 @@ def symbols():
 def without_line(complaint): return re.sub(r' \(line \d+\)$', '', str(complaint))
 
 def test_the_list_of_what_is_undocumented_is_true_and_shrinks():
-    "`python -m enigma_lab.lab.docs --check > tests/undocumented.txt` writes the list; it must end up empty."
+    "`python -m enigma_lab.dev.docs --check > tests/undocumented.txt` writes the list; it must end up empty."
     known = [without_line(line) for line in KNOWN.read_text(encoding='utf-8').splitlines()]
     found = [without_line(complaint) for complaint in check_api()]
     new, gone = sorted({*found} - {*known}), sorted({*known} - {*found})

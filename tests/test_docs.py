@@ -20,7 +20,7 @@ from nbdev.process import NBProcessor
 from nbdev.processors import _do_eval
 from playwright.sync_api import sync_playwright
 
-from enigma_lab.lab.docs import build_docs, check_imports, read_sidebar, readme_text, write_readme
+from enigma_lab.dev.docs import build_docs, check_imports, read_sidebar, readme_text, write_readme
 from enigma_lab.lab.runs import checkout
 
 ROOT = checkout(Path(__file__).parent)
@@ -214,7 +214,7 @@ def small(tmp_path_factory):
     write(root/'nbs/parts/10_part.ipynb', *PART)
     (root/'nbs/_quarto.yml').symlink_to('../_quarto.yml')
     (root/'number.txt').write_text('a fresh number', encoding='utf-8')
-    done = subprocess.run([sys.executable, '-m', 'enigma_lab.lab.docs'], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'enigma_lab.dev.docs'], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(str(Path('_docs')/'index.html'))
     return root
@@ -271,4 +271,4 @@ def test_readme(small, monkeypatch):
 
 def test_the_readme_is_up_to_date():
     index = json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8'))
-    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme_text(index), "run write_readme() of enigma_lab.lab.docs"
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme_text(index), "run write_readme() of enigma_lab.dev.docs"

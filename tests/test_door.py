@@ -127,7 +127,7 @@ def test_unknown_parameter(toy):
     assert run_folders(toy, 'train_toy') == before and 'Traceback' not in text
 
 def test_run_notebook(toy):
-    code = ("from enigma_lab.lab.door import run_notebook\n"
+    code = ("from enigma_lab.lab.papermill_plugin import run_notebook\n"
             "print(run_notebook('nbs/train_quick.ipynb', 'runs/train_quick/mine', data='5', steps=7).path)")
     result = piped(sys.executable, '-c', code, cwd=toy)
     assert result.returncode == 0, result.stderr
@@ -138,7 +138,7 @@ def test_run_notebook(toy):
     assert again.returncode == 1 and 'a run is written once' in again.stderr
 
 def test_the_door_costs_nothing_elsewhere():
-    code = ("import sys, enigma_lab.lab.door\n"
+    code = ("import sys, enigma_lab.lab.papermill_plugin\n"
             "print([m for m in ('torch', 'click', 'fastcore', 'yaml', 'papermill', 'nbformat') if m in sys.modules])\n"
             "from papermill.iorw import papermill_io, LocalHandler\n"
             "print([s for s, h in papermill_io._handlers if s.startswith('enigma')], type(papermill_io.get_handler('nbs/a.ipynb')) is LocalHandler, 'torch' in sys.modules)")

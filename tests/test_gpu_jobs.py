@@ -1,7 +1,7 @@
 "The list of jobs for a GPU, at toy size on the CPU: run once, skipped the second time."
 import lzma
 
-from enigma_lab.bench.gpu import main, trainings
+from enigma_lab.dev.gpu_jobs import main, trainings
 from enigma_lab.lab.runs import list_runs, runs_root
 
 def test_jobs_run_once(tmp_path, monkeypatch, capsys):

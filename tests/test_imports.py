@@ -29,7 +29,7 @@ def test_the_machine_needs_torch_alone():
     result = run('import importlib\nfor name in %r: importlib.import_module(name)' % names, BARE)
     assert result.returncode == 0, result.stderr
 
-@pytest.mark.parametrize('module', ['lm.model', 'lm.train', 'lm.generate', 'lm.evaluate', 'lab.trainer', 'lab.loop', 'data.text'])
+@pytest.mark.parametrize('module', ['lm.model', 'lm.train', 'lm.generate', 'lm.evaluate', 'lab.trainer', 'lab.train_loop', 'data.text'])
 def test_a_bare_gpu_machine(module):
     "torch, transformers and accelerate are enough to train."
     result = run(f'import enigma_lab.{module}', HEAVY)

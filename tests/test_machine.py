@@ -11,7 +11,7 @@ def test_rotors_invert_within_the_bound(dim):
     assert len(rows) == 2*3*2
     assert all(row['error_over_bound'] <= 1 for row in rows), rows
     assert all(row['repeatable'] for row in rows)
-    assert all(row['condition_number'] > 1.01 for row in rows if row['chart'] == 'plu')  # away from the special point
+    assert all(row['condition_number'] > 1.01 for row in rows if row['parametrization'] == 'plu')  # away from the special point
 
 @pytest.mark.parametrize('dim', [64, 512])
 def test_the_whole_machine_inverts(dim):

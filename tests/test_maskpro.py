@@ -4,10 +4,12 @@ import json, signal, subprocess, sys
 import nbformat, pytest, torch
 
 from enigma_lab.lab.runs import checkout, list_runs
-from enigma_lab.maskpro.ddpm import make_ddpm_config, train_ddpm
+from enigma_lab.ddpm.train import make_ddpm_config, train_ddpm
 from enigma_lab.maskpro.learn import learn_masks
-from enigma_lab.maskpro.masked import verify_masks
-from enigma_lab.maskpro.steps import CONFIGS, baseline, learn, make_maskpro_config, make_masks, run_mode
+from enigma_lab.maskpro.masks import verify_masks
+from enigma_lab.maskpro.presets import paper_presets, make_maskpro_config
+from enigma_lab.maskpro.train import baseline, learn, make_masks
+from enigma_lab.maskpro.modes import run_mode
 from enigma_lab.maskpro.storage import read_masks
 
 ROOT = checkout(__file__)
@@ -54,7 +56,7 @@ def test_four_commands(home):
 
 def test_presets_at_one_percent(home):
     table = run_mode('full', parallel=0, name='presets', share=.01, compute_fid=False, repeats=1, test=False)
-    assert table['preset'].tolist() == CONFIGS and (table['state'] == 'finished').all(), table['state'].tolist()
+    assert table['preset'].tolist() == paper_presets and (table['state'] == 'finished').all(), table['state'].tolist()
     assert table['train_steps'].tolist() == [50, 150, 250, 120, 300]
 
 def test_two_processes_learn_the_mask_of_one(home):
@@ -69,7 +71,7 @@ def test_two_processes_learn_the_mask_of_one(home):
         losses = [[row['loss'] for row in run.history if 'loss' in row] for run in runs]
         assert losses[0] == losses[1]
 
-LEARN = "import sys; from enigma_lab.maskpro.steps import learn, open_record; learn(open_record(sys.argv[1]), show=lambda row: print(row['step'], flush=True))"
+LEARN = "import sys; from enigma_lab.maskpro.train import learn, open_record; learn(open_record(sys.argv[1]), show=lambda row: print(row['step'], flush=True))"
 
 def test_killed_and_resumed(home):
     "SIGKILL in the middle; the record goes on where its last state was, to the same mask."

@@ -5,7 +5,9 @@ from functools import partial
 import pytest, torch
 from torch import nn
 
-from enigma_lab.bench.reversible import BEHAVIOURS, MLP, Attention, ask, in_process, make_blocks
+from enigma_lab.bench.reversible_checks import BEHAVIOURS, ask
+from enigma_lab.bench.reversible_peers import MLP, Attention, make_blocks
+from enigma_lab.bench.reversible import in_process
 from enigma_lab.lab.launch import launch
 from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM
 from enigma_lab.machine.dropout import CounterDropout
@@ -59,13 +61,13 @@ class Keyed(nn.Module):
 @pytest.mark.parametrize('exact', [False, True])
 def test_compiled_with_dropout_and_wheels(exact):
     "One graph with counter dropout and a bijection between the blocks; what it stores does not grow."
-    from enigma_lab.bench.reversible import compiled_bytes
+    from enigma_lab.bench.reversible_checks import compiled_bytes
     class Whole(nn.Module):
         def __init__(self, depth):
             super().__init__()
             torch.manual_seed(0)
             blocks = [(Keyed(Attention(16), 2*i), Keyed(MLP(16), 2*i + 1)) for i in range(depth)]
-            wheels = [] if exact else [RollRotor(32, 4, chart='orthogonal')]
+            wheels = [] if exact else [RollRotor(32, 4, parametrization='orthogonal')]
             self.chain = ReversibleSequence([b for block in blocks for b in (block, *wheels)], exact=exact, keep=0)
         def forward(self, x): return self.chain(x, torch.tensor(3), positions=torch.arange(x.shape[1]))
     x, sizes = torch.randn(2, 8, 32), []
@@ -118,7 +120,7 @@ def test_language_model_gradients(machine, exact, monkeypatch):
     ids, found = torch.randint(3, 40, (3, 16), generator=torch.Generator().manual_seed(1)), []
     for run in (partial(reversible, keep=0), stored):
         monkeypatch.setattr('enigma_lab.lm.model.reversible', run)
-        model = language_model(machine=machine, exact=exact, dropout=.1, attn_dropout=.1, chart='orthogonal')
+        model = language_model(machine=machine, exact=exact, dropout=.1, attn_dropout=.1, parametrization='orthogonal')
         torch.manual_seed(5)
         loss = model(ids, labels=ids).loss
         loss.backward()

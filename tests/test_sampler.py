@@ -12,14 +12,14 @@ def page(lab, browser): # noqa: F811
 
 def app(page): return page.locator('.sampler-app').last
 
-def fill(page, where, text):
+def unmask(page, where, text):
     field = app(page).locator(f'.{where} input')
-    field.fill(text); field.press('Tab')
+    field.unmask(text); field.press('Tab')
 
 def test_a_sentence_is_written_call_by_call(page):
     assert 'untrained toy' in app(page).inner_text()
     set_knob(page, 'steps', 5)
-    fill(page, 'sampler-text', 'the clever pilot said that the brave farmer hid the golden mirror')
+    unmask(page, 'sampler-text', 'the clever pilot said that the brave farmer hid the golden mirror')
     page.evaluate("""() => { window.rows = []; const app = [...document.querySelectorAll('.sampler-app')].pop()
         new MutationObserver(() => window.rows.push(app.querySelectorAll('.sampler-table tr').length)).observe(app, {childList: true, subtree: true}) }""")
     app(page).locator('button.sampler-write').click()
@@ -34,10 +34,10 @@ def test_between_and_missing(page):
     expect(app(page).locator('.sampler-filled')).to_be_visible()
 
 def test_markup_is_text_and_nothing_is_an_error(page):
-    fill(page, 'sampler-text', INJECTION*8) # too long, and the message says so
+    unmask(page, 'sampler-text', INJECTION*8) # too long, and the message says so
     app(page).locator('button.sampler-write').click()
     expect(app(page).locator('.sampler-said')).to_contain_text('<img src=x')
-    fill(page, 'sampler-text', '')
+    unmask(page, 'sampler-text', '')
     app(page).locator('button.sampler-write').click()
     expect(app(page).locator('.sampler-said')).to_contain_text('a text must hold a word at least')
     assert page.evaluate('window.hacked') is None and no_cell_failed(page)

@@ -21,11 +21,11 @@ class Voice:
     name:str # shown above its replies
     model:object # in eval mode
     tokenizer:object # its own
-    memory:object = None # a `lm.generate.Reading`
+    memory:object = None # a `lm.generate.PrefixCache`
 
     def __post_init__(self):
-        from enigma_lab.lm.generate import Reading
-        self.memory = Reading(self.model)
+        from enigma_lab.lm.generate import PrefixCache
+        self.memory = PrefixCache(self.model)
 
 # %% ../../nbs/apps/10_chat.ipynb #3e89a037
 def tuned_runs()->list[str]: # names, the newest first

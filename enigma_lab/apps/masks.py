@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..data.images import as_pixels
 from ..lab.runs import Run, find_run
-from ..maskpro.ddpm import load_pipeline, make_scheduler, make_unet, sample_images
-from ..maskpro.masked import apply_masks, find_masks, mask_report, remove_masks
+from ..ddpm.train import load_pipeline
+from ..ddpm.model import make_scheduler, make_unet, sample_images
+from ..maskpro.masks import apply_masks, find_masks, mask_report, remove_masks
 from ..maskpro.scores import initial_mask
-from ..maskpro.steps import Workshop, config_of, need, three_models
+from ..maskpro.train import MaskTask, config_of, need, three_models
 
 # %% ../../nbs/apps/50_masks.ipynb #0f919bdf
 def load_masked(
@@ -33,7 +34,7 @@ def load_masked(
     for name in ('initial', 'learned'): need(found, f'{name}_masks.safetensors', 'learn')
     own = found.path/'dense'
     unet, scheduler = load_pipeline(own if own.is_dir() else found.config['model'])
-    models = three_models(found, Workshop(config=config_of(found), unet=unet, scheduler=scheduler, images=None, train=None))
+    models = three_models(found, MaskTask(config=config_of(found), unet=unet, scheduler=scheduler, images=None, train=None))
     if not own.is_dir(): check_dense(found, models['learned'])
     return models, scheduler, about(found)
 

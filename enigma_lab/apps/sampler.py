@@ -11,7 +11,7 @@ import html, time
 import torch
 
 from ..lab.runs import find_run
-from ..sgdd.loop import reconstruct
+from ..sgdd.reconstruct import reconstruct
 from ..sgdd.model import SGDDModel
 from ..sgdd.sampling import ORDERS, Trajectory, maskgit_sample
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .interval import paired_differences
+from ..lab.stats import paired_differences
 from ..data.text import Windows
-from ..lab.launch import sweep
+from ..lab.sweep import sweep
 from ..lab.runs import Run, checkout, finish_run, runs_in, runs_root, start_run
 from ..lab.trainer import fit
 from ..lm.model import EnigmaForCausalLM, parameter_card

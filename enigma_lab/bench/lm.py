@@ -4,31 +4,31 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'PEER', 'TRIAL_SEED', 'CASES', 'TIMED', 'PARTS', 'FULL', 'CUDA', 'SMALL', 'reachable', 'shape', 'build',
-           'once', 'alternate', 'updates', 'measure_speed', 'writers', 'own_times', 'measure_generation', 'UpdateClock',
-           'train_once', 'best_rate', 'measure_quality', 'high_water', 'probe', 'measure_memory', 'ratios', 'bits_at',
-           'untuned', 'scores', 'look_at_load', 'busy', 'summary', 'verdict', 'read_options', 'open_run', 'main']
+           'updates', 'measure_speed', 'writers', 'own_times', 'measure_generation', 'train_once', 'best_rate',
+           'measure_quality', 'probe', 'measure_memory', 'ratios', 'bits_at', 'untuned', 'scores', 'summary', 'verdict',
+           'read_options', 'open_run', 'main']
 
-# %% ../../nbs/bench/30_lm.ipynb #0b2411e2
-import argparse, cProfile, json, math, os, pstats, subprocess, sys, tempfile, time
+# %% ../../nbs/bench/30_lm.ipynb #16f12854
+import argparse, cProfile, json, math, pstats, subprocess, sys, tempfile, time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
 from .ablation import RATES, narrowed
-from .gpu import flops_per_token, peak_flops
-from .interval import median_interval
-from .machine import sample_ms
+from .flops import flops_per_token, peak_flops
+from ..lab.stats import median_interval
+from .timing import UpdateClock, alternate, busy, high_water, look_at_load, once
 from ..data.text import Windows
 from ..lab.optimizer import make_optimizer
-from ..lab.runs import Run, environment, find_run, finish_run, start_run, write_json
-from ..lab.trainer import fit, peak_mib
+from ..lab.runs import Run, find_run, finish_run, start_run, write_json
+from ..lab.trainer import fit
 from ..lm.generate import generate
 from ..lm.model import EnigmaConfig, EnigmaForCausalLM, parameter_card
 from ..lm.peers import PlainRotary, gpt2, quickened
-from ..lm.train import Parts, make_config, prepare
+from ..lm.train import TaskData, make_config, prepare
 
 # %% ../../nbs/bench/30_lm.ipynb #df4066be
 ROWS = { # row -> our variant of the ablation, or how a peer is made
@@ -51,26 +51,6 @@ def build(row:str, preset:str, vocab_size:int, seed:int=0)->nn.Module: # as for 
     set_seed(seed)
     return (EnigmaForCausalLM if isinstance(ROWS[row], str) else ROWS[row])(shape(row, preset, vocab_size))
 
-# %% ../../nbs/bench/30_lm.ipynb #1c04bf8a
-def once(run:Run, measure:Callable, **key)->dict: # an open record; gives a dict of numbers; what is measured -> the line of the history
-    "A measurement, unless the record has it."
-    for line in run.history:
-        if all(line.get(k) == v for k, v in key.items()): return line
-    line = key | measure()
-    run.log(**line)
-    return line
-
-def alternate(run:Run, sides:dict[tuple[str,str],Callable], tokens:int): # an open record; (case, side) -> what to time; tokens of a call
-    "Time several things in turn."
-    c, loops, order = run.config, {}, list(sides)
-    for side, f in sides.items():
-        f()                                                                            # warm
-        loops[side] = max(1, int(c['sample_ms'] / sample_ms(f, 1, c['device'])[0]))
-    for n in range(c['rounds']):
-        for side in order[n % len(order):] + order[:n % len(order)]:
-            time_it = lambda: dict(zip(('wall_ms', 'cpu_ms'), sample_ms(sides[side], loops[side], c['device'])))
-            once(run, time_it, case=side[0], side=side[1], round=n, tokens=tokens)
-
 # %% ../../nbs/bench/30_lm.ipynb #2628e564
 def updates(model:nn.Module, batch:dict[str,Tensor])->dict[str,Callable]: # perhaps compiled; input_ids and labels -> case and one call
     "A training step, whole and without the optimizer."
@@ -85,7 +65,7 @@ def updates(model:nn.Module, batch:dict[str,Tensor])->dict[str,Callable]: # perh
         optimizer.step()
     return {'update': update, 'forward and backward': passes}
 
-def measure_speed(run:Run, parts:Parts): # an open record; data and vocabulary
+def measure_speed(run:Run, parts:TaskData): # an open record; data and vocabulary
     "Training steps of all rows, in turn."
     c, windows, sides = run.config, [parts.train[i] for i in range(run.config['batch_size'])], {}
     batch = {k: torch.stack([w[k] for w in windows]).to(c['device']) for k in ('input_ids', 'labels')}
@@ -110,7 +90,7 @@ def own_times(f:Callable, top:int=8)->list[dict]: # what to look into; how many 
     return [dict(function=name(*where), calls=calls, own_ms=round(1e3*own, 2), share=round(own/total, 4))
             for where, (_, calls, own, *_) in sorted(stats.items(), key=lambda item: -item[1][2])[:top]]
 
-def measure_generation(run:Run, parts:Parts): # an open record; data and vocabulary
+def measure_generation(run:Run, parts:TaskData): # an open record; data and vocabulary
     "Generation of ours and of GPT-2, in turn, and a profile of ours."
     c, vocab_size, sides = run.config, len(parts.tokenizer), {}
     prompt, models = parts.train[0]['input_ids'][None, :8].to(c['device']), {'GPT-2': gpt2(shape('GPT-2', c['preset'], vocab_size))}
@@ -120,17 +100,10 @@ def measure_generation(run:Run, parts:Parts): # an open record; data and vocabul
     alternate(run, sides, c['new_tokens'])
     once(run, lambda: dict(functions=own_times(sides['generation', 'ours, machine off, our loop'])), case='profile')
 
-# %% ../../nbs/bench/30_lm.ipynb #93872b94
-class UpdateClock(TrainerCallback):
-    "Seconds of the updates alone, at every look."
-    def __init__(self, clock:Callable): self.clock, self.spent, self.curve = clock, 0., [] # curve: (tokens, seconds, nats)
-    def on_step_begin(self, args, state, control, **kwargs): self.began = self.clock()
-    def on_step_end(self, args, state, control, **kwargs): self.spent += self.clock() - self.began
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs): self.curve.append((int(state.num_input_tokens_seen), self.spent, metrics['eval_loss']))
-
+# %% ../../nbs/bench/30_lm.ipynb #38d984cf
 def train_once(
     c:dict, # a run's config
-    parts:Parts, # data and vocabulary
+    parts:TaskData, # data and vocabulary
     documents:list[str], # to score
     row:str, # of ROWS
     seed:int, # of weights and order
@@ -155,7 +128,7 @@ def best_rate(trials:list[dict])->float: # lines of one row's trials
     "The learning rate with the fewest bits."
     return min(trials, key=lambda t: math.inf if t['bits_per_char'] is None else t['bits_per_char'])['learning_rate']
 
-def measure_quality(run:Run, parts:Parts): # an open record; data and vocabulary
+def measure_quality(run:Run, parts:TaskData): # an open record; data and vocabulary
     "Trials on validation, then results on the test documents."
     c = run.config
     def one(part, documents, row, seed, rate, *budget):
@@ -165,13 +138,7 @@ def measure_quality(run:Run, parts:Parts): # an open record; data and vocabulary
     for seed in c['seeds']:
         for row in ROWS: one('result', test, row, seed, rates[row], c['steps'], c['looks'])
 
-# %% ../../nbs/bench/30_lm.ipynb #9faa40ad
-def high_water(device:str)->float: # MiB
-    "The largest memory so far of this process, or on the GPU."
-    if device == 'cuda': return torch.cuda.max_memory_allocated() / 2**20
-    lines = Path('/proc/self/status').read_text().splitlines() if Path('/proc/self/status').is_file() else []
-    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith('VmHWM')), None) or peak_mib()
-
+# %% ../../nbs/bench/30_lm.ipynb #63741d40
 def probe(row:str, vocab_size:int, c:dict): # of ROWS; rows of the embedding; a run's config
     "Print how far two updates push the high-water mark, MiB."
     def train(preset, batch_size):
@@ -186,7 +153,7 @@ def probe(row:str, vocab_size:int, c:dict): # of ROWS; rows of the embedding; a 
     train(c['preset'], c['batch_size'])
     print(json.dumps(high_water(c['device']) - before))
 
-def measure_memory(run:Run, parts:Parts, rows=ROWS): # an open record; data and vocabulary; which rows
+def measure_memory(run:Run, parts:TaskData, rows=ROWS): # an open record; data and vocabulary; which rows
     "Peak memory of each row's updates, each in a fresh process."
     for row in rows:
         command = [sys.executable, '-c', f'from enigma_lab.bench.lm import probe; probe({row!r}, {len(parts.tokenizer)}, {run.config})']
@@ -248,20 +215,7 @@ def scores(run:Run): # a pandas table, a line for each row
 # %% ../../nbs/bench/30_lm.ipynb #46d840ae
 TIMED = 'speed', 'generation' # parts that need the machine for themselves
 
-def look_at_load(run:Run, part:str=''): # an open record; what is measured, empty: all of it
-    "Note how busy the machine is."
-    env, load = environment(), os.getloadavg()[0]
-    run.log(case='load', beside=part, load_1min=load, cores=env['cores'], threads=env['threads'], loaded=load > .5*env['cores'] + env['threads'], git_sha=env['git_sha'])
-
-def busy(run:Run, *parts)->bool: # a record; of PARTS
-    "Whether other work ran beside one of some parts; a look before and after which nothing was measured says nothing."
-    h = run.history
-    looks = [i for i, line in enumerate(h) if line.get('case') == 'load']
-    for i, j in zip(looks, [*looks[1:], len(h)]):
-        ends = [h[i], *(h[j:j+1] if j < len(h) and h[j].get('beside') == h[i].get('beside') else [])]
-        if j - i > 1 and h[i].get('beside', '') in ('', *parts) and any(look['loaded'] for look in ends): return True
-    return False
-
+# %% ../../nbs/bench/30_lm.ipynb #ed6b0193
 def summary(run:Run)->dict: # ready for metrics.json
     "Every table's numbers under flat names; what diverged is missing."
     slug = lambda *words: '_'.join(words).lower().replace(', ', '_').replace(' + ', '_').replace(' ', '_').replace('-', '')

@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'ROTORS', 'DTYPES', 'spreads', 'stir', 'round_trip', 'batch', 'measure_rotors', 'measure_matrices',
-           'measure_blocks', 'measure_enigma', 'sample_ms', 'compare_times', 'measure_times', 'summary', 'main',
-           'newest_run', 'plot_errors', 'error_table', 'time_table']
+           'measure_blocks', 'measure_enigma', 'measure_times', 'summary', 'main', 'plot_errors', 'error_table',
+           'time_table']
 
-# %% ../../nbs/bench/05_machine.ipynb #1d8dd0da
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
+# %% ../../nbs/bench/05_machine.ipynb #8e443596
+import statistics, sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..lab.runs import Run, finish_run, list_runs, start_run
+from .timing import compare_times
+from ..lab.runs import Run, finish_run, start_run
 from ..machine.bijection import Bijection, check_even
 from ..machine.enigma import Enigma
 from ..machine.rev_block import RevBlock
@@ -74,14 +73,14 @@ def measure_rotors(
 )->Iterator[dict]: # rows with `case='rotors'`
     "Round trips of a stack of rotors, with the bound 50 eps cond."
     for dim in dims:
-        for chart in ('plu', 'orthogonal'):
+        for parametrization in ('plu', 'orthogonal'):
             for label, std in spreads(dim).items():
                 for seed in seeds:
-                    f = stir(InvertibleConv1x1Stack(dim, ROTORS, chart, seed), std, seed).to(device, torch.float64)
+                    f = stir(InvertibleConv1x1Stack(dim, ROTORS, parametrization, seed), std, seed).to(device, torch.float64)
                     with torch.no_grad(): cond = torch.linalg.cond(f(torch.eye(dim, dtype=torch.float64, device=device))).item()
                     for name, dtype in DTYPES.items():
                         row = round_trip(f.to(dtype), batch(dim, seed, dtype, device))
-                        yield dict(case='rotors', dim=dim, chart=chart, off_diagonals=label, dtype=name, seed=seed, **row, condition_number=cond,
+                        yield dict(case='rotors', dim=dim, parametrization=parametrization, off_diagonals=label, dtype=name, seed=seed, **row, condition_number=cond,
                             error_over_bound=row['relative_error'] / (50 * torch.finfo(dtype).eps * cond))
 
 # %% ../../nbs/bench/05_machine.ipynb #17e90854
@@ -128,35 +127,6 @@ def measure_enigma(
                     if reciprocal:
                         with torch.no_grad(): row['twice_relative_error'] = ((f(f(x, t), t) - x).norm() / x.norm()).item()
                     yield dict(case='enigma', dim=dim, reciprocal=reciprocal, dtype=name, seed=seed, **row)
-
-# %% ../../nbs/bench/05_machine.ipynb #864e7a0d
-def sample_ms(
-    f:Callable, # what to time
-    loops:int, # calls in a sample
-    device:str, # a GPU is waited for
-)->tuple[float,float]: # wall and CPU milliseconds of one call
-    "Time a few calls."
-    wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else (lambda: None)
-    wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(loops): f()
-    wait()
-    return 1e3*(time.perf_counter() - wall)/loops, 1e3*(time.process_time() - cpu)/loops
-
-def compare_times(
-    sides:dict[str,Callable], # name -> what to time
-    repeats:int=7, # samples of each, taken in turn
-    device:str='cpu', # where they run
-)->dict[str,dict]: # name -> wall_ms, wall_ms_low, wall_ms_high, cpu_ms
-    "Time several things alternately."
-    for f in sides.values(): f()
-    loops = {name: min(100, max(1, int(20 / sample_ms(f, 1, device)[0]))) for name, f in sides.items()}
-    samples = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, f in sides.items(): samples[name].append(sample_ms(f, loops[name], device))
-    walls = {name: [wall for wall, _ in s] for name, s in samples.items()}
-    return {name: dict(wall_ms=statistics.median(w), wall_ms_low=min(w), wall_ms_high=max(w),
-        cpu_ms=statistics.median(cpu for _, cpu in samples[name])) for name, w in walls.items()}
 
 # %% ../../nbs/bench/05_machine.ipynb #7d28b55c
 def measure_times(
@@ -218,12 +188,6 @@ def main(
     for name, value in sorted(finish_run(run, summary(rows)).metrics.items()): print(f'{name:48} {value:.3g}')
     return run
 
-def newest_run(
-    name:str, # a benchmark's or notebook's name
-)->Run|None: # `None`: there is none
-    "The last finished run of a name."
-    return next((run for run in reversed(list_runs(name)) if run.finished), None)
-
 # %% ../../nbs/bench/05_machine.ipynb #ccab68cc
 #| eval: false
 if __name__ == '__main__': main(*sys.argv[1:2])
@@ -237,9 +201,9 @@ def plot_errors(
     ax = plt.subplots(figsize=(5.4, 3))[1]
     rotors = [row for row in rows if row['case'] == 'rotors']
     for color, (name, dtype) in zip(('#0072B2', '#D55E00'), DTYPES.items()):
-        for marker, chart in (('o', 'plu'), ('s', 'orthogonal')):
-            points = [(row['condition_number'], row['relative_error']) for row in rotors if (row['dtype'], row['chart']) == (name, chart)]
-            ax.loglog(*zip(*points), marker, color=color, ms=4, alpha=.7, label=f'{chart}, {name}')
+        for marker, parametrization in (('o', 'plu'), ('s', 'orthogonal')):
+            points = [(row['condition_number'], row['relative_error']) for row in rotors if (row['dtype'], row['parametrization']) == (name, parametrization)]
+            ax.loglog(*zip(*points), marker, color=color, ms=4, alpha=.7, label=f'{parametrization}, {name}')
         ends = [1, max(row['condition_number'] for row in rotors)]
         ax.loglog(ends, [50 * torch.finfo(dtype).eps * cond for cond in ends], '--', color=color, lw=1)
     ax.set(xlabel='condition number of four rotors', ylabel='relative error, worse order')
@@ -253,7 +217,7 @@ def error_table(
     "The worst errors of the rotors over the seeds."
     import pandas as pd
     rotors = pd.DataFrame([row for row in rows if row['case'] == 'rotors'])
-    settings = ['chart', 'dim', 'off_diagonals']
+    settings = ['parametrization', 'dim', 'off_diagonals']
     table = rotors.pivot_table(index=settings, columns='dtype', values=['relative_error', 'max_error'], aggfunc='max')
     table.insert(0, ('condition_number', ''), rotors.groupby(settings).condition_number.max())
     return table.map('{:.1e}'.format)

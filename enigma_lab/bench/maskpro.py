@@ -14,14 +14,17 @@ import numpy as np
 import torch
 
 from ..data.images import load_images
-from ..lab.launch import sweep
+from ..lab.sweep import sweep
 from ..lab.runs import Run, finish_run, list_runs, runs_in, runs_root, start_run
-from ..maskpro import ddpm
-from ..maskpro.ddpm import DenoisingLoss, draw_batch, fixed_batches, load_pipeline
+from ..ddpm import model as ddpm
+from ..ddpm.model import DenoisingLoss, draw_batch, fixed_batches
+from ..ddpm.train import load_pipeline
 from ..maskpro.estimators import Objective, make_method, scatter
-from ..maskpro.evaluate import each_loss, frechet_distance, image_features, sample_images, train_features
+from ..maskpro.evaluate import each_loss
+from ..ddpm.metrics import frechet_distance, image_features, train_features
+from ..ddpm.model import sample_images
 from ..maskpro.learn import batch_seed, learn_masks
-from ..maskpro.masked import apply_masks, find_masks, verify_masks
+from ..maskpro.masks import apply_masks, find_masks, verify_masks
 from ..maskpro.scores import KINDS, initial_mask
 
 # %% ../../nbs/bench/50_maskpro.ipynb #2c8ba11d
@@ -101,7 +104,7 @@ def mask_trial(
     elif row == 'finetune': finetuned(masks, loss, batch, learning_rate, budget)
     elif row != 'dense':
         free = lambda k: free_batch(images.train, scheduler.config.num_train_timesteps, batch_seed(seed, k))
-        found = learned(row, unet, loss, batch, pool, free, budget=budget, learning_rate=learning_rate or None, seed=seed, look_every=10**9,
+        found = learned(row, unet, loss, batch, pool, free, budget=budget, learning_rate=learning_rate or None, seed=seed, eval_steps=10**9,
             log=lambda line: run.log(**line) if 'changed' in line else None)
     metrics = dict(train_cpu_s=time.process_time() - begin)
     if masks: verify_masks(unet); metrics.update(forwards=found.forwards if found else budget//3*3 if row == 'finetune' else 0, changed=found.changed if found else 0., tried=found.tried.float().mean().item() if found else 0.)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .maskpro import leaderboard, records
 from ..data.text import Windows, load_text
-from ..lab.launch import sweep
+from ..lab.sweep import sweep
 from ..lab.runs import Run, find_run, finish_run, runs_root, start_run
 from ..lm.model import EnigmaForCausalLM
 from ..maskpro.estimators import METHODS
 from ..maskpro.learn import batch_seed, learn_masks
-from ..maskpro.masked import apply_masks, verify_masks
+from ..maskpro.masks import apply_masks, verify_masks
 from ..maskpro.scores import initial_mask
 
 # %% ../../nbs/bench/52_maskpro_lm.ipynb #75ba1e1f
@@ -73,7 +73,7 @@ def lm_trial(
     pool = [batch(2**31 + k) for k in range(16)]
     masks, found, begin = None if row == 'dense' else apply_masks(net, n, m), None, time.process_time()
     if row in ('magnitude', 'wanda'): masks.set(initial_mask(masks, row, next_token_loss, pool[:8]))
-    elif row != 'dense': found = learn_masks(net, next_token_loss, pool if METHODS[row].pool else batch, row, budget, seed=seed, look_every=10**9, log=lambda line: run.log(**line) if 'changed' in line else None)
+    elif row != 'dense': found = learn_masks(net, next_token_loss, pool if METHODS[row].pool else batch, row, budget, seed=seed, eval_steps=10**9, log=lambda line: run.log(**line) if 'changed' in line else None)
     spent = time.process_time() - begin
     if masks: verify_masks(net)
     held_out = Windows(corpus.read_test(run) if test else corpus.validation, tokenizer, net.config.max_position_embeddings)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lm import alternate, busy, look_at_load, once
+from .timing import alternate, busy, look_at_load, once
 from ..lab.runs import Run, find_run, finish_run, start_run
 from ..machine.rotor import InvertibleConv1x1
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from .lm import alternate, busy, look_at_load
+from .timing import alternate, busy, look_at_load
 from ..lab.runs import Run, find_run, finish_run, start_run
 from ..sgdd.model import SGDDConfig, SGDDModel
 from ..sgdd.sampling import maskgit_sample

@@ -25,10 +25,11 @@ from fastcore.script import call_parse
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from .interval import half_width
+from ..lab.stats import half_width
 from ..lab.optimizer import make_optimizer
 from ..lab.runs import Run, checkout, environment, finish_run, list_runs, start_run, write_json
-from ..lab.trainer import TrainingConfig, rate_factor
+from ..lab.config import TrainingConfig
+from ..lab.trainer import rate_factor
 from ..lm.evaluate import token_nll
 from ..lm.model import EnigmaConfig, EnigmaForCausalLM
 

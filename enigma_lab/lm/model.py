@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['machine_places', 'presets', 'EnigmaConfig', 'check_config', 'Linear', 'Dropout', 'make_dropout', 'Attention', 'MLP',
-           'Block', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_fronts', 'short_on_cpu', 'Streams', 'Ends',
+           'Block', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_features', 'short_on_cpu', 'Streams', 'Ends',
            'EnigmaModel', 'EnigmaForCausalLM', 'parameter_card', 'reached_matrices']
 
 # %% ../../nbs/lm/30_model.ipynb #75251407
@@ -22,11 +22,11 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import alibi_dims, alibi_mask, causal_attention, widen
+from .attention import alibi_dims, alibi_mask, causal_attention, append_alibi
 from ..machine.dropout import CounterDropout, new_key
-from ..machine.enigma import Enigma, make_wheel, rotor_kinds
+from ..machine.enigma import Enigma, make_rotor, rotor_kinds
 from ..machine.grid import GRID, check_grid, snap
-from ..machine.reversible import Coupling, Turn, Ways, reversible
+from ..machine.reversible import Coupling, BijectionStep, BijectionModule, reversible
 from ..machine.rotor import TableRotor, odometer
 
 # %% ../../nbs/lm/30_model.ipynb #7f33511e
@@ -54,7 +54,7 @@ class EnigmaConfig(PreTrainedConfig):
     num_rotors:int = 2 # n, wheels
     num_positions:int = 16 # K, positions of a wheel
     rotor:str = 'table' # 'table' | 'roll' | 'static' | 'permutation' | 'none'
-    chart:str = 'orthogonal' # how a learned wheel is written: 'orthogonal' | 'plu'
+    parametrization:str = 'orthogonal' # how a learned wheel is written: 'orthogonal' | 'plu'
     plugboard:bool = True # swap channels at both ends of the machine
     reciprocal:bool = False # the machine is its own inverse
     rev_scale:bool = False # let reversible blocks change volume, as in `brief-*`; a language model gains nothing from it, and the inverse loses digits
@@ -98,7 +98,7 @@ def check_config(c):
     if 0 < c.position_rows < c.max_len: raise ValueError(f"position_rows must be 0 or at least max_len={c.max_len}, got {c.position_rows}")
 
 # %% ../../nbs/lm/30_model.ipynb #748934b6
-_brief = dict(machine='input', rotor='table', chart='plu', rev_scale=True, position_rows=8192, num_positions=16)
+_brief = dict(machine='input', rotor='table', parametrization='plu', rev_scale=True, position_rows=8192, num_positions=16)
 presets = {
     'smoke': dict(machine='input', dim=32, num_layers=2, num_heads=2, max_len=16, num_rev_blocks=1, num_rotors=2, num_positions=4),
     'cpu': dict(dim=128, num_layers=4, num_heads=4, max_len=256, num_rev_blocks=2, num_rotors=2, num_positions=16),
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         (B, T, d), x = x.shape, self.norm(x)
         q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         D = q.shape[-1]
-        if q_front is not None: q, k, v = widen(q, q_front), widen(k, k_front), widen(v)  # (B, H, T, W)
+        if q_front is not None: q, k, v = append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v)  # (B, H, T, W)
         if cache is not None: k, v = cache.update(k, v, self.layer_idx)
         if mask is None and 1 < T < k.shape[2]: k, v = k[:, :, :T], v[:, :, :T]  # a static cache that is being filled: the rest of it is empty
         out = causal_attention(q, k, v, D**-.5, mask, self.weight_dropout(key))[..., :D]
@@ -220,7 +220,7 @@ def token_positions(
     if attention_mask is not None and attention_mask.ndim == 2: return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
     return torch.arange(past, past + T, device=h.device).expand(B, T)
 
-def alibi_fronts(
+def alibi_features(
     config:EnigmaConfig, # shape
     positions:Tensor, # (B, T)
     dtype:torch.dtype, # of queries and keys
@@ -237,11 +237,11 @@ def short_on_cpu(config, length:int, device, dtype)->bool:
 # %% ../../nbs/lm/30_model.ipynb #eff14dbc
 class Streams:
     "How a signal passes the blocks of an `EnigmaModel`."
-    def sight(self, positions, dtype, mask=None, ordinary=True): # ordinary: positions count from 0, and nothing is cached
+    def attention_inputs(self, positions, dtype, mask=None, ordinary=True): # ordinary: positions count from 0, and nothing is cached
         "What every attention gets: two fronts, or none, and a mask, or none."
         c, T = self.config, positions.shape[1]
         if ordinary and mask is None and short_on_cpu(c, T, positions.device, dtype): return None, None, alibi_mask(T, c.num_heads, c.dim//c.num_heads, positions.device)
-        return *alibi_fronts(c, positions, dtype), mask
+        return *alibi_features(c, positions, dtype), mask
 
     def through_layers(self, h, positions, front, mask, cache=None): # the stream after each block
         "All blocks, in one stream or in two with a wheel between each pair of blocks."
@@ -267,7 +267,7 @@ class Streams:
     def chain(self, positions, extras, cache=None): # a list of reversible steps for each block
         grid = self.config.grid if self.config.exact else None
         for i, layer in enumerate(self.layers):
-            turn = [Turn(self.wheels[i - 1], positions, ways=self.ways[i - 1])] if i and self.wheels is not None else []
+            turn = [BijectionStep(self.wheels[i - 1], positions, ways=self.ways[i - 1])] if i and self.wheels is not None else []
             attn = layer.attn if cache is None else partial(layer.attn, cache=cache)
             yield [*turn, Coupling(attn, extras, grid=grid), Coupling(layer.mlp, extras[-1:], grid=grid)]
 
@@ -297,12 +297,12 @@ class EnigmaModel(Ends, Streams, EnigmaPreTrainedModel):
         c = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.embed_positions = nn.Embedding(c.position_rows, c.dim) if c.position_rows else None
-        self.enigma = Enigma(c.dim, c.num_rev_blocks, c.num_rotors, c.num_positions, c.rotor, c.plugboard, c.reciprocal, c.chart, c.rev_scale,
+        self.enigma = Enigma(c.dim, c.num_rev_blocks, c.num_rotors, c.num_positions, c.rotor, c.plugboard, c.reciprocal, c.parametrization, c.rev_scale,
             c.exact, seed=c.machine_seed) if c.machine in ('input', 'both') else None
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
-        self.wheels = nn.ModuleList(make_wheel(c.rotor, 2*c.dim, c.num_positions, i % max(1, c.num_rotors), 'lifted' if c.exact else c.chart, seed=c.machine_seed + i)
+        self.wheels = nn.ModuleList(make_rotor(c.rotor, 2*c.dim, c.num_positions, i % max(1, c.num_rotors), 'lifted' if c.exact else c.parametrization, seed=c.machine_seed + i)
             for i in range(c.num_layers - 1)) if c.machine == 'between' else None
-        self.ways = [Ways(wheel) for wheel in self.wheels or ()] # in a list, so that parameters keep their names
+        self.ways = [BijectionModule(wheel) for wheel in self.wheels or ()] # in a list, so that parameters keep their names
         self.norm = nn.LayerNorm(c.dim)
         self.post_init()
 
@@ -316,7 +316,7 @@ class EnigmaModel(Ends, Streams, EnigmaPreTrainedModel):
         positions = token_positions(h, attention_mask, position_ids, past)
         mask = create_causal_mask(self.config, h, attention_mask, past_key_values, position_ids)
         h = self.encipher(h, positions)
-        *front, mask = self.sight(positions, h.dtype, mask, position_ids is None and past_key_values is None)
+        *front, mask = self.attention_inputs(positions, h.dtype, mask, position_ids is None and past_key_values is None)
         states = (h,) if (keep := output_hidden_states or self.config.output_hidden_states) else ()
         for h in self.through_layers(h, positions, front, mask, past_key_values):
             if keep: states = *states, h

@@ -20,7 +20,7 @@ def chain_of(base, ids:Tensor): # an `EnigmaModel`; (B, T) -> the two streams at
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     h = base.encipher(base.embed_tokens(ids), positions)
     if base.config.exact: h = snapped(h, base.config.grid)
-    steps = [step for block in base.chain(positions, (*base.sight(positions, h.dtype), None)) for step in block]
+    steps = [step for block in base.chain(positions, (*base.attention_inputs(positions, h.dtype), None)) for step in block]
     return h, steps
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ class BlockChain(ReversibleSequence):
 
     def steps(self, extras, positions): # int64 (B, T)
         base, = self.model
-        for block in base.chain(positions, (*base.sight(positions, base.embed_tokens.weight.dtype), None)): yield from block
+        for block in base.chain(positions, (*base.attention_inputs(positions, base.embed_tokens.weight.dtype), None)): yield from block
 
 def certify_model(
     model, # an `EnigmaForCausalLM`

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .bijection import check_width
 from .grid import snap, snapped
 from .reflector import SwapHalves, swap_halves
-from .rotor import Wired, charts
+from .rotor import Wired, parametrizations
 
 # %% ../../nbs/machine/49_exact.ipynb #955c1357
 WEIGHT = 2**-20 # the step of fixed-point weights
@@ -79,7 +79,7 @@ class Lifted(Wired):
     def log_dets(self)->Tensor: # 0 (count,)
         return self.packed.new_zeros(len(self.packed), dtype=torch.float64)
 
-charts['lifted'] = Lifted
+parametrizations['lifted'] = Lifted
 
 # %% ../../nbs/machine/49_exact.ipynb #92045d65
 class ExactReflector(SwapHalves):

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .masked import Masks
+from .masks import Masks
 from .subsets import NMDistribution, SequentialDraws
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #56af7e92

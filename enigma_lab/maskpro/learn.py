@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .estimators import Method, Objective, make_method
-from .masked import PROTECTED, Masks, apply_masks, mask_of, find_masks
+from .masks import PROTECTED, Masks, apply_masks, mask_of, find_masks
 from .scores import initial_mask
 from .subsets import NMDistribution
 
@@ -59,12 +59,12 @@ class LearnConfig:
     logits:float|None = None # gap between kept and dropped weights at the beginning
     learning_rate:float|None = None # peak
     seed:int = 0 # of the masks that are tried
-    look_every:int = 100 # updates between two looks at validation
+    eval_steps:int = 100 # updates between two looks at validation
     patience:int = 0 # looks without improvement before stopping, which then keeps the best; 0: never, and keeps the last
 
     def __post_init__(self):
         make_method(self.estimator)
-        for name, least in dict(budget=1, max_steps=0, look_every=1, patience=0, seed=0).items():
+        for name, least in dict(budget=1, max_steps=0, eval_steps=1, patience=0, seed=0).items():
             if getattr(self, name) < least: raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ('logits', 'learning_rate'):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -131,7 +131,7 @@ def look(self:Learner,
         changed=(mask != self.initial).any(1).float().mean().item(), loss_s=round(self.seconds['loss'], 3), mask_s=round(self.seconds['mask'], 3),
         logit_gap_histogram=torch.histc((self.logits.amax(1) - self.logits.amin(1)).float().cpu(), 10, 0., 20.).int().tolist())
     row['sparsity'] = {layer.name: 1 - mask[layer.start:layer.stop].mean().item() for layer in self.objective.masks.layers}
-    recent = torch.tensor(self.gains[-self.config.look_every:], dtype=torch.float64)
+    recent = torch.tensor(self.gains[-self.config.eval_steps:], dtype=torch.float64)
     if len(recent) > 1:
         mean, half = recent.mean().item(), 1.96*recent.std().item()/len(recent)**.5
         row |= dict(gain=mean, gain_from=mean - half, gain_to=mean + half)
@@ -232,7 +232,7 @@ def run_learner(
         if log: log(row)
     while learner.room:
         enter(learner.step())
-        if learner.steps % c.look_every == 0 or not learner.room:
+        if learner.steps % c.eval_steps == 0 or not learner.room:
             enter(learner.look(validation))
             if state: learner.save(state, history)
             if c.patience and learner.waited >= c.patience: break

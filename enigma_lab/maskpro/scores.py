@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .masked import PROTECTED, Layer, Masks, choose_layers, input_axis, mask_of, owners, why_dense
+from .masks import (
+    PROTECTED, Layer, Masks, choose_layers, input_axis, mask_of, owners, why_dense)
 from .subsets import top_n
 
 # %% ../../nbs/maskpro/30_scores.ipynb #367b1920

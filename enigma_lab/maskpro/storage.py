@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .masked import Masks, attach, find_masks, mask_of
+from .masks import Masks, attach, find_masks, mask_of
 
 # %% ../../nbs/maskpro/25_storage.ipynb #3eb2f715
 def encode_masks(

@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['check_pairs', 'exact_match_score', 'token_accuracy', 'match_by_length', 'compute_bleu', 'compute_ibleu', 'copy_rate',
-           'bootstrap', 'nelbo_bits', 'nearest_texts', 'semantic_cosine', 'normal_form', 'evaluate_generation']
+           'nelbo_bits', 'nearest_texts', 'semantic_cosine', 'normal_form', 'evaluate_generation']
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #455f6457
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor
 
+from ..lab.stats import bootstrap
 from .diffusion import nelbo
 from .encoder import SemanticEncoder
 from .model import SGDDModel
@@ -83,18 +82,6 @@ def copy_rate(
 )->float: # share, 0 … 1
     "How many texts are their own source."
     return exact_match_score(written, sources)
-
-# %% ../../nbs/sgdd/60_metrics.ipynb #b084aa4c
-def bootstrap(
-    values, # one number for each sentence
-    resamples:int=2000,
-    seed:int=0,
-)->tuple[float,float,float]: # mean, from, to
-    "A mean with its 95 % interval over sentences (Efron's percentile bootstrap)."
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2 or np.ptp(values) == 0: return (float(values.mean()),)*3
-    found = stats.bootstrap((values,), np.mean, n_resamples=resamples, method='percentile', rng=np.random.default_rng(seed)).confidence_interval
-    return float(values.mean()), float(found.low), float(found.high)
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #b2b627fc
 @torch.no_grad()
