@@ -125,7 +125,8 @@ def slug(
     return word or 'x' + digest[:6] if text else ''
 
 # %% ../../nbs/lab/10_runs.ipynb #8a48604b
-ALIASES:dict[str,str] = {} # a key of older configs, metrics and histories -> its name now
+ALIASES:dict[str,str] = { # a key of older configs, metrics and histories -> its name now
+    'chart': 'parametrization', 'look_every': 'eval_steps'}
 
 def renamed(
     value, # what was recorded, or a part of it
