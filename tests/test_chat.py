@@ -7,7 +7,7 @@ from playwright.sync_api import expect
 from enigma_lab.apps.chat import load_voices
 from enigma_lab.lm.generate import stream_reply
 from enigma_lab.machine.history import EnigmaMachine
-from jupyter_lab import WAIT, browser, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
+from jupyter_lab import WAIT, browser, keys_stay, lab, no_cell_failed, opened, set_knob, typed # noqa: F401, fixtures
 
 WATCH = """log => {
     window.seen = []
@@ -107,6 +107,8 @@ def test_narrow_light_and_dark(chat):
         assert min(log.evaluate(CONTRAST)) > 4.5, theme
         chat.set_viewport_size(dict(width=1400, height=1000))
 
+def test_keys_stay_in_the_chat(chat): keys_stay(chat, '.chat-meter')
+
 def test_clear(chat):
     chat.locator('.chat-clear').click()
     expect(chat.locator('.chat-log')).not_to_contain_text('the fox')
@@ -137,3 +139,28 @@ def test_a_message_and_back(board):
     app.get_by_role('button', name='Neural Enigma').click()
     expect(board.locator('.board-note')).to_contain_text('every bit came back')
     assert no_cell_failed(board)
+
+def test_a_keyboard_presses_the_keys(board):
+    app = board.locator('.enigma-app').last
+    app.get_by_role('button', name='Reset').click()
+    expect(board.locator('.board-paper b')).to_have_text('')
+    board.locator('.board-lamps').click()
+    board.keyboard.type('dDx')
+    board.keyboard.press('Control+a') # not a letter
+    app.get_by_role('button', name='Q', exact=True).focus()
+    board.keyboard.type('d')
+    expect(board.locator('.board-paper')).to_contain_text('DDXD')
+    expect(board.locator('.board-paper b')).to_have_text(EnigmaMachine().encipher('DDXD'))
+    board.keyboard.press('Enter') # the browser's own: the key with the focus
+    expect(board.locator('.board-paper')).to_contain_text('DDXDQ')
+
+def test_keys_stay_on_the_board(board):
+    keys_stay(board, '.board-lamps')
+    assert no_cell_failed(board)
+
+def test_without_the_guard_a_cell_is_lost(board):
+    "The other way round, or the test above would prove nothing."
+    app, count = board.locator('.enigma-app').last, board.locator('.jp-Notebook .jp-Cell').count()
+    app.get_by_role('button', name='Reset').focus()
+    board.evaluate("document.activeElement.removeAttribute('data-lm-suppress-shortcuts')")
+    assert typed(board) != [count]*4

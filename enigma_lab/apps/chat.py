@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
+from .widget import keep_keys
+
 # %% ../../nbs/apps/10_chat.ipynb #9cf40347
 @dataclass
 class Voice:
@@ -149,7 +151,6 @@ export default { render({ model, el }) {
   area.rows = 2; area.placeholder = 'Enter sends, Shift-Enter begins a new line'
   area.style.cssText = 'width:100%;box-sizing:border-box;font:inherit;color:inherit;background:transparent;padding:.5em;border:1px solid #8888;border-radius:.4em'
   area.addEventListener('keydown', e => {
-    e.stopPropagation()
     if (e.key !== 'Enter' || e.shiftKey || e.isComposing) return
     e.preventDefault()
     if (!area.value.trim()) return
@@ -258,4 +259,7 @@ def chat_app(
     for name in ('log', 'meter', 'stop', 'again', 'clear', 'choice'): getattr(app, name).add_class(f'chat-{name}')
     app.field.add_class('chat-input')
     settings = w.Accordion([w.VBox([app.choice, *app.knobs.values()])], titles=['model and knobs'])
-    return w.VBox([app.log, app.field, w.HBox([app.stop, app.again, app.clear, app.compare, app.save], layout=w.Layout(flex_flow='row wrap', align_items='center')), app.meter, settings], layout=w.Layout(max_width='56em'))
+    row = w.Layout(flex_flow='row wrap', align_items='center')
+    buttons = w.HBox([app.stop, app.again, app.clear, app.compare, app.save], layout=row)
+    parts = [app.log, app.field, buttons, app.meter, settings]
+    return keep_keys(w.VBox(parts, layout=w.Layout(max_width='56em')))

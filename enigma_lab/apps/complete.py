@@ -10,6 +10,8 @@ import asyncio, html
 
 import torch
 
+from .widget import keep_keys
+
 # %% ../../nbs/apps/05_complete.ipynb #d889446c
 def load_model(
     run:str='', # a run's name; empty: the newest
@@ -91,4 +93,4 @@ def completion_app(
     go.on_click(begin)
     stop.on_click(lambda _: halted.append(True))
     for widget, name in ((prompt, 'complete-prompt'), (go, 'complete-go'), (out, 'complete-text')): widget.add_class(name)
-    return w.VBox([prompt, *knobs.values(), w.HBox([go, stop]), out])
+    return keep_keys(w.VBox([prompt, *knobs.values(), w.HBox([go, stop]), out]))

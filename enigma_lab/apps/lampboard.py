@@ -8,6 +8,7 @@ __all__ = ['KEYBOARD', 'lamps_html', 'Board', 'groups', 'neural_round_trip', 'la
 # %% ../../nbs/apps/30_lampboard.ipynb #2256fd4b
 import html
 
+from .widget import keep_keys
 from ..machine.history import GREEK, LETTERS, REFLECTORS, EnigmaMachine
 
 # %% ../../nbs/apps/30_lampboard.ipynb #5562fa7b
@@ -91,10 +92,11 @@ def lampboard_app():
     def twice():
         secret, again, same = neural_round_trip(board.typed)
         return f"the neural machine makes of it {groups(secret)}, and of that {groups(again)}: {'every bit came back' if same else 'something was lost'}"
+    def press(c): attempt(lambda: board.press(c) and None)
     for field in fields.values(): field.observe(settle, 'value')
     def key(c):
         button = w.Button(description=c, layout=w.Layout(width='2.4em', padding='0'))
-        button.on_click(lambda _: attempt(lambda: board.press(c) and None))
+        button.on_click(lambda _: press(c))
         return button
     keys = [w.HBox([key(c) for c in row], layout=w.Layout(justify_content='center', max_width='26em')) for row in KEYBOARD]
     go.on_click(lambda _: attempt(lambda: board.press(message.value) and None))
@@ -103,4 +105,4 @@ def lampboard_app():
     for widget, name in ((lamps, 'board-lamps'), (paper, 'board-paper'), (note, 'board-note'), (message, 'board-message'), (go, 'board-go')): widget.add_class(name)
     draw()
     settings = w.VBox([w.HBox([fields['rotors'], fields['rings'], fields['reflector']]), w.HBox([fields['greek'], fields['positions']]), fields['plugs']])
-    return w.VBox([settings, lamps, *keys, w.HBox([message, go, reset, neural]), paper, note])
+    return keep_keys(w.VBox([settings, lamps, *keys, w.HBox([message, go, reset, neural]), paper, note]), LETTERS, press)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .widget import keep_keys
 from ..data.images import as_pixels
 from ..lab.runs import Run, find_run
 from ..maskpro.ddpm import load_pipeline, make_scheduler, make_unet, sample_images
@@ -218,4 +219,4 @@ def masks_app(
     grid = w.GridBox([k[name] for name in ('run', 'steps', 'images', 'seed')], layout=w.Layout(grid_template_columns='repeat(auto-fit, minmax(17em, 1fr))'))
     app = w.VBox([k['note'], grid, k['draw'], k['said'], k['after step'], k['images_shown'], k['layer'], k['map'], k['table']])
     app.add_class('masks-app'); app.parts = k
-    return app
+    return keep_keys(app)
