@@ -11,8 +11,8 @@ export default { async render({ model, el }) {
   while (!el.isConnected) await new Promise(requestAnimationFrame)
   const app = el.closest('.enigma-app')
   app.tabIndex = -1
-  app.addEventListener('focusin', e => e.target.setAttribute('data-lm-suppress-shortcuts', 'true'))
   app.addEventListener('keydown', e => {
+    e.stopPropagation()
     const field = e.target.isContentEditable || e.target.matches('input, textarea, select')
     const plain = e.key.length === 1 && !(e.ctrlKey || e.metaKey || e.altKey || e.repeat)
     const key = e.key.toUpperCase()
