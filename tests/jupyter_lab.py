@@ -84,3 +84,30 @@ def set_knob(page, name, value):
     readout.fill(str(value))
     readout.press('Enter')
     expect(readout).to_have_text(re.compile(rf'{value}0*'))
+
+PLACES = 'button:enabled', 'input', 'select', 'textarea', '.widget-readout', '.noUi-handle'  # where a focus can be
+
+def typed(page):
+    "Type JupyterLab's shortcuts of one letter, and return how the number of cells went."
+    cells, counts = page.locator('.jp-Notebook .jp-Cell'), []
+    for keys in 'dd', 'a', 'b', 'x':
+        for key in keys: page.keyboard.press(key)
+        page.wait_for_timeout(200)
+        counts.append(cells.count())
+    return counts
+
+def keys_stay(page, beside, shuts=''):
+    "Type on what can have the focus, after a click on what cannot and on a button that shuts itself: no cell comes or goes."
+    app, count = page.locator('.enigma-app[tabindex]').last, page.locator('.jp-Notebook .jp-Cell').count()
+    assert count > 10
+    if shuts:
+        app.locator(shuts).click()
+        expect(app.locator(shuts)).to_be_enabled(timeout=WAIT)
+        assert typed(page) == [count]*4, shuts
+    there = [place for place in PLACES if app.locator(place).and_(page.locator(':visible')).count()]
+    assert len(there) > 1
+    for place in there:
+        app.locator(place).and_(page.locator(':visible')).first.focus()
+        assert typed(page) == [count]*4, place
+    app.locator(beside).first.click(position=dict(x=2, y=2))
+    assert typed(page) == [count]*4, beside

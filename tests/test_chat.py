@@ -1,13 +1,13 @@
 "The chat page and the lampboard in a real JupyterLab, used as a person does."
-import json, os, re
+import json, os, re, subprocess, sys
 
 import pytest
 from playwright.sync_api import expect
 
-from enigma_lab.apps.chat import load_voices
+from enigma_lab.apps.chat import ChatApp, conversations, load_voices, open_conversation
 from enigma_lab.lm.generate import stream_reply
 from enigma_lab.machine.history import EnigmaMachine
-from jupyter_lab import WAIT, browser, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
+from jupyter_lab import WAIT, browser, keys_stay, lab, no_cell_failed, opened, set_knob, typed # noqa: F401, fixtures
 
 WATCH = """log => {
     window.seen = []
@@ -107,10 +107,75 @@ def test_narrow_light_and_dark(chat):
         assert min(log.evaluate(CONTRAST)) > 4.5, theme
         chat.set_viewport_size(dict(width=1400, height=1000))
 
+def test_keys_stay_in_the_chat(chat): keys_stay(chat, '.chat-meter')
+
 def test_clear(chat):
     chat.locator('.chat-clear').click()
     expect(chat.locator('.chat-log')).not_to_contain_text('the fox')
+    expect(chat.locator('.chat-meter')).to_contain_text('goes on with the last one')
     assert no_cell_failed(chat)
+
+def test_run_again_after_clear_shows_nothing(chat):
+    before = chat.locator('.enigma-app').element_handle()
+    chat.locator('#jp-MainMenu').get_by_text('Run', exact=True).click()
+    chat.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
+    before.wait_for_element_state('hidden', timeout=WAIT) # the old chat has gone from the page
+    expect(chat.locator('.chat-meter')).to_contain_text('talking to', timeout=WAIT)
+    assert chat.locator('.chat-log').inner_text().strip() == ''
+
+
+# one conversation for each chat
+
+FROZEN = '20261128-101500'
+VISITOR = f"""
+import sys
+from types import SimpleNamespace
+from enigma_lab.apps import chat
+chat.time = SimpleNamespace(strftime=lambda form: '{FROZEN}')
+app = chat.ChatApp()
+print(len(app.talk.turns), flush=True)
+sys.stdin.readline() # until all are here
+for i in range(20):
+    app.talk.ask(f'{{sys.argv[1]}} asks {{i}}')
+    app.talk.reply('toy', 'x'*10_000)
+print(app.name, flush=True)
+sys.stdin.readline()
+"""
+
+def test_visitors_who_come_in_the_same_second(tmp_path, monkeypatch):
+    monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path))
+    first = ChatApp()
+    first.talk.ask('of somebody else')
+    who = 'Ada', 'Bob', 'Eve'
+    all_ = [subprocess.Popen([sys.executable, '-c', VISITOR, name], stdin=-1, stdout=-1, text=True) for name in who]
+    try:
+        assert [visitor.stdout.readline() for visitor in all_] == ['0\n']*3 # nobody sees what the first one said
+        for visitor in all_: print(file=visitor.stdin, flush=True)
+        names = [visitor.stdout.readline().strip() for visitor in all_]
+        assert set(names) == {FROZEN, f'{FROZEN}-1', f'{FROZEN}-2'} == set(conversations()) - {first.name}
+        for name, visitor in zip(who, names):
+            turns = json.loads((tmp_path/'chats'/f'{visitor}.json').read_text(encoding='utf-8'))['turns']
+            assert [turn['user'] for turn in turns] == [f'{name} asks {i}' for i in range(20)]
+            assert all(turn['replies'] == dict(toy='x'*10_000) for turn in turns)
+            with pytest.raises(ValueError, match='open in another'): ChatApp(conversation=visitor)
+    finally:
+        for visitor in all_: visitor.kill(); visitor.wait()
+    again = ChatApp(conversation=names[0]) # a kernel that died lets go
+    assert len(again.talk.turns) == 20 and first.talk.turns == [dict(user='of somebody else', replies={})]
+
+def test_an_interrupted_conversation_is_opened_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path))
+    app = ChatApp()
+    app.begin()
+    assert not (tmp_path/'chats').exists() # nothing was said: no file
+    app.talk.ask('are you there?')
+    with pytest.raises(ValueError, match='open in another'): open_conversation(app.name)
+    again = ChatApp(conversation=app.name)
+    assert again.talk.turns == [dict(user='are you there?', replies={})] and 'interrupted' in again.meter.value
+    assert app.talk.turns == [] and app.talk.path is None # it has moved
+    app.talk.ask('another thing')
+    assert len(conversations()) == 2
+    with pytest.raises(ValueError, match='must be one of'): ChatApp(conversation='19991231-235959')
 
 
 # the lampboard
@@ -137,3 +202,31 @@ def test_a_message_and_back(board):
     app.get_by_role('button', name='Neural Enigma').click()
     expect(board.locator('.board-note')).to_contain_text('every bit came back')
     assert no_cell_failed(board)
+
+def test_a_keyboard_presses_the_keys(board):
+    app = board.locator('.enigma-app').last
+    app.get_by_role('button', name='Reset').click()
+    expect(board.locator('.board-paper b')).to_have_text('')
+    board.locator('.board-lamps').click()
+    board.keyboard.type('dDx')
+    board.keyboard.press('Control+a') # not a letter
+    app.get_by_role('button', name='Q', exact=True).focus()
+    board.keyboard.type('d')
+    expect(board.locator('.board-paper')).to_contain_text('DDXD')
+    expect(board.locator('.board-paper b')).to_have_text(EnigmaMachine().encipher('DDXD'))
+    board.keyboard.press('Enter') # the browser's own: the key with the focus
+    expect(board.locator('.board-paper')).to_contain_text('DDXDQ')
+
+def test_keys_stay_on_the_board(board):
+    keys_stay(board, '.board-lamps')
+    assert no_cell_failed(board)
+
+def test_beside_the_app_a_cell_is_lost(board):
+    "The other way round, or the tests of the keys would prove nothing."
+    app, count = board.locator('.enigma-app').last, board.locator('.jp-Notebook .jp-Cell').count()
+    app.evaluate("""app => {
+        const button = document.createElement('button')
+        app.parentElement.append(button)
+        button.focus()
+    }""")
+    assert typed(board) != [count]*4

@@ -2,7 +2,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from jupyter_lab import browser, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
+from jupyter_lab import browser, keys_stay, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
 
 INJECTION = '<img src=x onerror="window.hacked = true">'
 
@@ -61,3 +61,5 @@ def test_a_wrong_name_is_text_and_loses_nothing(page):
     field.fill(INJECTION); field.press('Tab')
     expect(app(page).locator('.masks-said')).to_contain_text('<img src=x')
     assert pictures(page, 'images') == rows and page.evaluate('window.hacked') is None and no_cell_failed(page)
+
+def test_keys_stay_on_the_page(page): keys_stay(page, '.masks-note', 'button.masks-draw')

@@ -2,7 +2,7 @@
 import pytest
 from playwright.sync_api import expect
 
-from jupyter_lab import browser, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
+from jupyter_lab import browser, keys_stay, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
 
 INJECTION = '<img src=x onerror="window.hacked = true">'
 
@@ -41,3 +41,5 @@ def test_markup_is_text_and_nothing_is_an_error(page):
     app(page).locator('button.sampler-write').click()
     expect(app(page).locator('.sampler-said')).to_contain_text('a text must hold a word at least')
     assert page.evaluate('window.hacked') is None and no_cell_failed(page)
+
+def test_keys_stay_in_the_app(page): keys_stay(page, '.sampler-said', 'button.sampler-write')

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .widget import keep_keys
 from ..data.images import as_pixels
 from ..lab.runs import Run, find_run
 from ..ddpm.train import load_pipeline
@@ -219,4 +220,4 @@ def masks_app(
     grid = w.GridBox([k[name] for name in ('run', 'steps', 'images', 'seed')], layout=w.Layout(grid_template_columns='repeat(auto-fit, minmax(17em, 1fr))'))
     app = w.VBox([k['note'], grid, k['draw'], k['said'], k['after step'], k['images_shown'], k['layer'], k['map'], k['table']])
     app.add_class('masks-app'); app.parts = k
-    return app
+    return keep_keys(app)

@@ -10,6 +10,7 @@ import html, time
 
 import torch
 
+from .widget import keep_keys
 from ..lab.runs import find_run
 from ..sgdd.reconstruct import reconstruct
 from ..sgdd.model import SGDDModel
@@ -138,4 +139,4 @@ def sampler_app(
     knobs = w.GridBox([steps, guidance, temperature, seed, order, loop], layout=w.Layout(grid_template_columns='repeat(auto-fit, minmax(17em, 1fr))'))
     app = w.VBox([w.HTML(f'<small>{html.escape(note)}</small>'), text, knobs, buttons['Write'], said, shown, other, buttons['Between'], masked, buttons['Fill in'], more])
     app.add_class('sampler-app'); app.parts = dict(buttons, text=text, said=said, shown=shown, more=more, masked=masked, guidance=guidance)
-    return app
+    return keep_keys(app)
