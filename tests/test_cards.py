@@ -1,4 +1,4 @@
-"What the cards of the API say, beside the source read by others: fastcore's docments and Python's bytecode."
+"The cards of the API beside the source as others read it: fastcore's docments, and bytecode."
 import ast
 import dis
 import importlib
@@ -11,8 +11,8 @@ import pytest
 from fastcore.docments import docments
 
 import enigma_lab
-from enigma_lab.dev.docs import (
-    SymbolCard, check_api, find_definitions, public_methods, read_definitions)
+from enigma_lab.dev.docs import (SymbolCard, check_api, find_definitions, public_methods,
+                                 public_symbols, read_definitions)
 
 KNOWN = Path(__file__).parent/'undocumented.txt'
 MODULES = [m.name for m in pkgutil.walk_packages(enigma_lab.__path__, 'enigma_lab.')]
@@ -20,17 +20,15 @@ MODULES = [m.name for m in pkgutil.walk_packages(enigma_lab.__path__, 'enigma_la
 @pytest.fixture(scope='module')
 def symbols():
     "Every public function, class and method that is written in the library."
-    found = []
-    for module in map(importlib.import_module, MODULES):
-        own = [getattr(module, name) for name in getattr(module, '__all__', [])]
-        own = [s for s in own if getattr(s, '__module__', '') == module.__name__ and hasattr(s, '__qualname__')]
-        found += [part for sym in own for part in (sym, *public_methods(sym))]
+    found = [sym for name in MODULES for sym in public_symbols(importlib.import_module(name))]
     return [sym for sym in found if find_definitions(sym)]
+
+def place(sym): return f'{sym.__module__}.{sym.__qualname__}'
 
 def without_line(complaint): return re.sub(r' \(line \d+\)$', '', str(complaint))
 
 def test_the_list_of_what_is_undocumented_is_true_and_shrinks():
-    "`python -m enigma_lab.dev.docs --check > tests/undocumented.txt` writes the list; it must end up empty."
+    "It is what `python -m enigma_lab.dev.docs --check` prints, and must end up empty."
     known = [without_line(line) for line in KNOWN.read_text(encoding='utf-8').splitlines()]
     found = [without_line(complaint) for complaint in check_api()]
     new, gone = sorted({*found} - {*known}), sorted({*known} - {*found})
@@ -39,17 +37,19 @@ def test_the_list_of_what_is_undocumented_is_true_and_shrinks():
 
 def rows(card): # of the first table: parameter -> meaning
     lines = SymbolCard(card)._repr_markdown_().partition('\n**')[0].splitlines()
-    cells = [re.split(r'(?<!\\)\|', line)[1:-1] for line in lines if line.startswith('| ')]
+    cells = [re.split(r'(?<!\\)\|', line)[1:-1] for line in lines if line.startswith('| ` ')]
     return {cell[0].strip(' `').partition('=')[0].lstrip('*'): cell[2].strip().replace(r'\|', '|')
-            for cell in cells if '*' not in cell[0].replace('**', '')[:3] or cell[0].startswith(' ` *')}
+            for cell in cells}
 
 def header(function):
     "The definition, when each of its parameters has lines of its own; else nothing."
-    node = ast.parse(inspect.cleandoc('\n' + inspect.getsource(inspect.unwrap(function)))).body[0]
+    source = inspect.getsource(inspect.unwrap(function))
+    node = ast.parse(inspect.cleandoc('\n' + source)).body[0]
     spec = node.args
     args = [*spec.args, *filter(None, (spec.vararg, *spec.kwonlyargs, spec.kwarg))]
     lines = [a.lineno for a in args if a.arg not in ('self', 'cls')]
-    return node if lines and len(set(lines)) == len(lines) and node.lineno not in lines else None
+    apart = lines and len(set(lines)) == len(lines) and node.lineno not in lines
+    return node if apart else None
 
 def test_a_card_says_what_fastcore_reads(symbols):
     "Where each parameter has its own line; elsewhere fastcore gives one comment to the wrong name."
@@ -59,7 +59,7 @@ def test_a_card_says_what_fastcore_reads(symbols):
         theirs = docments(sym, args_kwargs=True, returns=False)
         for name, meaning in rows(sym).items():
             if not theirs.get(name): continue
-            assert meaning == ' '.join(theirs[name].split()), f'{sym.__module__}.{sym.__qualname__}: {name}'
+            assert meaning == ' '.join(theirs[name].split()), f'{place(sym)}: {name}'
             compared += 1
     assert compared > 1000
 
@@ -71,7 +71,8 @@ def raising(code):
     "Whether bytecode raises a new error: not again what it caught, and not by `assert`."
     steps = list(dis.get_instructions(code))
     made = [i for i, step in enumerate(steps) if step.opname == 'RAISE_VARARGS' and step.arg]
-    kinds = [steps[i - steps[i].arg].opname for i in made]  # before it, or before what follows `from`
+    # the step before it, or before what follows `from`
+    kinds = [steps[i - steps[i].arg].opname for i in made]
     return [kind for kind in kinds if kind.startswith(('CALL', 'LOAD_GLOBAL'))]
 
 def test_errors_are_on_the_card_exactly_where_bytecode_raises(symbols):
@@ -79,7 +80,7 @@ def test_errors_are_on_the_card_exactly_where_bytecode_raises(symbols):
     for sym in symbols:
         if not inspect.isfunction(sym): continue
         shown = '| *raises* |' in SymbolCard(sym)._repr_markdown_()
-        assert shown == bool(raising(inspect.unwrap(sym).__code__)), f'{sym.__module__}.{sym.__qualname__}'
+        assert shown == bool(raising(inspect.unwrap(sym).__code__)), place(sym)
         seen += shown
     assert seen > 100
 
@@ -90,9 +91,10 @@ def test_a_class_shows_its_methods_and_their_errors(symbols):
         for method in public_methods(sym):
             assert f'**` {method.__name__}(' in card, f'{sym.__qualname__}.{method.__name__}'
             seen += 1
-        own = [f for f in vars(sym).values() if inspect.isfunction(f) and f.__module__ == sym.__module__
-               and '<' not in f.__code__.co_filename]
-        hidden = [f for f in own if f.__name__ in ('__init__', '__post_init__') and raising(f.__code__)]
+        own = [f for f in vars(sym).values() if inspect.isfunction(f)
+               and f.__module__ == sym.__module__ and '<' not in f.__code__.co_filename]
+        made = [f for f in own if f.__name__ in ('__init__', '__post_init__')]
+        hidden = [f for f in made if raising(f.__code__)]
         assert bool(hidden) <= ('| *raises* |' in card), sym.__qualname__
     assert seen > 100
 
@@ -105,8 +107,8 @@ def f(n):
     except ZeroDivisionError as error: raise
     raise FileExistsError("a file is never overwritten" + f", and {n} exists") from None
 '''
-    assert read_definitions(text)['f'].raises == [('ValueError', 'n must be {…} or less'),
-                                                  ('FileExistsError', 'a file is never overwritten')]
+    assert read_definitions(text)['f'].raises == [
+        ('ValueError', 'n must be {…} or less'), ('FileExistsError', 'a file is never overwritten')]
 
 def test_a_complaint_names_the_module_the_name_and_the_line(tmp_path, monkeypatch):
     (tmp_path/'toy_library').mkdir()

@@ -1,4 +1,4 @@
-"The documentation site in a real browser, from a folder and over http; and what must stop its build."
+"The site in a real browser, from a folder and over http; and what must stop its build."
 import json
 import os
 import re
@@ -24,7 +24,8 @@ from enigma_lab.dev.docs import build_docs, check_imports, read_sidebar, readme_
 from enigma_lab.lab.runs import checkout
 
 ROOT = checkout(Path(__file__).parent)
-PAGES = [name for _, names in read_sidebar(yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))) for name in names]
+QUARTO = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+PAGES = [name for _, names in read_sidebar(QUARTO) for name in names]
 
 
 # the site and a browser
@@ -38,8 +39,10 @@ def server(site):
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
         def copyfile(self, source, outputfile):
-            with suppress(ConnectionError): super().copyfile(source, outputfile)  # the reader went on
-    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(site))) as httpd:
+            with suppress(ConnectionError):  # the reader went on
+                super().copyfile(source, outputfile)
+    handler = partial(Quiet, directory=str(site))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{httpd.server_port}'
         httpd.shutdown()
@@ -50,8 +53,11 @@ def browser():
     with sync_playwright() as playwright:
         own = playwright.chromium.executable_path
         path = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, names)), own)
-        if not Path(path).is_file(): pytest.fail("the docs are tested in Chromium, and none was found; install it or set CHROMIUM to its path")
-        browser = playwright.chromium.launch(executable_path=path, args=['--no-sandbox', '--disable-gpu'])
+        if not Path(path).is_file():
+            pytest.fail("the docs are tested in Chromium, and none was found; "
+                        "install it or set CHROMIUM to its path")
+        flags = ['--no-sandbox', '--disable-gpu']
+        browser = playwright.chromium.launch(executable_path=path, args=flags)
         yield browser
         browser.close()
 
@@ -62,10 +68,16 @@ def tab(request, browser, site, server):
     page = browser.new_page(base_url=base + '/', viewport=dict(width=1500, height=1000))
     page.set_default_timeout(20_000)
     wrong = []
-    page.on('request', lambda r: None if r.url.startswith((base + '/', 'data:', 'blob:')) else wrong.append(f'asks for {r.url}'))
-    page.on('requestfailed', lambda r: None if r.failure == 'net::ERR_ABORTED' else wrong.append(f'cannot load {r.url}: {r.failure}'))  # aborted: the reader went on
-    page.on('response', lambda r: wrong.append(f'{r.status} for {r.url}') if r.status >= 400 and not r.url.endswith('favicon.ico') else None)
-    page.on('console', lambda m: wrong.append(m.text) if m.type == 'error' and 'favicon' not in m.text + m.location['url'] else None)
+    def note(wrongly, text):
+        if wrongly: wrong.append(text)
+    own = base + '/', 'data:', 'blob:'
+    page.on('request', lambda r: note(not r.url.startswith(own), f'asks for {r.url}'))
+    page.on('requestfailed', lambda r: note(r.failure != 'net::ERR_ABORTED',  # the reader went on
+                                            f'cannot load {r.url}: {r.failure}'))
+    page.on('response', lambda r: note(r.status >= 400 and not r.url.endswith('favicon.ico'),
+                                       f'{r.status} for {r.url}'))
+    page.on('console', lambda m: note(
+        m.type == 'error' and 'favicon' not in m.text + m.location['url'], m.text))
     page.on('pageerror', lambda e: wrong.append(str(e)))
     page.visit = lambda name: page.goto(f'{base}/{name}')
     yield page
@@ -74,7 +86,8 @@ def tab(request, browser, site, server):
 
 def title(name):
     cells = json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))['cells']
-    first = next(text for cell in cells if cell['cell_type'] == 'markdown' and (text := ''.join(cell['source'])).startswith('# '))
+    texts = (''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown')
+    first = next(text for text in texts if text.startswith('# '))
     return first.splitlines()[0].removeprefix('# ').replace('`', '').strip()
 
 
@@ -88,15 +101,18 @@ def test_home(tab):
 @pytest.mark.parametrize('tab', ['http'], indirect=True)
 def test_every_page_is_in_the_sidebar(tab):
     tab.visit('index.html')
-    links, names = tab.locator('.sidebar-tree a.reference'), [name for name in PAGES if name != 'index.ipynb']
+    links = tab.locator('.sidebar-tree a.reference')
+    names = [name for name in PAGES if name != 'index.ipynb']
     assert [text.strip() for text in links.all_inner_texts()] == [title(name) for name in names]
     for i, name in enumerate(names):
         address = links.nth(i).evaluate('link => link.href')
         links.nth(i).click()
         tab.wait_for_url(address)
-        assert [text.strip('¶# ') for text in tab.locator('article h1').all_inner_texts()] == [title(name)]
+        heads = tab.locator('article h1').all_inner_texts()
+        assert [text.strip('¶# ') for text in heads] == [title(name)]
         assert tab.locator('article p.lead').count() == 1, name
-        assert not any(text.startswith('#|') for text in tab.locator('div.cell_input pre').all_inner_texts()), name
+        sources = tab.locator('div.cell_input pre').all_inner_texts()
+        assert not any(text.startswith('#|') for text in sources), name
         assert 0 not in widths(tab), name
 
 def test_math_is_drawn(tab):
@@ -108,9 +124,10 @@ def test_math_is_drawn(tab):
 
 def widths(tab):
     "The natural width of every image of the page, 0 for one that did not load."
-    tab.evaluate('document.querySelectorAll("article img").forEach(image => { image.loading = "eager"; })')
-    tab.wait_for_function('[...document.querySelectorAll("article img")].every(image => image.complete)')
-    return tab.eval_on_selector_all('article img', 'images => images.map(image => image.naturalWidth)')
+    images = '[...document.querySelectorAll("article img")]'
+    tab.evaluate(f'{images}.forEach(image => {{ image.loading = "eager"; }})')
+    tab.wait_for_function(f'{images}.every(image => image.complete)')
+    return tab.evaluate(f'{images}.map(image => image.naturalWidth)')
 
 def test_figures_and_outputs(tab):
     tab.visit('machine/rotor.html')
@@ -120,7 +137,10 @@ def test_figures_and_outputs(tab):
 def test_a_card_documents_its_symbol(tab):
     tab.visit('machine/rotor.html')
     card = tab.locator('section', has=tab.get_by_role('heading', name='PermutationRotor')).last
-    assert card.locator('table.docutils').inner_text().split()[:3] == ['parameter', 'type', 'meaning']
+    table = card.locator('table.docutils').first
+    assert table.inner_text().split()[:3] == ['parameter', 'type', 'meaning']
+    assert 'ValueError' in table.inner_text()
+    assert 'inverse_and_log_det(' in card.inner_text()  # a method, below
     assert 'class PermutationRotor' in card.locator('.tag_exported').inner_text()
     assert '/enigma_lab/machine/rotor.py#L' in card.locator('a.source').get_attribute('href')
 
@@ -153,7 +173,8 @@ def test_search(tab):
     tab.keyboard.press('Enter')
     hit = tab.locator('ul.search li a[href*="machine/plugboard.html"]').first
     hit.wait_for()
-    tab.wait_for_function('document.querySelector("#search-results .search-summary")?.textContent.includes("page")')
+    tab.wait_for_function('document.querySelector("#search-results .search-summary")'
+                          '?.textContent.includes("page")')
     hit.click()
     tab.wait_for_url('**/machine/plugboard.html*')
 
@@ -178,61 +199,82 @@ def test_result_tables_are_those_of_the_notebook(site, name, page, least):
 def test_the_count_of_verdicts_is_that_of_the_notebook(site):
     text = (ROOT/'nbs/results/10_claims.ipynb').read_text(encoding='utf-8')
     count = re.search(r'"(36 claims: .*?)\\n"', text)[1]
-    assert count in BeautifulSoup((site/'results/claims.html').read_text(encoding='utf-8'), 'html.parser').get_text()
+    html = (site/'results/claims.html').read_text(encoding='utf-8')
+    assert count in BeautifulSoup(html, 'html.parser').get_text()
 
 
 # what must stop a build, on a project of two pages
 
 def notebook(*cells):
-    cells = [dict(cell_type=kind, id=f'cell{i}', metadata={}, source=text, **(dict(outputs=outputs, execution_count=None) if kind == 'code' else {}))
-             for i, (kind, text, outputs) in enumerate(cells)]
-    return dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)
+    made = [dict(cell_type=kind, id=f'cell{i}', metadata={}, source=text)
+            for i, (kind, text, _) in enumerate(cells)]
+    for cell, (kind, _, outputs) in zip(made, cells):
+        if kind == 'code': cell.update(outputs=outputs, execution_count=None)
+    kernel = dict(name='python3', display_name='python3', language='python')
+    return dict(cells=made, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
 
 def write(path, *cells):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(notebook(*cells)), encoding='utf-8')
 
 STALE = [dict(output_type='stream', name='stdout', text=['an old number'])]
-INDEX = [('markdown', '# Small\n\n> Two pages.', None), ('markdown', 'To the [part](parts/10_part.ipynb#One-heading). $x^2$', None),
-         ('code', 'from pathlib import Path\nfrom IPython.display import Markdown', []),
-         ('code', '#| exec_doc\nprint(Path("number.txt").read_text())', STALE),
-         ('code', '#| exec_doc\nMarkdown("| number |\\n|---|\\n| [of the part](parts/10_part.ipynb) |")', STALE),
-         ('code', '#| exec_doc\nimport os, sys, warnings\nos.environ["LEFT"] = sys.argv[0] = warnings.left = "behind"\n'
-                  'sys.path.append("behind"); os.chdir("nbs")', [])]
-PART = [('code', '#| exec_doc\nimport os, sys, warnings\nfrom pathlib import Path\nprint("found", os.environ.get("LEFT"), '
-                 '"behind" in [*sys.argv, *sys.path], hasattr(warnings, "left"), Path("number.txt").read_text())', []),
-        ('markdown', '# Part\n\n> A part.', None), ('markdown', '## One heading\n\nBack to the [start](../index.ipynb).', None), ('code', 'never_run()', STALE)]
+TABLE = '| number |\\n|---|\\n| [of the part](parts/10_part.ipynb) |'
+INDEX = [
+    ('markdown', '# Small\n\n> Two pages.', None),
+    ('markdown', 'To the [part](parts/10_part.ipynb#One-heading). $x^2$', None),
+    ('code', 'from pathlib import Path\nfrom IPython.display import Markdown', []),
+    ('code', '#| exec_doc\nprint(Path("number.txt").read_text())', STALE),
+    ('code', f'#| exec_doc\nMarkdown("{TABLE}")', STALE),
+    ('code', """#| exec_doc
+import os, sys, warnings
+os.environ["LEFT"] = sys.argv[0] = warnings.left = "behind"
+sys.path.append("behind"); os.chdir("nbs")""", [])]
+PART = [
+    ('code', """#| exec_doc
+import os, sys, warnings
+from pathlib import Path
+behind = "behind" in [*sys.argv, *sys.path], hasattr(warnings, "left")
+print("found", os.environ.get("LEFT"), *behind, Path("number.txt").read_text())""", []),
+    ('markdown', '# Part\n\n> A part.', None),
+    ('markdown', '## One heading\n\nBack to the [start](../index.ipynb).', None),
+    ('code', 'never_run()', STALE)]
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
     "A project of two pages, built by the command."
     root = tmp_path_factory.mktemp('small')
     shutil.copy(ROOT/'settings.ini', root)
-    (root/'_quarto.yml').write_text(yaml.safe_dump(dict(website=dict(title='Small', sidebar=dict(contents=[
-        'index.ipynb', dict(section='Parts', contents=['parts/10_part.ipynb'])])))), encoding='utf-8')
+    contents = ['index.ipynb', dict(section='Parts', contents=['parts/10_part.ipynb'])]
+    quarto = dict(website=dict(title='Small', sidebar=dict(contents=contents)))
+    (root/'_quarto.yml').write_text(yaml.safe_dump(quarto), encoding='utf-8')
     write(root/'nbs/index.ipynb', *INDEX)
     write(root/'nbs/parts/10_part.ipynb', *PART)
     (root/'nbs/_quarto.yml').symlink_to('../_quarto.yml')
     (root/'number.txt').write_text('a fresh number', encoding='utf-8')
-    done = subprocess.run([sys.executable, '-m', 'enigma_lab.dev.docs'], cwd=root, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'enigma_lab.dev.docs']
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith(str(Path('_docs')/'index.html'))
     return root
 
 def test_result_cells_run_again_and_others_do_not(small):
-    index, part = ((small/'_docs'/name).read_text(encoding='utf-8') for name in ('index.html', 'parts/part.html'))
+    index, part = ((small/'_docs'/name).read_text(encoding='utf-8')
+                   for name in ('index.html', 'parts/part.html'))
     assert 'a fresh number' in index and 'an old number' not in index
     assert 'an old number' in part
     assert 'href="parts/part.html#one-heading"' in index
-    assert re.search(r'<td>.*href="parts/part.html".*of the part', index)  # a table made by a cell, with a link
+    # a table made by a cell, with a link
+    assert re.search(r'<td>.*href="parts/part.html".*of the part', index)
 
 def test_what_a_page_sets_is_not_seen_by_the_next(small):
     part = (small/'_docs/parts/part.html').read_text(encoding='utf-8')
     assert 'found None False False a fresh number' in part
 
-@pytest.mark.parametrize('text', ['import os', 'import os\nos.getcwd()', 'import os\nx = 1', 'x = 1',
-    '#| hide\nimport os\nx = 1', 'def f():\n    import os\n    return os.name', '#| eval: false\nimport os\nx = 1',
-    '#| exec_doc\nimport os\nx = 1', '#| export\nimport os\nx = 1', '%time import os', 'for x in []: import os'])
+@pytest.mark.parametrize('text', [
+    'import os', 'import os\nos.getcwd()', 'import os\nx = 1', 'x = 1', '#| hide\nimport os\nx = 1',
+    'def f():\n    import os\n    return os.name', '#| eval: false\nimport os\nx = 1',
+    '#| exec_doc\nimport os\nx = 1', '#| export\nimport os\nx = 1', '%time import os',
+    'for x in []: import os'])
 def test_no_cell_passes_that_nbdev_runs_unasked(text, recwarn):
     nb = notebook(('markdown', '# Page', None), ('code', text, []))
     try: check_imports(nb, 'page.ipynb')
@@ -243,11 +285,14 @@ def test_no_cell_passes_that_nbdev_runs_unasked(text, recwarn):
     assert not runs or text == 'import os' or text.startswith(('#| exec_doc', '#| export'))
 
 @pytest.mark.parametrize('path, cells, message', [
-    ('nbs/parts/10_part.ipynb', PART + [('markdown', 'To [nowhere](20_gone.ipynb).', None)], '20_gone.ipynb'),
-    ('nbs/parts/10_part.ipynb', PART + [('markdown', '<a href="gone.html">raw</a>', None)], 'no file for gone.html'),
+    ('nbs/parts/10_part.ipynb', PART + [('markdown', 'To [nowhere](20_gone.ipynb).', None)],
+     '20_gone.ipynb'),
+    ('nbs/parts/10_part.ipynb', PART + [('markdown', '<a href="gone.html">raw</a>', None)],
+     'no file for gone.html'),
     ('nbs/parts/10_part.ipynb', [('code', '1', [])], 'must start with `# Title`'),
     ('nbs/parts/10_part.ipynb', PART + [('code', 'import os\nos.environ["A"] = "b"', [])],
-     f"in cell {len(PART)} of parts/10_part.ipynb move this to a cell of its own: \"os.environ['A'] = 'b'\""),
+     f"in cell {len(PART)} of parts/10_part.ipynb move this to a cell of its own: "
+     "\"os.environ['A'] = 'b'\""),
     ('nbs/parts/10_part.ipynb', PART + [('code', '#| exec_doc\n1/0', [])], 'ZeroDivisionError'),
     ('nbs/parts/20_new.ipynb', PART, 'not in the sidebar: parts/20_new.ipynb'),
     ('nbs/index.ipynb', None, 'not in nbs/: index.ipynb'),
@@ -257,10 +302,11 @@ def test_a_failed_build_keeps_the_old_site(small, tmp_path, monkeypatch, path, c
     shutil.copytree(small, root, symlinks=True)
     if cells is None: (root/path).unlink()
     else: write(root/path, *cells)
-    before = {p.relative_to(root): p.read_bytes() for p in (root/'_docs').rglob('*') if p.is_file()}
+    def built(): return {p: p.read_bytes() for p in (root/'_docs').rglob('*') if p.is_file()}
+    before = built()
     monkeypatch.chdir(root)
     with pytest.raises((RuntimeError, ValueError), match=re.escape(message)): build_docs()
-    assert {p.relative_to(root): p.read_bytes() for p in (root/'_docs').rglob('*') if p.is_file()} == before
+    assert built() == before
     assert sorted(p.name for p in root.iterdir() if p.name.startswith('_docs')) == ['_docs']
 
 def test_readme(small, monkeypatch):
@@ -271,4 +317,5 @@ def test_readme(small, monkeypatch):
 
 def test_the_readme_is_up_to_date():
     index = json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8'))
-    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme_text(index), "run write_readme() of enigma_lab.dev.docs"
+    written = (ROOT/'README.md').read_text(encoding='utf-8')
+    assert written == readme_text(index), "run write_readme() of enigma_lab.dev.docs"

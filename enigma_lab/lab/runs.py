@@ -126,7 +126,7 @@ def slug(
 
 # %% ../../nbs/lab/10_runs.ipynb #8a48604b
 ALIASES:dict[str,str] = { # a key of older configs, metrics and histories -> its name now
-    'chart': 'parametrization', 'eval_steps': 'eval_steps'}
+    'chart': 'parametrization', 'look_every': 'eval_steps'}
 
 def renamed(
     value, # what was recorded, or a part of it

@@ -8,11 +8,11 @@ __all__ = ['preset_groups', 'run_mode', 'maskpro_runs', 'progress_table', 'monit
 # %% ../../nbs/maskpro/57_modes.ipynb #fca63647
 import time
 
-from enigma_lab.lab.sweep import sweep
-from enigma_lab.lab.runs import Run, list_runs, runs_in, runs_root
-from enigma_lab.ddpm.train import find_pipeline
-from enigma_lab.maskpro.presets import paper_presets, presets as known_presets as known_presets
-from enigma_lab.maskpro.train import config_of
+from ..lab.sweep import sweep
+from ..lab.runs import Run, list_runs, runs_in, runs_root
+from ..ddpm.train import find_pipeline
+from .presets import paper_presets, presets as known_presets
+from .train import config_of
 
 # %% ../../nbs/maskpro/57_modes.ipynb #32c55502
 preset_groups = dict(quick=paper_presets[:1], standard=paper_presets[1:2], full=paper_presets, custom=[])
