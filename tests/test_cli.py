@@ -103,7 +103,7 @@ def test_json(committed, capsys):
     assert some == [dict(name=run.name, seed=run.config['seed']) for run in reversed(committed) if run.path.parent.name == 'train_enigma']
 
 def test_one_run(committed, capsys):
-    for run in committed:
+    for run in committed[::5]:
         code, out, err = said(capsys, 'runs', run.name)
         assert code == 0 and err == '' and out.splitlines()[0] == run.name and str(run.path) in out
         for part in (run.config, run.metrics, run.env):
