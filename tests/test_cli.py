@@ -33,15 +33,18 @@ def test_train_and_runs(toy):
     assert code == 0, text
     first, = run_folders(toy, 'train_toy')
     assert json.loads((first/'metrics.json').read_text()) == {'val_nll_nats': .5} and (first/'train_toy.ipynb').exists()
-    assert 'step 5 · val 2.011 bits/char' in screen(text)                    # the same progress as papermill's door
+    # the same progress as papermill's door
+    assert 'step 5 · val 2.011 bits/char' in screen(text)
     alone = enigma(toy, 'runs', 'compare', 'train_toy')
     assert alone.returncode == 2 and 'takes two runs' in alone.stderr
-    result = enigma(toy, 'train', 'nbs/train_toy.ipynb', 'steps=1')          # by its path, without a terminal
+    # by its path, without a terminal
+    result = enigma(toy, 'train', 'nbs/train_toy.ipynb', 'steps=1')
     assert result.returncode == 0, result.stderr
     head, *listed = enigma(toy, 'runs').stdout.splitlines()
     assert head.split() == ['name', 'state', 'data', 'score', 'also', 'age']
     assert [line.split()[1:5] for line in listed] == [['finished', '0.5', 'val', 'nats']]*2
-    assert listed[1].startswith(f'train_toy/{first.name} ')                  # the newest comes first
+    # the newest comes first
+    assert listed[1].startswith(f'train_toy/{first.name} ')
     compared = enigma(toy, 'runs', 'compare', 'train_toy').stdout.splitlines()
     assert [line.split() for line in compared if line.startswith('steps')] == [['steps', '6', '1']]
 
@@ -84,10 +87,12 @@ def test_a_table_fits(committed, monkeypatch, capsys, width):
     assert code == 0 and err == '' and len(out.splitlines()) == len(committed) + 1
     assert max(map(len, out.splitlines())) <= width
     ages = [run.env['started'] for run in sorted(committed, key=lambda run: -run.env['started'])]
-    if width == 400:                                                         # where there is room nothing is cut
+    # where there is room nothing is cut
+    if width == 400:
         assert '…' not in out
         assert [find_run(line.split()[0]).env['started'] for line in out.splitlines()[1:]] == ages
-    if width >= 80:                                                          # the time in a name is what tells runs apart
+    # the time in a name is what tells runs apart
+    if width >= 80:
         for line, run in zip(out.splitlines()[1:], sorted(committed, key=lambda run: -run.env['started'])): assert line[:19].startswith(run.name[:19]) and ' finished ' in line
     code, out, err = said(capsys, 'runs')
     assert len(out.splitlines()) == 21 and err == f'{len(committed) - 20} older runs are left out; -n 0 shows all\n'
@@ -108,8 +113,10 @@ def test_one_run(committed, capsys):
         assert code == 0 and err == '' and out.splitlines()[0] == run.name and str(run.path) in out
         for part in (run.config, run.metrics, run.env):
             for key, value in part.items(): assert any(line.split() == f'{key} {value}'.split() for line in out.splitlines()), (run.name, key)
-        if run.path.parent.name == 'showcase': continue                      # some are called as a notebook
-        short = run.path.name[:15]                                           # the time alone, where it is one run's
+        # some are called as a notebook
+        if run.path.parent.name == 'showcase': continue
+        # the time alone, where it is one run's
+        short = run.path.name[:15]
         same = [other for other in committed if other.path.name.startswith(short)]
         if len(same) == 1: assert said(capsys, 'runs', short)[1].splitlines()[0] == run.name
         elif short not in [r.path.name for r in same]:
@@ -155,5 +162,7 @@ def test_generate(toy, monkeypatch):
                            for which, seed in (('-', '1'), (run.name, '1'), (str(run.path), '2'))]
     assert first.returncode == 0 and len(first.stdout) > 1, first.stderr
     assert first.stderr == ''                                                # nothing but the text
-    assert first.stdout == again.stdout != other.stdout                      # by -, by name, by folder; a seed decides
-    assert enigma(toy, 'generate', 'train_toy', 'x').returncode == 1         # finished, but without a model
+    # by -, by name, by folder; a seed decides
+    assert first.stdout == again.stdout != other.stdout
+    # finished, but without a model
+    assert enigma(toy, 'generate', 'train_toy', 'x').returncode == 1
