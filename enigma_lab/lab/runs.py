@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'ALIASES', 'PARTS', 'FOUR', 'HEADLINES', 'checkout', 'runs_root', 'write_json', 'write_whole', 'read_json',
-           'load_average', 'environment', 'slug', 'renamed', 'Run', 'new_run_dir', 'start_run', 'finish_run',
-           'PackedRun', 'read_records', 'small_files', 'pack_runs', 'pack_sweep', 'runs_in', 'list_runs', 'open_run',
-           'find_run', 'load_runs', 'compare_runs', 'plot_runs', 'headlines', 'run_state', 'age_text']
+           'load_average', 'environment', 'slug', 'renamed', 'RunReader', 'RunWriter', 'read_part', 'Run',
+           'new_run_dir', 'start_run', 'finish_run', 'PackedRun', 'read_records', 'small_files', 'pack_runs',
+           'pack_sweep', 'runs_in', 'list_runs', 'open_run', 'find_run', 'load_runs', 'compare_runs', 'plot_runs',
+           'headlines', 'run_state', 'age_text']
 
 # %% ../../nbs/lab/10_runs.ipynb #448834c2
 import hashlib, io, json, os, platform, re, subprocess, time, zipfile
@@ -14,8 +15,6 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from fastcore.basics import patch
 
 import enigma_lab
 
@@ -137,87 +136,96 @@ def renamed(
     kept = {k: v for k, v in value.items() if ALIASES.get(k) not in value}
     return {ALIASES.get(k, k): renamed(v) for k, v in kept.items()}
 
+# %% ../../nbs/lab/10_runs.ipynb #e45684f8
+class RunReader:
+    "Read the parts of a record; `part(name)` says where from."
+    @property
+    def checkpoint(self)->Path: # it need not exist
+        "Name the folder of what was learned."
+        return self.path/'checkpoint'
+
+    @property
+    def config(self)->dict:
+        "Read what was asked."
+        return renamed(self.part('config'))
+
+    @property
+    def metrics(self)->dict: # empty when the run is not finished
+        "Read the final numbers."
+        return renamed(self.part('metrics'))
+
+    @property
+    def env(self)->dict:
+        "Read what the run depended on."
+        return dict(self.part('env'))
+
+    @property
+    def history(self)->list[dict]: # the complete lines
+        "Read the logged steps."
+        return renamed(self.part('history'))
+
+# %% ../../nbs/lab/10_runs.ipynb #d4e82bce
+class RunWriter:
+    "Add to the record in the folder `path`."
+    def log(self,
+        **numbers, # of one step
+    ):
+        "Append one line to the history."
+        try:
+            with open(self.path/'history.jsonl', 'a', encoding='utf-8') as f:
+                f.write(json.dumps(numbers) + '\n')
+        except OSError as e:
+            raise OSError(f"a run must be writable, but {self.path}: {e.strerror}; "
+                "free space there or set ENIGMA_RUNS") from e
+
+    def figure(self,
+        name:str, # of the file, without its ending
+        figure, # matplotlib's
+    ): # the same
+        "Save a matplotlib figure as `figures/<name>.png`."
+        (self.path/'figures').mkdir(exist_ok=True)
+        figure.savefig(self.path/'figures'/f'{name}.png', dpi=100, bbox_inches='tight')
+        return figure
+
+# %% ../../nbs/lab/10_runs.ipynb #70377ae3
+def read_part(
+    folder:Path, # of a run
+    name:str, # 'config', 'env', 'metrics' or 'history'
+)->dict|list: # empty when there is none
+    "Read a part of the record in a folder as it was written."
+    if name != 'history': return read_json(folder/f'{name}.json')
+    file = folder/'history.jsonl'
+    text = file.read_text(encoding='utf-8') if file.is_file() else ''
+    complete = text.split('\n')[:-1] # a killed process may leave half of the last line
+    return [json.loads(line) for line in complete]
+
 # %% ../../nbs/lab/10_runs.ipynb #3518b926
 @dataclass(frozen=True)
-class Run:
+class Run(RunReader, RunWriter):
     "Name one run's folder."
     path:Path # runs/<notebook>/<time>[-note]
+
+    @property
+    def name(self)->str: # the notebook and the folder
+        "Name the run as `find_run` knows it."
+        return self.path.relative_to(self.path.parent.parent).as_posix()
+
+    @property
+    def finished(self)->bool:
+        "Tell whether the run has a result."
+        return (self.path/'metrics.json').is_file()
 
     def part(self,
         name:str, # 'config', 'env', 'metrics' or 'history'
     )->dict|list: # empty when there is none
         "Read a part of the record as it was written."
-        if name != 'history': return read_json(self.path/f'{name}.json')
-        file = self.path/'history.jsonl'
-        text = file.read_text(encoding='utf-8') if file.is_file() else ''
-        complete = text.split('\n')[:-1] # a killed process may leave half of the last line
-        return [json.loads(line) for line in complete]
+        return read_part(self.path, name)
 
     def open(self,
         name:str, # of a file beside the four
     ): # a binary stream
         "Open a small file of the record."
         return open(self.path/name, 'rb')
-
-# %% ../../nbs/lab/10_runs.ipynb #e45684f8
-@patch(as_prop=True)
-def name(self:Run)->str: # the notebook and the folder
-    "Name the run as `find_run` knows it."
-    return self.path.relative_to(self.path.parent.parent).as_posix()
-
-@patch(as_prop=True)
-def finished(self:Run)->bool:
-    "Tell whether the run has a result."
-    return (self.path/'metrics.json').is_file()
-
-@patch(as_prop=True)
-def config(self:Run)->dict:
-    "Read what was asked."
-    return renamed(self.part('config'))
-
-@patch(as_prop=True)
-def metrics(self:Run)->dict: # empty when the run is not finished
-    "Read the final numbers."
-    return renamed(self.part('metrics'))
-
-# %% ../../nbs/lab/10_runs.ipynb #7725d9d2
-@patch(as_prop=True)
-def env(self:Run)->dict:
-    "Read what the run depended on."
-    return dict(self.part('env'))
-
-@patch(as_prop=True)
-def history(self:Run)->list[dict]: # the complete lines
-    "Read the logged steps."
-    return renamed(self.part('history'))
-
-@patch(as_prop=True)
-def checkpoint(self:Run)->Path: # it need not exist
-    "Name the folder of what was learned."
-    return self.path/'checkpoint'
-
-# %% ../../nbs/lab/10_runs.ipynb #d4e82bce
-@patch
-def log(self:Run,
-    **numbers, # of one step
-):
-    "Append one line to the history."
-    try:
-        with open(self.path/'history.jsonl', 'a', encoding='utf-8') as f:
-            f.write(json.dumps(numbers) + '\n')
-    except OSError as e:
-        raise OSError(f"a run must be writable, but {self.path}: {e.strerror}; "
-            "free space there or set ENIGMA_RUNS") from e
-
-@patch
-def figure(self:Run,
-    name:str, # of the file, without its ending
-    figure, # matplotlib's
-): # the same
-    "Save a matplotlib figure as `figures/<name>.png`."
-    (self.path/'figures').mkdir(exist_ok=True)
-    figure.savefig(self.path/'figures'/f'{name}.png', dpi=100, bbox_inches='tight')
-    return figure
 
 # %% ../../nbs/lab/10_runs.ipynb #d3e93e2a
 def new_run_dir(
@@ -318,7 +326,7 @@ PARTS = ('config', 'env', 'metrics', 'history')
 
 @lru_cache(maxsize=64)
 def _lines(file, stamp):
-    return [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding='utf-8').split('\n')[:-1]]
 
 def read_records(
     folder:Path, # of a sweep or a notebook
