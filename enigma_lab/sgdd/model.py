@@ -271,6 +271,54 @@ def init_embedding(self:SGDDModel):
     if min(self.config.dim, *table.shape) == self.config.dim and len(rows) >= self.config.dim:
         self.decoder.embed.weight.data.copy_(svd_embedding(table[rows], self.config.dim))
 
+# %% ../../nbs/sgdd/40_model.ipynb #a191f73d
+@patch
+@torch.no_grad()
+def lengths(self:SGDDModel,
+    z:Tensor, # (B, encoder_dim) vectors
+    k:int=1, # lengths for each vector, the likeliest first
+)->Tensor: # (B, k) int64, tokens
+    "Return the likeliest lengths of each vector's sentence."
+    if self.length is None: return torch.full((len(z), k), self.config.max_len)
+    return self.length(self.vector(z)).topk(k, dim=1).indices + 1
+
+@patch
+def read(self:SGDDModel,
+    tokens:Tensor, # (B, T) token ids
+    content:Tensor|None=None, # (B, T) True inside the sentence; `None`: up to the first padding
+)->list[str]: # texts
+    "Decode tokens to texts, each up to its end."
+    c = self.config
+    beyond = torch.zeros_like(tokens, dtype=torch.bool) if content is None else ~content
+    content = ((tokens == c.pad_id) | beyond).cumsum(1) == 0
+    return [self.tokenizer.decode(row[keep]) for row, keep in zip(tokens.cpu(), content.cpu())]
+
+# %% ../../nbs/sgdd/40_model.ipynb #f93aa406
+@patch
+def generate(self:SGDDModel,
+    z, # (B, encoder_dim) vectors, or texts whose vectors are taken
+    **how # settings of `maskgit_sample`
+)->list[str]: # texts
+    "Write a sentence for each vector."
+    from enigma_lab.sgdd.sampling import maskgit_sample
+    if not isinstance(z, Tensor): z = self.encoder.encode(list(z))
+    trajectory = maskgit_sample(self, z, **how)
+    return self.read(trajectory.tokens, trajectory.content)
+
+@patch
+def infill(self:SGDDModel,
+    text:str, # a sentence with [MASK] for each token that is to be written
+    z:Tensor, # (encoder_dim,) a vector
+    **how # settings of `unmask`
+)->str: # the text, filled in
+    "Write the hidden tokens of a text."
+    from enigma_lab.sgdd.sampling import unmask
+    ids = self.tokenizer(text, return_tensors='pt')['input_ids'].to(self.device)
+    if not (ids == self.config.mask_id).any():
+        raise ValueError(f"a text to fill in must hold {self.tokenizer.mask_token}, got {text!r}")
+    filled = unmask(self, z[None].to(self.device), ids, torch.ones_like(ids, dtype=torch.bool), **how)
+    return self.read(filled.tokens)[0]
+
 # %% ../../nbs/sgdd/40_model.ipynb #0e9f5297
 @patch
 def parameter_card(self:SGDDModel,

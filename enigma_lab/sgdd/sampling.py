@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from .model import SGDDModel
@@ -134,17 +133,6 @@ def remask(
     best = hidden & (sure == sure.masked_fill(~hidden, -torch.inf).amax(1, keepdim=True))
     return hidden & (score < math.log(threshold)) & ~best & (left > 0)
 
-# %% ../../nbs/sgdd/50_sampling.ipynb #0680f116
-@patch
-@torch.no_grad()
-def lengths(self:SGDDModel,
-    z:Tensor, # (B, encoder_dim) vectors
-    k:int=1, # the k likeliest
-)->Tensor: # (B, k) int64
-    "How long the sentence of a vector may be."
-    if self.length is None: return torch.full((len(z), k), self.config.max_len)
-    return self.length(self.vector(z)).topk(k, dim=1).indices + 1
-
 # %% ../../nbs/sgdd/50_sampling.ipynb #36f53fc3
 def empty_canvas(
     length:Tensor, # (B,) tokens
@@ -168,27 +156,6 @@ def maskgit_sample(
         raise ValueError(f"a length must lie in 1 … max_len={model.config.max_len}, got {int(length.min())} … {int(length.max())}")
     return unmask(model, z, *empty_canvas(length.to(model.device), model.config.mask_id, model.config.pad_id), **how)
 
-# %% ../../nbs/sgdd/50_sampling.ipynb #18644416
-@patch
-def read(self:SGDDModel,
-    tokens:Tensor, # (B, T)
-    content:Tensor|None=None, # (B, T) True where the sentence is; `None`: up to the first padding
-)->list[str]: # texts
-    "Tokens as text."
-    ends = (tokens == self.config.pad_id) | (torch.zeros_like(tokens, dtype=torch.bool) if content is None else ~content)
-    content = ends.cumsum(1) == 0
-    return [self.tokenizer.decode(row[keep]) for row, keep in zip(tokens.cpu(), content.cpu())]
-
-@patch
-def generate(self:SGDDModel,
-    z, # (B, encoder_dim) vectors, or texts whose vectors are taken
-    **how # of `maskgit_sample`
-)->list[str]: # texts
-    "A sentence for each vector."
-    if not isinstance(z, Tensor): z = self.encoder.encode(list(z))
-    trajectory = maskgit_sample(self, z, **how)
-    return self.read(trajectory.tokens, trajectory.content)
-
 # %% ../../nbs/sgdd/50_sampling.ipynb #4cf7ce73
 def plot_trajectory(
     model:SGDDModel, # whose tokenizer names the tokens
@@ -208,15 +175,3 @@ def plot_trajectory(
             if token != model.config.mask_id: ax.text(i, k, model.tokenizer.convert_ids_to_tokens(token), ha='center', va='center', fontsize=8)
     ax.set(xticks=[], yticks=range(len(steps)), yticklabels=range(1, len(steps) + 1), ylabel='call'); ax.grid(False)
     return ax
-
-# %% ../../nbs/sgdd/50_sampling.ipynb #3f5e371c
-@patch
-def infill(self:SGDDModel,
-    text:str, # with [MASK] for what is to be written
-    z:Tensor, # (encoder_dim,) a vector
-    **how # of `unmask`
-)->str: # the text, filled in
-    "Write the hidden tokens of a text."
-    ids = self.tokenizer(text, return_tensors='pt')['input_ids'].to(self.device)
-    if not (ids == self.config.mask_id).any(): raise ValueError(f"a text to fill in must hold {self.tokenizer.mask_token}, got {text!r}")
-    return self.read(unmask(self, z[None].to(self.device), ids, torch.ones_like(ids, dtype=torch.bool), **how).tokens)[0]
