@@ -402,11 +402,11 @@ def _each_alone(function, jobs, **_):
 def _process_one(function, job):
     "Process one notebook, with cards of our making."
     from nbdev.config import get_config
-    from enigma_lab.lab import docs
+    global _PAGE
     config = get_config()
-    config['renderer'] = 'enigma_lab.dev.docs.SymbolCard'
+    config['renderer'] = f'{__name__}.SymbolCard'
     notebook = job[0].resolve().relative_to(config.nbs_path.resolve()).as_posix()
-    docs._PAGE = f"{config.lib_name}.{read_modules(config.nbs_path).get(notebook, '')}"
+    _PAGE = f"{config.lib_name}.{read_modules(config.nbs_path).get(notebook, '')}"
     function(job)
 
 # %% ../../nbs/dev/10_docs.ipynb #e77ecbe9
