@@ -135,7 +135,7 @@ def train(
     for setting in settings:
         name, equals, value = setting.partition('=')
         if not equals: raise ValueError(f"a setting is written name=value, got {setting}; {path.name} has [{', '.join(notebook_parameters(path))}]")
-        options += ['-p', name, value]
+        options += ['-r', name, value] # as text: the setting's type says how to read it
     words = papermill_command(path, options)
     sys.stdout.flush()
     os.execv(words[0], words)

@@ -6,11 +6,12 @@
 __all__ = ['checkout_of', 'notebook_parameters', 'check_parameters', 'papermill_command', 'parameter_option', 'run_notebook']
 
 # %% ../../nbs/lab/40_notebooks.ipynb #0de81936
-import ast, difflib, json, os, subprocess, sys
+import ast, json, os, subprocess, sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from .runs import Run, checkout, new_run_dir, runs_root
+from .settings import check_names
 
 # %% ../../nbs/lab/40_notebooks.ipynb #b5e95a59
 def checkout_of(
@@ -38,10 +39,7 @@ def check_parameters(
 ):
     "Refuse a parameter that the notebook does not have."
     known = notebook_parameters(notebook)
-    for name in names:
-        if name in known: continue
-        near = difflib.get_close_matches(str(name), known, 1)
-        raise ValueError(f"{Path(notebook).name} has no parameter {name!r}; it has [{', '.join(known)}]" + (f"; did you mean {near[0]}?" if near else ''))
+    check_names(names, known, Path(notebook).name)
 
 # %% ../../nbs/lab/40_notebooks.ipynb #ae1047bf
 def papermill_command(
@@ -57,8 +55,9 @@ def parameter_option(
     value, # text, a number, a truth value or None
 )->list[str]: # papermill's words for it
     if isinstance(value, str): return ['-r', name, value]
+    if isinstance(value, dict): return ['-y', json.dumps({name: value})]
     if value is None or isinstance(value, (bool, int, float)): return ['-p', name, str(value)]
-    raise ValueError(f"a parameter is text, a number, a truth value or None, got {name}={value!r}")
+    raise ValueError(f"a parameter is text, a number, a truth value, a dictionary or None, got {name}={value!r}")
 
 # %% ../../nbs/lab/40_notebooks.ipynb #138a7b3c
 def run_notebook(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'FIRST', 'LAST', 'Setting', 'field_comments', 'settings_of', 'kinds_of', 'fits', 'check_value',
            'check_fields', 'read_text', 'Settings', 'check_names', 'read_settings_file', 'make_settings',
-           'from_notebook', 'parameters_cell', 'write_settings']
+           'from_notebook', 'shown_value', 'parameters_cell', 'write_settings']
 
 # %% ../../nbs/lab/23_settings.ipynb #ccede19c
 import difflib, inspect, io, math, textwrap, tokenize
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
 
-# %% ../../nbs/lab/23_settings.ipynb #71ae7e9e
+# %% ../../nbs/lab/23_settings.ipynb #74e8789b
 @dataclass(frozen=True)
 class Setting:
     "Describe one thing that can be set."
@@ -46,7 +46,8 @@ def settings_of(
     "List what a class lets one set; of a subclass, what it adds comes first."
     comments, found = field_comments(cls), {f.name: f for f in fields(cls)}
     order = [name for base in cls.__mro__ for name in getattr(base, '__annotations__', {})]
-    value = lambda f: f.default_factory() if f.default is MISSING else f.default
+    made = lambda f: None if f.default_factory is MISSING else f.default_factory()
+    value = lambda f: made(f) if f.default is MISSING else f.default
     return {name: Setting(name, found[name].type, comments.get(name, ''), value(found[name]))
             for name in dict.fromkeys(order) if name in found}
 
@@ -187,13 +188,27 @@ def make_settings(
     return settings.kind(**values, **{}) if not (given or shape) else \
         settings.kind(**{**values, **given, **({'shape': shape} if shape else {})})
 
-# %% ../../nbs/lab/23_settings.ipynb #65b4af8c
+# %% ../../nbs/lab/23_settings.ipynb #e1f3485a
 def from_notebook(
     settings:Settings, # of the training
     names:dict, # `globals()` of the notebook
 ): # an instance of `settings.kind`
     "Make the config of a notebook whose `parameters` cell was generated from these settings."
-    return make_settings(settings, {name: names[name] for name in settings.all if name in names}, text=True)
+    given = {name: names[name] for name in settings.all if name in names}
+    if given.get('config'): # what the cell shows must not go before the file
+        given = {name: value for name, value in given.items() if value != shown_value(settings, name)}
+    return make_settings(settings, given, text=True)
+
+def shown_value(
+    settings:Settings, # of the training
+    name:str, # of a setting
+): # literal in the `parameters` cell; `None` where a preset or the model decides
+    "Return the default that a `parameters` cell shows."
+    if name == 'preset': return 'auto' if settings.auto else settings.all[name].default
+    decided = {n for values in settings.presets.values() for n in values} | {*settings.shape}
+    value = settings.all[name].default
+    either = 'effective_batch', 'gradient_accumulation_steps'
+    return None if name in decided or name in either or isinstance(value, dict) else value
 
 FIRST = 'preset', 'gpus', 'processes', 'data', 'seed' # of every `parameters` cell
 LAST = 'tracker', 'project', 'experiment', 'resume', 'test', 'note', 'config'
@@ -202,17 +217,13 @@ def parameters_cell(
     settings:Settings, # of the training
 )->str: # Python: a line `name: type = value  # meaning` for each setting
     "Write the `parameters` cell of a training notebook."
-    preset = {name for values in settings.presets.values() for name in values}
     middle = [name for name in settings.all if name not in FIRST + LAST]
     order = [name for name in (*FIRST, *middle, *LAST) if name in settings.all]
     lines = []
     for name in order:
-        s = settings.all[name]
-        chosen = 'auto' if name == 'preset' and settings.auto else s.default
-        shown = name == 'preset' or not (name in preset or name in settings.shape or isinstance(chosen, dict)
-                                         or name in ('effective_batch', 'gradient_accumulation_steps'))
-        kind = ' or '.join(k.__name__ for k in kinds_of(s.kind)[:1])
-        lines.append(f'{name}: {kind} = {chosen if shown else None!r}  # {s.comment}')
+        setting = settings.all[name]
+        kind = kinds_of(setting.kind)[0].__name__
+        lines.append(f'{name}: {kind} = {shown_value(settings, name)!r}  # {setting.comment}')
     return '\n'.join(lines)
 
 # %% ../../nbs/lab/23_settings.ipynb #53a4c2d1

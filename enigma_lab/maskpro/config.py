@@ -7,10 +7,12 @@ __all__ = ['MaskProConfig', 'check_config', 'steps_of', 'read_settings']
 
 # %% ../../nbs/maskpro/52_config.ipynb #d32b0781
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..lab.launch import check_processes
+from ..lab.settings import check_fields, check_names, read_text, settings_of
+from ..lab.task import read_words
 from ..lab.trackers import check_tracker
 from .estimators import make_method
 from .scores import KINDS
@@ -50,6 +52,9 @@ class MaskProConfig:
     tracker:str = 'none' # 'none' | 'wandb' | 'tensorboard'
     project:str = 'enigma-lab' # what the tracker files the run under
     experiment:str = '' # its name there; empty: the record's
+    resume:str = 'none' # 'none' | a record that was stopped
+    test:bool = True # read the test images; False while settings are being chosen
+    note:str = '' # word or two in the name of the record
 
     def __post_init__(self): check_config(self)
 
@@ -62,11 +67,12 @@ class MaskProConfig:
 # %% ../../nbs/maskpro/52_config.ipynb #f898458b
 def check_config(c:MaskProConfig):
     "Refuse what cannot be run."
-    check_processes(c.gpus, c.processes); check_tracker(c.tracker); make_method(c.estimator)
+    check_fields(c)
+    check_processes(c.gpus, c.processes)
+    check_tracker(c.tracker)
+    make_method(c.estimator)
     for name in ('batch_size', 'gradient_accumulation_steps', 'eval_steps', 'repeats'):
         if getattr(c, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
-    for name in ('dataset_size', 'learning_rate', 'logits', 'budget', 'max_steps', 'epochs', 'patience', 'num_samples', 'seed'):
-        if getattr(c, name) < 0: raise ValueError(f"{name} must be at least 0, got {getattr(c, name)}")
     if not (c.budget or c.max_steps or c.epochs): raise ValueError("learning needs an end: set budget, max_steps or epochs above 0")
     if c.initial not in KINDS and not Path(c.initial).is_dir(): raise ValueError(f"initial must be one of {KINDS}, or a folder with a pruned pipeline, got {c.initial!r}")
     if not 0 < c.share <= 1: raise ValueError(f"share must lie in (0, 1], got {c.share}")
@@ -90,14 +96,8 @@ def steps_of(
 def read_settings(
     words:list[str], # name=value
 )->dict: # field -> value, in the field's type
-    "Settings from a command line."
-    known, found = {f.name: f.type for f in fields(MaskProConfig)}, {}
-    for word in words:
-        name, equals, value = word.partition('=')
-        if not equals: raise ValueError(f"a setting is written name=value, got {word!r}")
-        if name not in known: raise ValueError(f"MaskProConfig has no field {name!r}; it has {sorted(known)}")
-        kind = {k.__name__: k for k in (int, float, str, bool)}[getattr(known[name], '__name__', known[name])]
-        if kind is bool and value.lower() not in ('true', 'false', '1', '0'): raise ValueError(f"{name} must be true or false, got {value!r}")
-        try: found[name] = value.lower() in ('true', '1') if kind is bool else kind(value)
-        except ValueError: raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}") from None
-    return found
+    "Read settings from a command line. Raise ValueError for a word that is none."
+    known = settings_of(MaskProConfig)
+    texts = read_words(words)
+    check_names(texts, known, 'MaskProConfig')
+    return {name: read_text(known[name], text) for name, text in texts.items()}
