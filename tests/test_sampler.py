@@ -2,12 +2,14 @@
 import pytest
 from playwright.sync_api import expect
 
-from jupyter_lab import browser, keys_stay, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
+from jupyter_lab import keys_stay, no_cell_failed, opened, set_knob
+
+pytest_plugins = 'jupyter_lab'
 
 INJECTION = '<img src=x onerror="window.hacked = true">'
 
 @pytest.fixture(scope='module')
-def page(lab, browser): # noqa: F811
+def page(lab, browser):
     with opened(lab, browser, '20_sampler.ipynb', '.sampler-app .sampler-text') as page: yield page
 
 def app(page): return page.locator('.sampler-app').last
@@ -20,8 +22,11 @@ def test_a_sentence_is_written_call_by_call(page):
     assert 'untrained toy' in app(page).inner_text()
     set_knob(page, 'steps', 5)
     fill(page, 'sampler-text', 'the clever pilot said that the brave farmer hid the golden mirror')
-    page.evaluate("""() => { window.rows = []; const app = [...document.querySelectorAll('.sampler-app')].pop()
-        new MutationObserver(() => window.rows.push(app.querySelectorAll('.sampler-table tr').length)).observe(app, {childList: true, subtree: true}) }""")
+    app(page).evaluate("""app => {
+        window.rows = []
+        const note = () => window.rows.push(app.querySelectorAll('.sampler-table tr').length)
+        new MutationObserver(note).observe(app, {childList: true, subtree: true})
+    }""")
     app(page).locator('button.sampler-write').click()
     expect(app(page).locator('.sampler-said')).to_contain_text('evaluations')
     page.wait_for_function('Math.max(...window.rows) >= 3')
