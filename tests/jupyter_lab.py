@@ -1,4 +1,4 @@
-"A real JupyterLab for the tests of the apps, one for all of them; a plugin of pytest (PYTEST_DONT_REWRITE)."
+"A real JupyterLab for the tests of all apps: a plugin of pytest (PYTEST_DONT_REWRITE)."
 import json, os, re, shutil, subprocess, sys, time, warnings
 from contextlib import contextmanager
 
