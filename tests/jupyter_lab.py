@@ -1,4 +1,4 @@
-"A real JupyterLab for the tests of the apps: a server with a copy of them, and a page that runs one as a person does."
+"A real JupyterLab for the tests of all apps: a plugin of pytest (PYTEST_DONT_REWRITE)."
 import json, os, re, shutil, subprocess, sys, time, warnings
 from contextlib import contextmanager
 
@@ -10,27 +10,33 @@ import test_docs
 NBS = test_docs.ROOT/'nbs'
 WAIT = 300_000  # milliseconds, for a busy machine
 TOKEN = 'enigma'
-QUIET = {'@jupyterlab/apputils-extension:notification': dict(fetchNews='false', checkForUpdates=False, doNotDisturbMode=True)}
+QUIET = {'@jupyterlab/apputils-extension:notification': dict(
+    fetchNews='false', checkForUpdates=False, doNotDisturbMode=True)}
 
 browser = test_docs.browser
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def lab(tmp_path_factory):
-    "The address of a JupyterLab with a copy of the apps, settings of its own and no run to be found."
+    "The address of a JupyterLab with a copy of the apps, its own settings and no run."
     home = tmp_path_factory.mktemp('lab')
     shutil.copytree(NBS/'apps', home/'apps', ignore=shutil.ignore_patterns('.*'))
     for name in ('runs', 'settings'): (home/name).mkdir()
     (home/'settings/overrides.json').write_text(json.dumps(QUIET), encoding='utf-8')
-    own = {f'JUPYTER_{kind}_DIR': str(home/kind.lower()) for kind in ('CONFIG', 'DATA', 'RUNTIME')}
-    own.update(VIRTUAL_ENV=sys.prefix, ENIGMA_RUNS=str(home/'runs'), IPYTHONDIR=str(home/'ipython'), OMP_NUM_THREADS='1')
-    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', '--port=0',
-        f'--IdentityProvider.token={TOKEN}', f'--ServerApp.root_dir={home/"apps"}', f'--LabApp.app_settings_dir={home/"settings"}',
+    own = {f'JUPYTER_{kind}_DIR': home/kind.lower() for kind in ('CONFIG', 'DATA', 'RUNTIME')}
+    own |= dict(VIRTUAL_ENV=sys.prefix, ENIGMA_RUNS=home/'runs', IPYTHONDIR=home/'ipython')
+    env = {**os.environ, **{k: str(v) for k, v in own.items()}, 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root',
+        '--ip=127.0.0.1', '--port=0', f'--IdentityProvider.token={TOKEN}',
+        f'--ServerApp.root_dir={home/"apps"}', f'--LabApp.app_settings_dir={home/"settings"}',
         '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
-    with open(home/'log.txt', 'wb') as log: server = subprocess.Popen(command, env={**os.environ, **own}, stdout=log, stderr=log)
+    log = home/'log.txt'
+    with log.open('wb') as out:
+        server = subprocess.Popen(command, env=env, stdout=out, stderr=out)
     try:
         until = time.monotonic() + WAIT/1000
         while not (found := list((home/'runtime').glob('jpserver-*.json'))):
-            assert server.poll() is None and time.monotonic() < until, (home/'log.txt').read_text(encoding='utf-8')
+            alive = server.poll() is None and time.monotonic() < until
+            assert alive, log.read_text(encoding='utf-8')
             time.sleep(.2)
         yield json.loads(found[0].read_text(encoding='utf-8'))['url']
     finally:
@@ -42,50 +48,67 @@ def kernels(page, lab):
     "What the server says of its kernels: state and connections of each."
     return page.request.get(f'{lab}api/kernels', params=dict(token=TOKEN)).json()
 
+def end_kernels(page, lab):
+    "End all kernels: the next notebook has the machine to itself."
+    key = dict(Authorization=f'token {TOKEN}')
+    for kernel in kernels(page, lab):
+        page.request.delete(f"{lab}api/kernels/{kernel['id']}", headers=key)
+
+def click_run_all(page):
+    page.locator('#jp-MainMenu').get_by_text('Run', exact=True).click()
+    page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
+
 def run_all(page, lab, wait, notebook, widget):
     "Open a page and run it: a hand that is no faster than the kernel."
     page.set_default_timeout(wait)
-    page.add_locator_handler(page.locator('.jp-Dialog button.jp-mod-accept'), lambda button: button.first.click(), no_wait_after=True)  # 'Select Kernel', on a slow start
+    accept = page.locator('.jp-Dialog button.jp-mod-accept') # 'Select Kernel', on a slow start
+    page.add_locator_handler(accept, lambda button: button.first.click(), no_wait_after=True)
     page.goto(f'{lab}lab/tree/{notebook}?reset&token={TOKEN}')
     page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').wait_for()
     until = time.monotonic() + wait/1000
-    while not any(k['execution_state'] == 'idle' and k['connections'] for k in kernels(page, lab)):
+    ready = lambda kernel: kernel['execution_state'] == 'idle' and kernel['connections']
+    while not any(map(ready, kernels(page, lab))):
         assert time.monotonic() < until, 'no kernel has started'
         page.wait_for_timeout(200)
-    page.locator('#jp-MainMenu').get_by_text('Run', exact=True).click()
-    page.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
-    expect(page.locator('.jp-CodeCell .jp-InputPrompt').last).to_have_text(re.compile(r'\[\d+\]'), timeout=wait)
+    click_run_all(page)
+    last = page.locator('.jp-CodeCell .jp-InputPrompt').last
+    expect(last).to_have_text(re.compile(r'\[\d+\]'), timeout=wait)
     page.locator(widget).wait_for(state='attached')
 
 @contextmanager
 def opened(lab, browser, notebook, widget):
-    "An app after Run All. JupyterLab may lose a widget on its way to the page: then a new tab, as a person would."
+    "An app after Run All. JupyterLab may lose a widget: then a new tab, as a person would."
     for left in 2, 1, 0:
         page, said = browser.new_page(viewport=dict(width=1400, height=1000)), []
         page.on('console', lambda message: said.append(message.text))
         try: run_all(page, lab, WAIT/3, notebook, widget)
         except (AssertionError, Error) as problem:
-            report = [str(problem), 'kernels', *map(str, kernels(page, lab)), 'page', page.locator('body').inner_text()[-3000:], 'console', *said[-20:]]
-            for kernel in kernels(page, lab): page.request.delete(f"{lab}api/kernels/{kernel['id']}", headers=dict(Authorization=f'token {TOKEN}'))
+            report = [str(problem), 'kernels', *map(str, kernels(page, lab)), 'page',
+                page.locator('body').inner_text()[-3000:], 'console', *said[-20:]]
+            end_kernels(page, lab)
             page.close()
             if not left: pytest.fail('\n'.join(report), pytrace=False)
             warnings.warn('\n'.join(report))
         else: break
     page.set_default_timeout(WAIT)
     yield page
+    end_kernels(page, lab)
     page.close()
 
 def no_cell_failed(page):
-    return page.locator('[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
+    bad = (f'[data-mime-type="application/vnd.jupyter.{kind}"]' for kind in ('error', 'stderr'))
+    return page.locator(', '.join(bad)).count() == 0
 
 def set_knob(page, name, value):
     "Type a number beside a slider."
-    readout = page.locator('.widget-hslider', has=page.get_by_text(name, exact=True)).locator('.widget-readout')
+    slider = page.locator('.widget-hslider', has=page.get_by_text(name, exact=True))
+    readout = slider.locator('.widget-readout')
     readout.fill(str(value))
     readout.press('Enter')
     expect(readout).to_have_text(re.compile(rf'{value}0*'))
 
-PLACES = 'button:enabled', 'input', 'select', 'textarea', '.widget-readout', '.noUi-handle'  # where a focus can be
+PLACES = ( # where a focus can be
+    'button:enabled', 'input', 'select', 'textarea', '.widget-readout', '.noUi-handle')
 
 def typed(page):
     "Type JupyterLab's shortcuts of one letter, and return how the number of cells went."
@@ -97,17 +120,19 @@ def typed(page):
     return counts
 
 def keys_stay(page, beside, shuts=''):
-    "Type on what can have the focus, after a click on what cannot and on a button that shuts itself: no cell comes or goes."
-    app, count = page.locator('.enigma-app[tabindex]').last, page.locator('.jp-Notebook .jp-Cell').count()
+    "Type on what can have the focus, and after clicks `beside` it and on what `shuts` itself."
+    app = page.locator('.enigma-app[tabindex]').last
+    count = page.locator('.jp-Notebook .jp-Cell').count()
     assert count > 10
     if shuts:
         app.locator(shuts).click()
         expect(app.locator(shuts)).to_be_enabled(timeout=WAIT)
         assert typed(page) == [count]*4, shuts
-    there = [place for place in PLACES if app.locator(place).and_(page.locator(':visible')).count()]
+    seen = {place: app.locator(place).and_(page.locator(':visible')) for place in PLACES}
+    there = [place for place in PLACES if seen[place].count()]
     assert len(there) > 1
     for place in there:
-        app.locator(place).and_(page.locator(':visible')).first.focus()
+        seen[place].first.focus()
         assert typed(page) == [count]*4, place
     app.locator(beside).first.click(position=dict(x=2, y=2))
     assert typed(page) == [count]*4, beside

@@ -7,22 +7,28 @@ from playwright.sync_api import expect
 from enigma_lab.apps.chat import ChatApp, conversations, load_voices, open_conversation
 from enigma_lab.lm.generate import stream_reply
 from enigma_lab.machine.history import EnigmaMachine
-from jupyter_lab import WAIT, browser, keys_stay, lab, no_cell_failed, opened, set_knob, typed # noqa: F401, fixtures
+from jupyter_lab import (
+    WAIT, click_run_all, keys_stay, no_cell_failed, opened, set_knob, typed)
+
+pytest_plugins = 'jupyter_lab'
 
 WATCH = """log => {
     window.seen = []
-    new MutationObserver(() => window.seen.push(log.textContent)).observe(log, {childList: true, subtree: true, characterData: true})
+    const every = {childList: true, subtree: true, characterData: true}
+    new MutationObserver(() => window.seen.push(log.textContent)).observe(log, every)
 }"""
-QUICK_HAND = """log => {  // the toy is done before a hand could move: Stop is clicked as soon as the reply grows
+QUICK_HAND = """log => {  // quicker than a hand: Stop is clicked as soon as the reply grows
+    const stop = document.querySelector('.chat-stop')
     const begun = new MutationObserver(() => {
-        if (!document.querySelector('.chat-stop').disabled && log.querySelectorAll('div > div > div').length > 0) { begun.disconnect(); document.querySelector('.chat-stop').click(); window.clicked = true }
+        if (stop.disabled || !log.querySelector('div > div > div')) return
+        begun.disconnect(); stop.click(); window.clicked = true
     })
     begun.observe(log, {childList: true, subtree: true, characterData: true})
 }"""
 INJECTION = '<img src=x onerror="window.hacked = true"><script>window.hacked = true</script>'
 
 @pytest.fixture(scope='module')
-def chat(lab, browser): # noqa: F811
+def chat(lab, browser):
     with opened(lab, browser, '10_chat.ipynb', '.chat-input textarea') as page:
         page.locator('.chat-log').evaluate(WATCH)
         page.get_by_text('model and knobs', exact=True).click()
@@ -31,20 +37,24 @@ def chat(lab, browser): # noqa: F811
 def long_seed(question, tokens):
     "A seed at which the toy says so many tokens or more."
     voice = load_voices()[0]
-    def said(seed): return len(list(stream_reply(voice.model, voice.tokenizer, [dict(role='user', content=question)], temperature=1., max_new_tokens=200, seed=seed)))
-    return next(seed for seed in range(100) if said(seed) >= tokens)
+    asked, knobs = [dict(role='user', content=question)], dict(temperature=1., max_new_tokens=200)
+    said = lambda seed: stream_reply(voice.model, voice.tokenizer, asked, seed=seed, **knobs)
+    return next(seed for seed in range(100) if len(list(said(seed))) >= tokens)
 
 def ask(page, text):
     page.evaluate('window.seen = []')
     page.locator('.chat-input textarea').fill(text)
     page.locator('.chat-input textarea').press('Enter')
 
-def ended(page): expect(page.locator('.chat-stop')).to_be_disabled(timeout=WAIT); return page.locator('.chat-log').inner_text()
+def ended(page):
+    expect(page.locator('.chat-stop')).to_be_disabled(timeout=WAIT)
+    return page.locator('.chat-log').inner_text()
 
 def test_a_reply_streams(chat, tmp_path, monkeypatch):
     monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path)) # where no run is
     assert 'untrained toy' in chat.locator('.chat-meter').inner_text()
-    for name, value in dict(temperature=1, characters=200, seed=long_seed('the fox', 80)).items(): set_knob(chat, name, value)
+    knobs = dict(temperature=1, characters=200, seed=long_seed('the fox', 80))
+    for name, value in knobs.items(): set_knob(chat, name, value)
     ask(chat, 'the fox')
     chat.wait_for_function('window.seen.length > 5')
     ended(chat)
@@ -81,29 +91,46 @@ def test_markup_is_text_and_the_export_holds_it(chat):
     ask(chat, INJECTION)
     expect(chat.locator('.chat-log')).to_contain_text('<img src=x')
     ended(chat)
-    assert chat.evaluate('window.hacked') is None and chat.locator('.chat-log img, .chat-log script').count() == 0
+    assert chat.evaluate('window.hacked') is None
+    assert chat.locator('.chat-log img, .chat-log script').count() == 0
     with chat.expect_download() as saved: chat.locator('.chat-export').click()
     turns = json.loads(saved.value.path().read_text(encoding='utf-8'))['turns']
-    assert [turn['user'] for turn in turns] == ['the fox', INJECTION] and all(turn['replies'] for turn in turns)
+    assert [turn['user'] for turn in turns] == ['the fox', INJECTION]
+    assert all(turn['replies'] for turn in turns)
 
 CONTRAST = """log => {  // of the text that is seen, against what lies behind it: WCAG 2.2, 1.4.3
-    const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map(v => v/255).map(v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4); return .2126*r + .7152*g + .0722*b }
-    const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)|transparent/.test(c)) return c } return 'rgb(255, 255, 255)' }
-    const texts = [...log.querySelectorAll('div')].filter(d => [...d.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()))
-    return texts.map(d => [light(getComputedStyle(d).color), light(behind(d))].sort()).map(([a, b]) => (b + .05)/(a + .05))
+    const linear = v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4
+    const light = c => {
+        const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map(v => linear(v/255))
+        return .2126*r + .7152*g + .0722*b
+    }
+    const behind = e => {
+        for (; e; e = e.parentElement) {
+            const c = getComputedStyle(e).backgroundColor
+            if (!/, 0\\)|transparent/.test(c)) return c
+        }
+        return 'rgb(255, 255, 255)'
+    }
+    const says = d => [...d.childNodes].some(n => n.nodeType == 3 && n.textContent.trim())
+    const texts = [...log.querySelectorAll('div')].filter(says)
+    const pair = d => [light(getComputedStyle(d).color), light(behind(d))].sort((a, b) => a - b)
+    return texts.map(pair).map(([a, b]) => (b + .05)/(a + .05))
 }"""
 
 def test_narrow_light_and_dark(chat):
-    log, shots = chat.locator('.chat-log'), os.environ.get('ENIGMA_SHOTS') # a folder, for those who want to look
+    log = chat.locator('.chat-log')
+    shots = os.environ.get('ENIGMA_SHOTS') # a folder, for those who want to look
+    change = '.lm-Menu-item[data-command="apputils:change-theme"]'
     for theme, light in (('JupyterLab Dark', 'false'), ('JupyterLab Light', 'true')):
         chat.locator('#jp-MainMenu').get_by_text('Settings', exact=True).click()
         chat.locator('.lm-Menu-item', has=chat.get_by_text('Theme', exact=True)).click()
-        chat.locator('.lm-Menu-item[data-command="apputils:change-theme"]', has=chat.get_by_text(theme, exact=True)).click()
+        chat.locator(change, has=chat.get_by_text(theme, exact=True)).click()
         chat.wait_for_selector(f'body[data-jp-theme-light="{light}"]', state='attached')
         chat.set_viewport_size(dict(width=800, height=900))
         log.scroll_into_view_if_needed()
         if shots: chat.screenshot(path=f'{shots}/chat-{theme.split()[-1].lower()}.png')
-        assert log.evaluate('log => log.scrollWidth <= log.clientWidth + 1'), 'a long line is cut off'
+        fits = log.evaluate('log => log.scrollWidth <= log.clientWidth + 1')
+        assert fits, 'a long line is cut off'
         assert min(log.evaluate(CONTRAST)) > 4.5, theme
         chat.set_viewport_size(dict(width=1400, height=1000))
 
@@ -117,8 +144,7 @@ def test_clear(chat):
 
 def test_run_again_after_clear_shows_nothing(chat):
     before = chat.locator('.enigma-app').element_handle()
-    chat.locator('#jp-MainMenu').get_by_text('Run', exact=True).click()
-    chat.locator('.lm-Menu-item[data-command="runmenu:run-all"]').click()
+    click_run_all(chat)
     before.wait_for_element_state('hidden', timeout=WAIT) # the old chat has gone from the page
     expect(chat.locator('.chat-meter')).to_contain_text('talking to', timeout=WAIT)
     assert chat.locator('.chat-log').inner_text().strip() == ''
@@ -147,21 +173,28 @@ def test_visitors_who_come_in_the_same_second(tmp_path, monkeypatch):
     first = ChatApp()
     first.talk.ask('of somebody else')
     who = 'Ada', 'Bob', 'Eve'
-    all_ = [subprocess.Popen([sys.executable, '-c', VISITOR, name], stdin=-1, stdout=-1, text=True) for name in who]
+    come = lambda name: subprocess.Popen(
+        [sys.executable, '-c', VISITOR, name], stdin=-1, stdout=-1, text=True)
+    all_ = list(map(come, who))
     try:
-        assert [visitor.stdout.readline() for visitor in all_] == ['0\n']*3 # nobody sees what the first one said
+        empty = ['0\n']*3 # nobody sees what the first one said
+        assert [visitor.stdout.readline() for visitor in all_] == empty
         for visitor in all_: print(file=visitor.stdin, flush=True)
         names = [visitor.stdout.readline().strip() for visitor in all_]
-        assert set(names) == {FROZEN, f'{FROZEN}-1', f'{FROZEN}-2'} == set(conversations()) - {first.name}
+        assert set(names) == {FROZEN, f'{FROZEN}-1', f'{FROZEN}-2'}
+        assert set(conversations()) == {*names, first.name}
         for name, visitor in zip(who, names):
-            turns = json.loads((tmp_path/'chats'/f'{visitor}.json').read_text(encoding='utf-8'))['turns']
+            file = tmp_path/'chats'/f'{visitor}.json'
+            turns = json.loads(file.read_text(encoding='utf-8'))['turns']
             assert [turn['user'] for turn in turns] == [f'{name} asks {i}' for i in range(20)]
             assert all(turn['replies'] == dict(toy='x'*10_000) for turn in turns)
-            with pytest.raises(ValueError, match='open in another'): ChatApp(conversation=visitor)
+            with pytest.raises(ValueError, match='open in another'):
+                ChatApp(conversation=visitor)
     finally:
         for visitor in all_: visitor.kill(); visitor.wait()
     again = ChatApp(conversation=names[0]) # a kernel that died lets go
-    assert len(again.talk.turns) == 20 and first.talk.turns == [dict(user='of somebody else', replies={})]
+    assert len(again.talk.turns) == 20
+    assert first.talk.turns == [dict(user='of somebody else', replies={})]
 
 def test_an_interrupted_conversation_is_opened_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path))
@@ -169,26 +202,34 @@ def test_an_interrupted_conversation_is_opened_by_its_name(tmp_path, monkeypatch
     app.begin()
     assert not (tmp_path/'chats').exists() # nothing was said: no file
     app.talk.ask('are you there?')
-    with pytest.raises(ValueError, match='open in another'): open_conversation(app.name)
-    again = ChatApp(conversation=app.name)
-    assert again.talk.turns == [dict(user='are you there?', replies={})] and 'interrupted' in again.meter.value
-    assert app.talk.turns == [] and app.talk.path is None # it has moved
+    name, asked = app.name, [dict(user='are you there?', replies={})]
+    for second in open_conversation, lambda name: ChatApp(conversation=name):
+        with pytest.raises(ValueError, match='open in another'): second(name)
+    assert app.talk.turns == asked
+    app.begin()
+    again = ChatApp(conversation=name)
+    assert again.talk.turns == asked and 'interrupted' in again.meter.value
+    assert app.talk.turns == [] and app.talk.path is None
     app.talk.ask('another thing')
     assert len(conversations()) == 2
-    with pytest.raises(ValueError, match='must be one of'): ChatApp(conversation='19991231-235959')
+    with pytest.raises(ValueError, match='must be one of'):
+        ChatApp(conversation='19991231-235959')
 
 
 # the lampboard
 
 @pytest.fixture(scope='module')
-def board(lab, browser): # noqa: F811
+def board(lab, browser):
     with opened(lab, browser, '30_lampboard.ipynb', '.board-lamps') as page: yield page
 
 def test_keys_and_lamps(board):
     app = board.locator('.jp-OutputArea', has=board.locator('.board-lamps')).last
     for _ in range(3): app.get_by_role('button', name='A', exact=True).click()
-    expect(board.locator('.board-paper b')).to_have_text(EnigmaMachine().encipher('AAA'))
-    assert board.locator('.board-lamps').evaluate("lamps => [...lamps.querySelectorAll('span')].filter(s => s.style.background).map(s => s.textContent)") == [EnigmaMachine().encipher('AAA')[-1]]
+    lit = EnigmaMachine().encipher('AAA')
+    expect(board.locator('.board-paper b')).to_have_text(lit)
+    lamps = board.locator('.board-lamps span').evaluate_all(
+        'all => all.filter(s => s.style.background).map(s => s.textContent)')
+    assert lamps == [lit[-1]]
 
 def test_a_message_and_back(board):
     app = board.locator('.jp-OutputArea', has=board.locator('.board-lamps')).last
@@ -198,7 +239,8 @@ def test_a_message_and_back(board):
     board.locator('.board-message textarea').blur()
     board.locator('.board-go').click()
     secret = EnigmaMachine().encipher('ATTACKATDAWN')
-    expect(board.locator('.board-paper b')).to_have_text(f'{secret[:5]} {secret[5:10]} {secret[10:]}')
+    groups = f'{secret[:5]} {secret[5:10]} {secret[10:]}'
+    expect(board.locator('.board-paper b')).to_have_text(groups)
     app.get_by_role('button', name='Neural Enigma').click()
     expect(board.locator('.board-note')).to_contain_text('every bit came back')
     assert no_cell_failed(board)

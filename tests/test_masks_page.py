@@ -2,12 +2,14 @@
 import pytest
 from playwright.sync_api import expect
 
-from jupyter_lab import browser, keys_stay, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
+from jupyter_lab import keys_stay, no_cell_failed, opened, set_knob
+
+pytest_plugins = 'jupyter_lab'
 
 INJECTION = '<img src=x onerror="window.hacked = true">'
 
 @pytest.fixture(scope='module')
-def page(lab, browser): # noqa: F811
+def page(lab, browser):
     with opened(lab, browser, '50_masks.ipynb', '.masks-app .masks-run input') as page:
         page.set_viewport_size(dict(width=800, height=1000))
         yield page
@@ -22,7 +24,11 @@ def pictures(page, where):
 
 def rows_change(page, before):
     "The rows once they are others."
-    page.wait_for_function("before => { const app = [...document.querySelectorAll('.masks-app')].pop(), now = [...app.querySelectorAll('.masks-images img')].map(x => x.src)\n return now.length == 3 && now.join() != before.join() }", arg=before)
+    page.wait_for_function("""before => {
+        const app = [...document.querySelectorAll('.masks-app')].pop()
+        const now = [...app.querySelectorAll('.masks-images img')].map(x => x.src)
+        return now.length == 3 && now.join() != before.join()
+    }""", arg=before)
     return pictures(page, 'images')
 
 def test_three_models_draw_from_the_same_noise(page):
@@ -47,19 +53,22 @@ def test_a_layer_has_its_map(page):
     layer.select_option('mid_block.attentions.0.to_q')
     expect(app(page).locator('.masks-map img')).to_have_count(1)
     assert not set(pictures(page, 'map')) & set(convolution)
-    for case in ('dropped by both', 'lost', 'gained', 'kept by both'): expect(app(page).locator('.masks-map')).to_contain_text(case)
+    for case in ('dropped by both', 'lost', 'gained', 'kept by both'):
+        expect(app(page).locator('.masks-map')).to_contain_text(case)
     row = app(page).locator('.masks-table tr', has_text='mid_block.attentions.0.to_q')
     expect(row.locator('td').nth(2)).to_have_text('16') # groups of four in eight by eight
 
 def test_it_fits_a_narrow_window(page):
-    wide = app(page).evaluate('x => [x.scrollWidth, x.clientWidth, x.getBoundingClientRect().right]')
-    assert wide[0] <= wide[1] + 1 and wide[2] <= 800
+    inner, outer, right = app(page).evaluate(
+        'x => [x.scrollWidth, x.clientWidth, x.getBoundingClientRect().right]')
+    assert inner <= outer + 1 and right <= 800
 
 def test_a_wrong_name_is_text_and_loses_nothing(page):
     rows = pictures(page, 'images')
     field = app(page).locator('.masks-run input')
     field.fill(INJECTION); field.press('Tab')
     expect(app(page).locator('.masks-said')).to_contain_text('<img src=x')
-    assert pictures(page, 'images') == rows and page.evaluate('window.hacked') is None and no_cell_failed(page)
+    assert pictures(page, 'images') == rows
+    assert page.evaluate('window.hacked') is None and no_cell_failed(page)
 
 def test_keys_stay_on_the_page(page): keys_stay(page, '.masks-note', 'button.masks-draw')

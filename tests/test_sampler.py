@@ -2,26 +2,31 @@
 import pytest
 from playwright.sync_api import expect
 
-from jupyter_lab import browser, keys_stay, lab, no_cell_failed, opened, set_knob # noqa: F401, fixtures
+from jupyter_lab import keys_stay, no_cell_failed, opened, set_knob
+
+pytest_plugins = 'jupyter_lab'
 
 INJECTION = '<img src=x onerror="window.hacked = true">'
 
 @pytest.fixture(scope='module')
-def page(lab, browser): # noqa: F811
+def page(lab, browser):
     with opened(lab, browser, '20_sampler.ipynb', '.sampler-app .sampler-text') as page: yield page
 
 def app(page): return page.locator('.sampler-app').last
 
-def unmask(page, where, text):
+def fill(page, where, text):
     field = app(page).locator(f'.{where} input')
-    field.unmask(text); field.press('Tab')
+    field.fill(text); field.press('Tab')
 
 def test_a_sentence_is_written_call_by_call(page):
     assert 'untrained toy' in app(page).inner_text()
     set_knob(page, 'steps', 5)
-    unmask(page, 'sampler-text', 'the clever pilot said that the brave farmer hid the golden mirror')
-    page.evaluate("""() => { window.rows = []; const app = [...document.querySelectorAll('.sampler-app')].pop()
-        new MutationObserver(() => window.rows.push(app.querySelectorAll('.sampler-table tr').length)).observe(app, {childList: true, subtree: true}) }""")
+    fill(page, 'sampler-text', 'the clever pilot said that the brave farmer hid the golden mirror')
+    app(page).evaluate("""app => {
+        window.rows = []
+        const note = () => window.rows.push(app.querySelectorAll('.sampler-table tr').length)
+        new MutationObserver(note).observe(app, {childList: true, subtree: true})
+    }""")
     app(page).locator('button.sampler-write').click()
     expect(app(page).locator('.sampler-said')).to_contain_text('evaluations')
     page.wait_for_function('Math.max(...window.rows) >= 3')
@@ -34,10 +39,10 @@ def test_between_and_missing(page):
     expect(app(page).locator('.sampler-filled')).to_be_visible()
 
 def test_markup_is_text_and_nothing_is_an_error(page):
-    unmask(page, 'sampler-text', INJECTION*8) # too long, and the message says so
+    fill(page, 'sampler-text', INJECTION*8) # too long, and the message says so
     app(page).locator('button.sampler-write').click()
     expect(app(page).locator('.sampler-said')).to_contain_text('<img src=x')
-    unmask(page, 'sampler-text', '')
+    fill(page, 'sampler-text', '')
     app(page).locator('button.sampler-write').click()
     expect(app(page).locator('.sampler-said')).to_contain_text('a text must hold a word at least')
     assert page.evaluate('window.hacked') is None and no_cell_failed(page)

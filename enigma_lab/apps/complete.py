@@ -29,7 +29,7 @@ def load_toy()->tuple: # model in eval mode, its tokenizer, and a sentence on wh
 def load_model(
     run:str='', # name of a run; empty: the newest
 )->tuple: # model in eval mode, its tokenizer, and a sentence on where they come from
-    "Return the newest trained model, or an untrained toy where there is none."
+    "Return the newest trained model, or a toy. Raises FileNotFoundError if a named run is missing."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
     import enigma_lab.lm.model # noqa: F401, transformers must know the architecture

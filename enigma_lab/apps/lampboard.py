@@ -83,7 +83,7 @@ def neural_round_trip(
     text:str, # letters A … Z
     seed:int=0, # seed of the machine's weights
 )->tuple[str,str,bool]: # enciphered and deciphered letters; whether every bit came back
-    "Send a text through the neural Enigma, twice. Raise ValueError if it is not of letters."
+    "Send a text through the neural Enigma, twice. Raises ValueError if it is not of letters."
     import torch
     from enigma_lab.machine.enigma import Enigma
     if not text or set(text) - set(LETTERS):

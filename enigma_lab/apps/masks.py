@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CASES', 'load_masked', 'toy_masked', 'check_dense', 'about', 'denoise', 'picture', 'image_row', 'show_step',
-           'mask_cases', 'legend', 'heat_map', 'change_table', 'knobs', 'masks_app']
+           'mask_cases', 'legend', 'heat_map', 'change_table', 'knobs', 'panes', 'MasksPage', 'masks_app']
 
 # %% ../../nbs/apps/50_masks.ipynb #dbb9302f
 import base64, html, io
@@ -12,22 +12,23 @@ from copy import deepcopy
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .widget import keep_keys
 from ..data.images import as_pixels
 from ..lab.runs import Run, find_run
-from ..ddpm.train import load_pipeline
 from ..ddpm.model import make_scheduler, make_unet, sample_images
+from ..ddpm.train import load_pipeline
 from ..maskpro.masks import apply_masks, find_masks, mask_report, remove_masks
 from ..maskpro.scores import initial_mask
 from ..maskpro.train import MaskTask, config_of, need, three_models
 
 # %% ../../nbs/apps/50_masks.ipynb #0f919bdf
 def load_masked(
-    run:str='', # of train_maskpro; empty: the newest, else the showcase's
-)->tuple: # 'dense', 'initial', 'learned' -> UNet2DModel; DDPMScheduler; what they are
-    "The three models of a run."
+    run:str='', # name of a run of train_maskpro; empty: the newest, else the showcase's
+)->tuple: # 'dense', 'initial', 'learned' -> UNet2DModel; DDPMScheduler; sentence on them
+    "Return the models of a run, or a toy. Raises FileNotFoundError if a named run is missing."
     try: found = find_run(run, 'train_maskpro', 'maskpro')
     except FileNotFoundError:
         if run: raise
@@ -35,50 +36,58 @@ def load_masked(
     for name in ('initial', 'learned'): need(found, f'{name}_masks.safetensors', 'learn')
     own = found.path/'dense'
     unet, scheduler = load_pipeline(own if own.is_dir() else found.config['model'])
-    models = three_models(found, MaskTask(config=config_of(found), unet=unet, scheduler=scheduler, images=None, train=None))
+    parts = dict(config=config_of(found), unet=unet, scheduler=scheduler)
+    models = three_models(found, MaskTask(**parts, images=None, train=None))
     if not own.is_dir(): check_dense(found, models['learned'])
     return models, scheduler, about(found)
 
-def toy_masked()->tuple: # models, scheduler
-    "Something to look at where nothing is trained."
+def toy_masked()->tuple: # the three models and their DDPMScheduler
+    "Build something to look at where nothing is trained."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         models = dict(dense=make_unet('tiny').eval())
     for name in ('initial', 'learned'): models[name] = deepcopy(models['dense'])
     before, now = apply_masks(models['initial']), apply_masks(models['learned'])
-    anew = torch.rand(now.num_groups, 1, generator=torch.Generator().manual_seed(0)) < .3
+    seeded = torch.Generator().manual_seed(0)
+    anew = torch.rand(now.num_groups, 1, generator=seeded) < .3
     now.set(torch.where(anew, initial_mask(now, 'random'), before.values()))
     return models, make_scheduler()
 
 # %% ../../nbs/apps/50_masks.ipynb #3e51ee4d
 def check_dense(
-    run:Run, # whose checkpoint has the learned masks baked in
+    run:Run, # run whose checkpoint has the learned masks baked in
     learned, # UNet2DModel with the learned masks
 ):
-    "Refuse a dense model that is not the one of the run."
-    saved, now = load_pipeline(run)[0].state_dict(), remove_masks(deepcopy(learned)).state_dict()
+    "Compare a dense model with the run's. Raises ValueError if it is another one."
+    saved = load_pipeline(run)[0].state_dict()
+    now = remove_masks(deepcopy(learned)).state_dict()
     for name, w in saved.items():
-        if not torch.equal(w, now[name]):
-            raise ValueError(f"a mask must be shown on the model it was learned on, got other weights of {name!r} in the dense model {run.config['model']!r} than in {run.name}")
+        if torch.equal(w, now[name]): continue
+        raise ValueError("a mask must be shown on the model it was learned on, got other weights "
+            f"of {name!r} in the dense model {run.config['model']!r} than in {run.name}")
 
 def about(
-    run:Run, # of train_maskpro
-)->str: # a sentence
-    "What a run is, and how much of the gap its masks recovered."
+    run:Run, # run of train_maskpro
+)->str: # sentence
+    "Say what a run is, and how much of the gap its masks recovered."
     c, m = run.config, run.metrics
     gap = 'gap_recovered is not in its metrics'
-    if 'gap_recovered' in m: gap = f"gap_recovered {m['gap_recovered']:.2f} (95 % interval {m['gap_recovered_from']:.2f} to {m['gap_recovered_to']:.2f}) on {m.get('split', 'held-out')} images"
-    return f"{run.name}: {c['n']}:{c['m']} masks, learned on {c['dataset']} with the estimator {c['estimator']!r}; {gap}"
+    if 'gap_recovered' in m:
+        interval = f"95 % interval {m['gap_recovered_from']:.2f} to {m['gap_recovered_to']:.2f}"
+        split = m.get('split', 'held-out')
+        gap = f"gap_recovered {m['gap_recovered']:.2f} ({interval}) on {split} images"
+    learned = f"learned on {c['dataset']} with the estimator {c['estimator']!r}"
+    return f"{run.name}: {c['n']}:{c['m']} masks, {learned}; {gap}"
 
 # %% ../../nbs/apps/50_masks.ipynb #b9f1fc1a
 def denoise(
-    models:dict, # name -> UNet2DModel
-    scheduler, # with which they were trained
-    num:int=8, # N images of each model
-    steps:int=25, # evaluations of a model for an image
-    seed:int=7, # of the noise, the same for all models
-)->dict: # name -> (steps + 1, N, C, H, W): the noise, and the images after each step, the last within [-1, 1]
-    "Images on their way from noise, by DDIM (arXiv:2010.02502)."
+    models:dict, # name of a model -> UNet2DModel
+    scheduler, # DDPMScheduler with which they were trained
+    num:int=8, # number N of images of each model
+    steps:int=25, # number of evaluations of a model for an image
+    seed:int=7, # seed of the noise, the same for all models
+)->dict: # name -> (steps + 1, N, C, H, W) noise and images after each step, the last in [-1, 1]
+    "Draw images by DDIM (arXiv:2010.02502), and keep each step on the way from noise."
     frames = {}
     for name, model in models.items():
         seen = []
@@ -90,134 +99,218 @@ def denoise(
 
 # %% ../../nbs/apps/50_masks.ipynb #7e692cc8
 def picture(
-    pixels:np.ndarray, # (H, W) places in the palette, or (H, W, 4) red, green, blue, opacity; uint8
-    zoom:int, # side of a pixel on the page
-    says:str, # for who cannot see it
+    pixels:np.ndarray, # uint8: (H, W) places in the palette, or (H, W, 4) with red to opacity
+    zoom:int, # side of a pixel on the page, in CSS pixels
+    says:str, # text for who cannot see it
     palette:tuple=(), # colours as '#rrggbb'
 )->str: # HTML
-    "An image as text."
+    "Write an image as text."
     from PIL import Image
     image, file = Image.fromarray(pixels), io.BytesIO()
     if palette: image.putpalette(bytes.fromhex(''.join(palette).replace('#', '')))
     image.save(file, 'png')
-    return (f'<img alt="{html.escape(says)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" '
-        f'style="width:{zoom*image.width}px;max-width:100%;image-rendering:pixelated;margin:0;display:block">')
+    data = base64.b64encode(file.getvalue()).decode()
+    style = (f'width:{zoom*image.width}px;max-width:100%;image-rendering:pixelated;'
+        'margin:0;display:block')
+    return (f'<img alt="{html.escape(says)}" src="data:image/png;base64,{data}" '
+        f'style="{style}">')
 
 def image_row(
-    x:Tensor, # (N, C, H, W); what lies beyond [-1, 1] is clipped
-    says:str='', # for who cannot see it
+    x:Tensor, # (N, C, H, W) images; what lies beyond [-1, 1] is clipped
+    says:str='', # text for who cannot see it
 )->str: # HTML
-    "Images side by side."
+    "Draw images side by side."
     pixels = as_pixels(x)
     N, H, W, C = pixels.shape
     row = np.zeros((H, N, W + 1, 4), np.uint8)
     row[:, :, :W, :3], row[:, :, :W, 3] = pixels.swapaxes(0, 1), 255
     return picture(row.reshape(H, -1, 4)[:, :-1], max(1, round(48/W)), says)
 
+# %% ../../nbs/apps/50_masks.ipynb #d14f8b63
 def show_step(
-    frames:dict, # of `denoise`
-    step:int, # 0: the noise
+    frames:dict, # name of a model -> frames, of `denoise`
+    step:int, # number of steps done; 0: the noise
 )->str: # HTML
-    "A row of images for each model."
-    rows = ''.join(f'<tr><th style="text-align:right;font-weight:normal;padding:2px .6em 2px 0">{html.escape(name)}</th>'
-        f'<td style="padding:2px 0">{image_row(x[step], f"{name}, after step {step}")}</td></tr>' for name, x in frames.items())
-    return f'<table class="masks-rows" style="border-collapse:collapse;margin:0">{rows}</table>'
+    "Draw a row of images for each model."
+    head = '<th style="text-align:right;font-weight:normal;padding:2px .6em 2px 0">'
+    def line(name, x):
+        row = image_row(x[step], f'{name}, after step {step}')
+        return f'<tr>{head}{html.escape(name)}</th><td style="padding:2px 0">{row}</td></tr>'
+    rows = ''.join(line(name, x) for name, x in frames.items())
+    table = '<table class="masks-rows" style="border-collapse:collapse;margin:0">'
+    return f'{table}{rows}</table>'
 
 # %% ../../nbs/apps/50_masks.ipynb #3ca4a78e
-CASES = {'dropped by both': '#8a8a8a', 'lost': '#d55e00', 'gained': '#009e73', 'kept by both': '#0072b2'} # initial + 2 · learned -> colour
+CASES = {'dropped by both': '#8a8a8a', 'lost': '#d55e00', 'gained': '#009e73',
+    'kept by both': '#0072b2'} # initial + 2 · learned -> colour
 
 def mask_cases(
-    models:dict, # with 'initial' and 'learned'
+    models:dict, # 'initial', 'learned' -> UNet2DModel with masks
 )->dict: # name of a layer -> (out, in, …) int64, places in `CASES`
-    "What became of each weight."
+    "Return what became of each weight."
     before, now = find_masks(models['initial']), find_masks(models['learned'])
-    return {name: case.long() for name, case in now.unpack(before.values() + 2*now.values()).items()}
+    cases = now.unpack(before.values() + 2*now.values())
+    return {name: case.long() for name, case in cases.items()}
 
 def legend(
-    cases:Tensor, # of a layer
+    cases:Tensor, # (out, in, …) places in `CASES` of a layer
 )->str: # HTML
-    "The four colours, and how many weights have them."
+    "Draw the four colours, and how many weights have them."
     counts = cases.flatten().bincount(minlength=len(CASES)).tolist()
     square = 'display:inline-block;width:.8em;height:.8em;background:'
-    return ' &nbsp; '.join(f'<span style="white-space:nowrap"><span style="{square}{colour}"></span> {name} {n:,}</span>' for (name, colour), n in zip(CASES.items(), counts))
+    def part(name, colour, n):
+        box = f'<span style="{square}{colour}"></span>'
+        return f'<span style="white-space:nowrap">{box} {name} {n:,}</span>'
+    return ' &nbsp; '.join(part(*case, n) for case, n in zip(CASES.items(), counts))
 
+# %% ../../nbs/apps/50_masks.ipynb #7ab25e90
 def heat_map(
-    cases:Tensor, # (out, in) or (out, in, height, width) of a layer
+    cases:Tensor, # (out, in) or (out, in, height, width) places in `CASES` of a layer
 )->str: # HTML
-    "A layer's masks compared, weight by weight."
+    "Draw a layer's masks compared, weight by weight."
     high, wide = cases.shape[2:] if cases.ndim == 4 else (1, 1)
     zoom = max(1, min(8, 480//(high*cases.shape[0]), 320//(wide*cases.shape[1])))
     tiles = cases.reshape(*cases.shape[:2], high, wide).byte().numpy()
-    shown = ''.join(picture(np.ascontiguousarray(tiles[:, :, i, j]), zoom, f'kernel row {i}, column {j}', tuple(CASES.values())) for i in range(high) for j in range(wide))
+    def tile(i, j):
+        pixels, says = np.ascontiguousarray(tiles[:, :, i, j]), f'kernel row {i}, column {j}'
+        return picture(pixels, zoom, says, tuple(CASES.values()))
+    shown = ''.join(tile(i, j) for i in range(high) for j in range(wide))
     grid = f'display:grid;grid-template-columns:repeat({wide}, max-content);gap:6px'
-    return f'<p style="margin:.3em 0;line-height:1.5">{legend(cases)}</p><div class="masks-tiles" style="{grid}">{shown}</div>'
+    return (f'<p style="margin:.3em 0;line-height:1.5">{legend(cases)}</p>'
+        f'<div class="masks-tiles" style="{grid}">{shown}</div>')
 
 # %% ../../nbs/apps/50_masks.ipynb #45190a2c
 def change_table(
-    models:dict, # with 'initial' and 'learned'
+    models:dict, # 'initial', 'learned' -> UNet2DModel with masks
 )->str: # HTML
-    "How many groups changed, layer by layer."
+    "Count the groups that changed, layer by layer."
     report = mask_report(models['learned'], find_masks(models['initial']).values())
-    cell = lambda x, side, tag: f'<{tag} style="padding:0 .7em 0 0;overflow-wrap:anywhere;text-align:{side}">{html.escape(x)}</{tag}>'
+    def cell(x, side, tag):
+        style = f'padding:0 .7em 0 0;overflow-wrap:anywhere;text-align:{side}'
+        return f'<{tag} style="{style}">{html.escape(x)}</{tag}>'
     def line(name, shape, groups, changed, tag='td'):
         numbers = f'{groups:,}', f'{changed:,}', f'{changed/groups:.1%}'
-        return '<tr>' + ''.join(cell(x, 'left', tag) for x in (name, shape)) + ''.join(cell(x, 'right', tag) for x in numbers) + '</tr>'
-    rows = ''.join(line(r.Index, r.shape, r.groups, r.groups_changed) for r in report.itertuples())
-    head = ''.join(cell(name, 'left', 'th') for name in ('layer', 'shape', 'groups', 'changed', 'share'))
+        left, right = ((name, shape), 'left'), (numbers, 'right')
+        cells = (cell(x, side, tag) for texts, side in (left, right) for x in texts)
+        return f"<tr>{''.join(cells)}</tr>"
+    rows = ''.join(
+        line(r.Index, r.shape, r.groups, r.groups_changed) for r in report.itertuples())
+    titles = 'layer', 'shape', 'groups', 'changed', 'share'
+    head = ''.join(cell(name, 'left', 'th') for name in titles)
     total = line('all', '', report.groups.sum(), report.groups_changed.sum(), 'th')
-    return f'<table class="masks-table" style="border-collapse:collapse;line-height:1.4"><tr>{head}</tr>{rows}{total}</table>'
+    table = '<table class="masks-table" style="border-collapse:collapse;line-height:1.4">'
+    return f'{table}<tr>{head}</tr>{rows}{total}</table>'
 
 # %% ../../nbs/apps/50_masks.ipynb #a872bdc9
-def knobs(): # name -> widget
-    "What can be set on the page."
+def knobs()->dict: # name -> widget
+    "Build what can be set on the page."
     import ipywidgets as w
     look = dict(style=dict(description_width='6em'), layout=w.Layout(width='95%'))
-    slider = lambda name, value, low, high, live=False: w.IntSlider(value, low, high, description=name, continuous_update=live, **look)
-    made = {name: slider(name, *rest) for name, *rest in [('steps', 25, 1, 50), ('images', 8, 1, 12), ('seed', 7, 0, 99), ('after step', 25, 0, 25, True)]}
-    made |= dict(run=w.Text('', placeholder='the newest', description='run', continuous_update=False, **look),
-        layer=w.Dropdown(description='layer', style=look['style'], layout=w.Layout(width='28em', max_width='100%')),
-        draw=w.Button(description='Draw', layout=w.Layout(width='8em')))
-    made |= {name: w.HTML(layout=w.Layout(overflow='auto', max_height=high)) for name, high in dict(said=None, note=None, images_shown=None, map=None, table='18em').items()}
-    for name in ('run', 'draw', 'layer', 'said', 'note', 'map', 'images_shown'): made[name].add_class(f"masks-{name.split('_')[0]}")
-    return made
+    slider = lambda name, value, low, high, live=False: w.IntSlider(
+        value, low, high, description=name, continuous_update=live, **look)
+    return {
+        'steps': slider('steps', 25, 1, 50),
+        'images': slider('images', 8, 1, 12),
+        'seed': slider('seed', 7, 0, 99),
+        'after step': slider('after step', 25, 0, 25, True),
+        'run': w.Text(
+            '', placeholder='the newest', description='run', continuous_update=False, **look),
+        'layer': w.Dropdown(description='layer', style=look['style'],
+            layout=w.Layout(width='28em', max_width='100%')),
+        'draw': w.Button(description='Draw', layout=w.Layout(width='8em'))}
+
+def panes()->dict: # name -> widget
+    "Build what is shown on the page."
+    import ipywidgets as w
+    pane = lambda high=None: w.HTML(layout=w.Layout(overflow='auto', max_height=high))
+    shown = {name: pane() for name in ('said', 'note', 'images_shown', 'map')}
+    return dict(shown, table=pane('18em'))
 
 # %% ../../nbs/apps/50_masks.ipynb #fd884307
+class MasksPage:
+    "Hold the widgets of the page, and the record behind them."
+    def __init__(
+        self,
+        run:str='', # name of a run of train_maskpro; empty: the newest, else the showcase's
+    ):
+        self.parts, self.models, self.frames = knobs() | panes(), {}, {}
+        self.parts['run'].value = run
+        self.attempt(self.load)
+        self.parts['draw'].on_click(lambda _: self.press())
+        changes = {'after step': self.show, 'layer': self.show_map,
+            'run': lambda: self.attempt(self.load)}
+        for name, act in changes.items():
+            self.parts[name].observe(lambda _, act=act: act(), 'value')
+
+    def attempt(
+        self,
+        act, # function that changes the page
+    ):
+        "Do something; what cannot be done becomes a text."
+        try: act()
+        except (ValueError, OSError) as e: said = f'<p>{html.escape(str(e))}</p>'
+        else: said = ''
+        self.parts['said'].value = said
+
+# %% ../../nbs/apps/50_masks.ipynb #1e07c9ba
+@patch
+def load(self:MasksPage):
+    "Load the record that is named in the field."
+    k = self.parts
+    models, self.scheduler, note = load_masked(k['run'].value.strip())
+    self.models, self.cases, self.frames = models, mask_cases(models), {}
+    note = f'<small>{html.escape(note)}</small>'
+    k['note'].value = f'<p style="margin:0;line-height:1.4">{note}</p>'
+    k['images_shown'].value, k['table'].value = '', change_table(models)
+    k['layer'].options = list(self.cases)
+    lost = lambda name: (self.cases[name] == 1).float().mean()
+    k['layer'].value = max(self.cases, key=lost) # the layer that changed most
+    self.show_map()
+
+@patch
+def show(self:MasksPage):
+    "Show the images after the step of the slider."
+    step = self.parts['after step'].value
+    if self.frames: self.parts['images_shown'].value = show_step(self.frames, step)
+
+@patch
+def show_map(self:MasksPage):
+    "Show the map of the layer that is chosen."
+    layer = self.parts['layer'].value
+    if layer: self.parts['map'].value = heat_map(self.cases[layer])
+
+# %% ../../nbs/apps/50_masks.ipynb #94d3f6a7
+@patch
+def draw(self:MasksPage):
+    "Let the three models draw. Raises ValueError if no record is loaded."
+    if not self.models:
+        raise ValueError("there must be models to draw, and none is loaded: name another run")
+    k = self.parts
+    how = (k[name].value for name in ('images', 'steps', 'seed'))
+    self.frames = denoise(self.models, self.scheduler, *how)
+    k['after step'].max = k['after step'].value = k['steps'].value
+    self.show()
+
+@patch
+def press(self:MasksPage):
+    "Draw, with the button shut meanwhile."
+    self.parts['draw'].disabled = True
+    try: self.attempt(self.draw)
+    finally: self.parts['draw'].disabled = False
+
+# %% ../../nbs/apps/50_masks.ipynb #50bb8e1d
 def masks_app(
-    run:str='', # of train_maskpro; empty: the newest, else the showcase's
-): # a widget
-    "Draw, step, compare."
+    run:str='', # name of a run of train_maskpro; empty: the newest, else the showcase's
+): # `ipywidgets.Box`
+    "Show three models that draw, and a map of where their masks differ."
     import ipywidgets as w
-    k, now = knobs(), {}
-
-    def attempt(act): # what cannot be done becomes text
-        try: act(); k['said'].value = ''
-        except (ValueError, OSError) as e: k['said'].value = f'<p>{html.escape(str(e))}</p>'
-    def show(_=None):
-        if 'frames' in now: k['images_shown'].value = show_step(now['frames'], k['after step'].value)
-    def show_map(_=None):
-        if k['layer'].value: k['map'].value = heat_map(now['cases'][k['layer'].value])
-    def load():
-        models, now['scheduler'], note = load_masked(k['run'].value.strip())
-        now.update(models=models, cases=mask_cases(models)); now.pop('frames', None)
-        k['images_shown'].value, k['note'].value, k['table'].value = '', f'<p style="margin:0;line-height:1.4"><small>{html.escape(note)}</small></p>', change_table(models)
-        k['layer'].options = list(now['cases'])
-        k['layer'].value = max(now['cases'], key=lambda name: (now['cases'][name] == 1).float().mean()) # the layer that changed most
-        show_map()
-    def draw():
-        if 'models' not in now: raise ValueError("there must be models to draw, and none is loaded: name another run")
-        now['frames'] = denoise(now['models'], now['scheduler'], k['images'].value, k['steps'].value, k['seed'].value)
-        k['after step'].max = k['after step'].value = k['steps'].value
-        show()
-    def press(_):
-        k['draw'].disabled = True
-        try: attempt(draw)
-        finally: k['draw'].disabled = False
-
-    k['run'].value = run
-    attempt(load)
-    k['draw'].on_click(press)
-    for name, act in {'after step': show, 'layer': show_map, 'run': lambda _: attempt(load)}.items(): k[name].observe(act, 'value')
-    grid = w.GridBox([k[name] for name in ('run', 'steps', 'images', 'seed')], layout=w.Layout(grid_template_columns='repeat(auto-fit, minmax(17em, 1fr))'))
-    app = w.VBox([k['note'], grid, k['draw'], k['said'], k['after step'], k['images_shown'], k['layer'], k['map'], k['table']])
-    app.add_class('masks-app'); app.parts = k
+    k = MasksPage(run).parts
+    for name in ('run', 'draw', 'layer', 'said', 'note', 'map', 'images_shown'):
+        k[name].add_class(f"masks-{name.split('_')[0]}")
+    columns = w.Layout(grid_template_columns='repeat(auto-fit, minmax(17em, 1fr))')
+    grid = w.GridBox([k[name] for name in ('run', 'steps', 'images', 'seed')], layout=columns)
+    below = 'draw', 'said', 'after step', 'images_shown', 'layer', 'map', 'table'
+    app = w.VBox([k['note'], grid, *(k[name] for name in below)])
+    app.add_class('masks-app')
+    app.parts = k
     return keep_keys(app)

@@ -13,7 +13,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 from importlib.util import spec_from_loader
 
-# %% ../../nbs/lab/02_aliases.ipynb #94c20be2
+# %% ../../nbs/lab/02_aliases.ipynb #a4899c66
 MOVED = { # module as it was -> modules that hold its names now
     'bench.gpu': 'dev.gpu_jobs bench.flops', 'bench.interval': 'lab.stats',
     'bench.lm': 'bench.timing', 'bench.machine': 'bench.timing',
@@ -22,17 +22,19 @@ MOVED = { # module as it was -> modules that hold its names now
     'lab.docs': 'dev.docs', 'lab.door': 'lab.notebooks lab.papermill_plugin lab.progress',
     'lab.job': 'lab.task', 'lab.launch': 'lab.sweep', 'lab.loop': 'lab.train_loop',
     'lab.trainer': 'lab.config lab.progress',
+    'ddpm.train': 'lab.progress', 'lm.train': 'lab.progress',
     'lm.briefs': 'dev.migrate_lm', 'lm.decode': 'lm.fast_decode',
-    'maskpro.briefs': 'dev.migrate_maskpro', 'maskpro.ddpm': 'ddpm.model ddpm.train',
+    'maskpro.briefs': 'dev.migrate_maskpro', 'maskpro.ddpm': 'ddpm.model ddpm.train lab.progress',
     'maskpro.evaluate': 'lab.stats ddpm.metrics', 'maskpro.export': 'maskpro.sparse',
     'maskpro.masked': 'maskpro.masks',
     'maskpro.steps': 'maskpro.config maskpro.presets maskpro.train maskpro.modes',
     'sgdd.briefs': 'dev.migrate_sgdd', 'sgdd.loop': 'sgdd.reconstruct',
     'sgdd.metrics': 'lab.stats'}
 
-# %% ../../nbs/lab/02_aliases.ipynb #2b78a7cf
+# %% ../../nbs/lab/02_aliases.ipynb #b3fa5b68
 RENAMED = { # module as it is -> {name as it was: name as it is}
-    'bench.grid': dict(costs='cost_table'), 'bench.sgdd_peers': dict(costs='cost_table'),
+    'bench.ablation_sgdd': dict(judge='evaluate'), 'bench.grid': dict(costs='cost_table'),
+    'bench.sgdd_peers': dict(costs='cost_table', judge='evaluate'),
     'ddpm.train': dict(DDPMParts='DDPMTaskData', job='task', judge='evaluate',
         judge_ddpm='evaluate_ddpm', recipes='presets'),
     'lab.config': dict(make_from_recipe='make_from_preset'),
@@ -60,7 +62,8 @@ RENAMED = { # module as it is -> {name as it was: name as it is}
     'sgdd.reconstruct': dict(second_thoughts='local_search', suspects='occlusion_scores'),
     'sgdd.sampling': dict(again='remask', both='cat_unconditional', check_fill='check_unmask',
         fill='unmask'),
-    'sgdd.train': dict(SGDDParts='SGDDTaskData', job='task', judge='evaluate', recipes='presets')}
+    'sgdd.train': dict(SGDDParts='SGDDTaskData', job='task', judge_sgdd='evaluate_sgdd', recipes='presets'),
+    'lab.progress': dict(print_last='print_evaluation', show_progress='print_evaluation')}
 
 # %% ../../nbs/lab/02_aliases.ipynb #c174e048
 def find_renamed(

@@ -1,0 +1,141 @@
+"The house in order: which module may import which, that importing does nothing else, and that old names work."
+import ast
+import os
+import pkgutil
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import enigma_lab
+from enigma_lab.lab.aliases import MOVED, RENAMED
+from enigma_lab.lab.runs import checkout
+
+ROOT = checkout(Path(__file__).parent)
+MODULES = [m.name for m in pkgutil.walk_packages(enigma_lab.__path__, 'enigma_lab.') if not m.ispkg]
+MODULES = [name for name in MODULES if not name.endswith('._modidx')]
+FLOORS = dict(lab=0, data=0, machine=1, ddpm=1, lm=2, flow=2, sgdd=2, maskpro=2, bench=3, apps=3, cli=4, dev=5)
+GONE = { # without a successor: why
+    'apps.chat.newest_conversation': 'a chat begins empty; an earlier one is opened by name',
+    'cli.run_line': 'the table of runs is made in lab.runs',
+    'lm.train.replace_resume': 'every setting goes through one function'}
+
+def room(name): return name.removeprefix('enigma_lab.').partition('.')[0]
+
+def imports_of(name, inside=True):
+    "Modules of the library that a module imports; `inside`: in its functions, too."
+    path = ROOT/(name.replace('.', '/') + '.py')
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    nodes = list(ast.walk(tree)) if inside else tree.body
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if not isinstance(node, ast.ImportFrom): continue
+        base = '.'.join(name.split('.')[:-node.level] if node.level else [])
+        source = '.'.join(filter(None, [base, node.module]))
+        found |= {source, *(f'{source}.{a.name}' for a in node.names)}
+    return found & {*MODULES} - {name}
+
+def faults(graph):
+    "What breaks the rules of the house: {module: modules it imports} -> words."
+    wrong = []
+    for name, others in graph.items():
+        for other in others:
+            here, there = room(name), room(other)
+            if here == there: continue
+            if there == 'dev': wrong.append(f'{name} imports {other}: nothing imports dev')
+            elif FLOORS[there] > FLOORS[here]: wrong.append(f'{name} imports {other}: an arrow upward')
+            elif FLOORS[there] == FLOORS[here] and (here, there) != ('data', 'lab'):
+                wrong.append(f'{name} imports {other}: an arrow sideways')
+    return wrong
+
+def test_imports_point_down():
+    graph = {name: imports_of(name) for name in MODULES}
+    assert sum(map(len, graph.values())) > 150
+    assert not faults(graph)
+    with_one_more = {**graph, 'enigma_lab.machine.rotor': {'enigma_lab.lm.model', 'enigma_lab.dev.docs'}}
+    assert len(faults(with_one_more)) == 2
+
+def test_no_circle():
+    graph = {name: imports_of(name, inside=False) for name in MODULES}
+    assert list(TopologicalSorter(graph).static_order())
+    circle = {**graph, 'enigma_lab.lab.runs': {'enigma_lab.lab.trainer'}}
+    with pytest.raises(CycleError): list(TopologicalSorter(circle).static_order())
+
+def test_maskpro_holds_no_diffusion_model():
+    names = {node.id for name in MODULES if room(name) == 'maskpro'
+             for node in ast.walk(ast.parse((ROOT/(name.replace('.', '/') + '.py')).read_text(encoding='utf-8')))
+             if isinstance(node, ast.Name)}
+    assert 'Tensor' in names and not names & {'UNet2DModel', 'DDPMScheduler', 'DDIMScheduler'}
+
+IMPORT_ALL = """
+import importlib, os, sys, warnings
+warnings.simplefilter('ignore')
+for name in {others!r}:  # libraries of others once: each child is a fresh process that has imported nothing of ours
+    try: importlib.import_module(name)
+    except ImportError: pass
+sys.path.insert(0, {root!r})
+os.chdir({folder!r})
+sys.argv = ['papermill', 'nbs/train_enigma.ipynb', '-p', 'gpus', '5']
+state = lambda: dict(argv=list(sys.argv), files=sorted(os.listdir()), cwd=os.getcwd(), **os.environ)
+failed = 0
+for name in {modules!r}:
+    child = os.fork()
+    if child == 0:
+        before = state()
+        try: importlib.import_module(name)
+        except BaseException as e: print(name, type(e).__name__, e); os._exit(1)
+        after = state()
+        changed = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
+        if changed: print(name, 'changed', changed); os._exit(1)
+        os._exit(0)
+    failed += os.waitpid(child, 0)[1] != 0
+print(failed, 'failed')
+"""
+
+def libraries():
+    "What the modules import of other libraries, at the top."
+    found = set()
+    for name in MODULES:
+        for node in ast.parse((ROOT/(name.replace('.', '/') + '.py')).read_text(encoding='utf-8')).body:
+            if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                found |= {node.module, *(f'{node.module}.{a.name}' for a in node.names)}
+    return sorted(name for name in found if not name.startswith('enigma_lab'))
+
+def import_all(folder, modules):
+    code = IMPORT_ALL.format(root=str(ROOT), folder=str(folder), modules=modules, others=libraries())
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+
+def test_importing_does_nothing_else(tmp_path):
+    done = import_all(tmp_path, MODULES)
+    assert done.stdout.strip().endswith('0 failed'), done.stdout[-3000:] + done.stderr[-1000:]
+
+OLD = (Path(__file__).parent/'names_0.1.0.txt').read_text(encoding='utf-8').split()
+LOOK_UP = """
+import importlib, warnings
+warnings.simplefilter('ignore')
+for line in {names!r}:
+    module, _, name = line.rpartition('.')
+    try: getattr(importlib.import_module('enigma_lab.' + module), name)
+    except (ImportError, AttributeError) as e: print(line, e)
+"""
+
+def test_names_of_the_last_version_work():
+    "Every public name of 0.1.0 is found where it was, moved or renamed."
+    assert len(OLD) > 1000
+    done = subprocess.run([sys.executable, '-c', LOOK_UP.format(names=OLD)], capture_output=True, text=True)
+    lost = [line for line in done.stdout.splitlines() if line.split()[0] not in GONE]
+    assert done.returncode == 0 and not lost, done.stdout[-3000:] + done.stderr[-1000:]
+
+def test_a_table_of_names_says_what_is_there():
+    "Each row leads to a module, and each new name is in it."
+    for old, places in MOVED.items():
+        for place in places.split(): assert f'enigma_lab.{place}' in MODULES, (old, place)
+    for module, names in RENAMED.items():
+        text = (ROOT/'enigma_lab'/(module.replace('.', '/') + '.py')).read_text(encoding='utf-8')
+        for old, new in names.items():
+            assert f"'{new}'" in text, (module, old, new)
