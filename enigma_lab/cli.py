@@ -480,8 +480,9 @@ def runs(
 @command('docs')
 def docs():
     "Build the documentation site and print where it is."
-    from enigma_lab.dev.docs import build_docs
-    print(build_docs())
+    import runpy
+    sys.argv = ['enigma-lab docs']
+    runpy.run_module('enigma_lab.dev.docs', run_name='__main__') # by name: nothing imports dev
 
 def bench_names()->list[str]:
     "The benchmarks there are."

@@ -56,7 +56,7 @@ def test_kill_and_resume(tmp_path):
     process = subprocess.Popen(module(tmp_path, '--note', 'killed', **long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     find = lambda note: [p for p in (tmp_path/'runs'/'train_enigma').iterdir() if p.name.endswith(note)]
     deadline = time.time() + 120
-    while not (find('killed') and list(find('killed')[0].glob('checkpoints/checkpoint-*/trainer_state.json'))):
+    while not (find('killed') and list(find('killed')[0].glob('checkpoints/checkpoint-*/digests.json'))):
         assert process.poll() is None and time.time() < deadline
         time.sleep(.02)
     os.kill(process.pid, signal.SIGKILL)
