@@ -22,5 +22,5 @@ setup(
     entry_points={
         'console_scripts': [cfg['console_scripts']],
         'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
-        'papermill.io': ['enigma-lab-door=enigma_lab.lab.papermill_plugin:default_output'],
+        'papermill.io': ['enigma-lab-door=enigma_lab.lab.papermill_plugin:install'],
     })
