@@ -1,5 +1,4 @@
 "Show what goes wrong in other hands: the rule, the value, an exit code, and no half record."
-
 import json, os, subprocess, sys
 
 import pytest, torch
@@ -31,7 +30,6 @@ def toy():
         EnigmaConfig.preset('smoke', vocab_size=len(tokenizer))
     ).eval(), tokenizer
 
-
 def hold_and_sweep(path):
     with locked(path / 'runs' / 'sweeps' / 'x'):
         sweep(
@@ -39,7 +37,6 @@ def hold_and_sweep(path):
             [dict(variant='none', text='builtin', seed=0, learning_rate=0.1)],
             'x',
         )
-
 
 TABLE = {  # what: (call, fragments of the message)
     'odd dim': (
@@ -169,14 +166,12 @@ def test_resume_from_another_config(tmp_path):
     with pytest.raises(ValueError, match=r"same config.*'seed': \(0, 1\)"):
         smoke(data=data, seed=1, resume=str(run.path))
 
-
 def test_wrong_vocabulary(tmp_path):
     from transformers import AutoModelForCausalLM
     run = smoke(data=file(tmp_path, 'n.txt', novel))
     model = AutoModelForCausalLM.from_pretrained(run.checkpoint)
     with pytest.raises(ValueError, match='same vocabulary, got 263 rows'):
         next(stream(model, train_char_tokenizer(['a']), 'a'))
-
 
 @pytest.mark.parametrize('place', ['a file', 'no room'])
 def test_runs_that_cannot_be_written(place, tmp_path, monkeypatch):
@@ -215,7 +210,6 @@ def test_exit_code(tmp_path):
         and 'missing.txt' in result.stderr
         and 'Traceback' not in result.stderr
     )
-
 
 def test_unknown_papermill_parameter(tmp_path):
     result = subprocess.run(

@@ -1,5 +1,4 @@
 "Compare the model under torch.compile and a static cache with the plain one: no graph break."
-
 import pytest, torch
 from transformers.utils import logging
 
@@ -26,7 +25,6 @@ places = pytest.mark.parametrize(
     ids=lambda c: c['machine'],
 )
 
-
 @places
 def test_one_graph(changes):
     "Forward and backward in one graph, with the gradients of the plain run."
@@ -43,7 +41,6 @@ def test_one_graph(changes):
         torch.testing.assert_close(
             p.grad, a, rtol=1e-4, atol=1e-5 if model.config.reversible else 1e-6
         )
-
 
 @places
 def test_static_cache(changes):

@@ -92,14 +92,11 @@ def piped(*command, cwd):
         command, cwd=cwd, env=environment(), input='', capture_output=True, text=True, timeout=120
     )
 
-
 def run_folders(root, name):
     return sorted((root / 'runs' / name).glob('*')) if (root / 'runs').exists() else []
 
-
 def sources(root):
     return {name: hashlib.md5((root / name).read_bytes()).hexdigest() for name in NOTEBOOKS}
-
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
@@ -135,7 +132,6 @@ def test_as_typed(toy):
         'Executing' in line and 'loss' in line for line in seen
     )
 
-
 def test_failing_notebook(toy):
     code, text = in_terminal('papermill', 'nbs/train_bad.ipynb', cwd=toy)
     assert code == 1 and 'ZeroDivisionError' in text
@@ -157,9 +153,10 @@ def test_pipes_and_another_folder(toy, tmp_path):
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
+    # in the notebook's checkout, not where it was typed
     (folder,) = set(run_folders(toy, 'train_toy')) - set(
         before
-    )  # in the notebook's checkout, not where it was typed
+    )
     assert (
         (folder / 'metrics.json').exists()
         and (folder / 'train_toy.ipynb').exists()
@@ -172,7 +169,6 @@ def test_pipes_and_another_folder(toy, tmp_path):
         and '\r' not in result.stderr
         and 'Executing:' not in result.stderr
     )
-
 
 def test_a_given_output_is_stock(toy, tmp_path):
     code, text = in_terminal(

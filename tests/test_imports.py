@@ -28,7 +28,6 @@ def run(code, blocked=()):
         text=True,
     )
 
-
 @pytest.mark.quick
 def test_all_modules_import():
     assert len(MODULES) > 20
@@ -80,7 +79,6 @@ def test_a_page_tells_nothing_of_its_machine(path):
         and f'{tempfile.gettempdir()}/tmp' not in text
         and '"output_type": "error"' not in text
     )
-
 
 def borrowed_methods(source):
     "Find methods that a module gives to the class of another: `@patch`, or an attribute set."

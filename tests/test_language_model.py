@@ -1,5 +1,4 @@
 "Ask whether the model sees what it is to predict: perplexity of noise, with the mask and without."
-
 import math
 
 import pytest, torch
@@ -49,6 +48,7 @@ def test_noise_stays_noise_for_other_seeds(machine, seed):
 def test_without_the_mask_noise_is_predicted(monkeypatch):
     "The positive control: this test can find a leak."
     monkeypatch.setattr(lm, 'causal_attention', original_attention)
+    # found suddenly, after a few hundred updates
     assert (
         perplexity_of_noise('input', steps=400) < V / 2
-    )  # found suddenly, after a few hundred updates
+    )

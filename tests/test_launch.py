@@ -82,7 +82,6 @@ def test_the_notebook_with_two_processes(data, tmp_path):
         and 'test_bits_per_char' in run.metrics
     )
 
-
 def test_a_failing_rank_ends_the_run(data, tmp_path):
     "From a shell: its own traceback, exit code not 0, no result."
     (tmp_path / 'c.json').write_text(
@@ -106,7 +105,6 @@ def test_a_killed_rank_ends_the_run():
         RuntimeError, match=r'process 1 of 2 failed, and the others were stopped:\nSignal 9'
     ):
         launch(die, processes=2)
-
 
 @pytest.mark.proof('lab.launch', 'lab.trainer', 'lm.train', seeds=(0,))
 def test_two_processes_resume_as_two(data):

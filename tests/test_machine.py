@@ -1,5 +1,4 @@
 "Undo the machine at the sizes that are used, within the bound of the record."
-
 import pytest, torch
 
 from enigma_lab.bench.machine import measure_blocks, measure_enigma, measure_rotors
@@ -12,10 +11,10 @@ def test_rotors_invert_within_the_bound(dim):
     assert len(rows) == 2*3*2
     assert all(row['error_over_bound'] <= 1 for row in rows), rows
     assert all(row['repeatable'] for row in rows)
+    # away from the special point
     assert all(
         row['condition_number'] > 1.01 for row in rows if row['parametrization'] == 'plu'
-    )  # away from the special point
-
+    )
 
 @pytest.mark.proof('bench.machine', 'machine.rotor', seeds=(1, 2))
 @pytest.mark.parametrize('seed', [1, 2])
@@ -36,7 +35,7 @@ def test_the_whole_machine_inverts(dim):
         for row in measure_blocks((dim,), (0,), 'cpu')
     )
 
-
+@pytest.mark.quick
 def test_reciprocal_is_not_the_identity():
     torch.manual_seed(0)
     f = Enigma(64, reciprocal=True, num_rotors=2, num_positions=4).double()

@@ -1,5 +1,4 @@
-"Learn masks from outside: four commands, presets, a kill, two processes, notebooks, language models."
-
+"Learn masks from outside: four commands, presets, a kill, two processes, language models."
 import json, signal, subprocess, sys
 
 import nbformat, pytest, torch
@@ -101,7 +100,6 @@ LEARN = (
     "learn(open_record(sys.argv[1]), show=lambda row: print(row['step'], flush=True))"
 )
 
-
 def test_killed_and_resumed(home):
     "SIGKILL in the middle; the record goes on where its last state was, to the same mask."
     whole, cut = (make_masks(make_maskpro_config('smoke', budget=240)) for _ in range(2))
@@ -120,7 +118,6 @@ def test_killed_and_resumed(home):
     assert [row['loss'] for row in cut.history if 'loss' in row] == [
         row['loss'] for row in whole.history if 'loss' in row
     ]
-
 
 def test_the_notebooks(home):
     for name, words in dict(train_ddpm=(), train_maskpro=('-p', 'estimator', 'pge')).items():
@@ -151,7 +148,6 @@ def test_the_notebooks(home):
         'floor_frechet',
         'train_changed',
     } <= metrics.keys()
-
 
 @pytest.mark.parametrize('kind', ['gpt2', 'enigma'])
 def test_language_models(kind):

@@ -1,5 +1,4 @@
 "Try the reversible engine under autograd, autocast, compilers and wrappers."
-
 import copy
 from functools import partial
 
@@ -31,7 +30,6 @@ def gradients(chain, x, amp=None, seed=5):
         y.float().pow(2).mean() * (64 if amp is torch.float16 else 1), [x, *chain.parameters()]
     )
 
-
 @pytest.mark.parametrize('amp', [None, torch.bfloat16, torch.float16], ids=str)
 def test_exact_gradients_are_bit_equal(amp):
     "Compare 256 halves with dropout to the stored run of the same forward, to the last bit."
@@ -45,7 +43,6 @@ def test_exact_gradients_are_bit_equal(amp):
     assert all(torch.equal(u, v) for u, v in zip(found, expected)) and all(
         u.isfinite().all() for u in found
     )
-
 
 def test_exact_comes_back_through_2000_halves():
     chain, x = ReversibleSequence(make_blocks(1000, 8), exact=True).eval(), torch.randn(3, 5, 16)
@@ -95,17 +92,16 @@ def test_compiled_with_dropout_and_wheels(exact):
         found = gradients(torch.compile(whole, fullgraph=True, backend='aot_eager'), x)
         for u, v in zip(found, expected): torch.testing.assert_close(u, v, rtol=1e-4, atol=1e-6)
         sizes.append(compiled_bytes(whole, x))
+    # a wheel's own matrix may be kept
     assert sizes[1] <= 1.05 * sizes[0] or not exact and sizes[1] - sizes[0] < 3 * 5 * 32**2 * 8, (
         sizes
-    )  # a wheel's own matrix may be kept
-
+    )
 
 def test_drawn_dropout_cannot_be_compiled():
     torch._dynamo.reset()
     chain = ReversibleSequence(make_blocks(2, 8, p=.1))
     with pytest.raises(Exception, match='CounterDropout'):
         torch.compile(chain, backend='aot_eager', fullgraph=True)(torch.randn(2, 4, 16))
-
 
 def reduced():
     "In each process: gradients over half of the batch, averaged by DDP."
@@ -121,7 +117,6 @@ def reduced():
     dist.destroy_process_group()
 
 def test_two_processes(): launch(reduced, processes=2)
-
 
 # the language model
 

@@ -1,5 +1,4 @@
 "Read sentences from vectors: the notebook, two processes, a file's config, the commands."
-
 import json, subprocess
 
 import nbformat, pytest, torch
@@ -24,14 +23,12 @@ def command(*words): return subprocess.run(words, capture_output=True, text=True
 def newest(home):
     return max((home / 'runs' / 'train_sgdd').iterdir(), key=lambda path: path.stat().st_mtime)
 
-
 def losses(path):
     return [
         row['loss']
         for row in map(json.loads, (path / 'history.jsonl').read_text().splitlines())
         if 'loss' in row
     ]
-
 
 def test_the_notebook_with_two_processes(home):
     "By DDP: the losses of one process with the same global batch, and every cell executed."
@@ -75,7 +72,6 @@ def test_the_notebook_with_two_processes(home):
         'encoder' in name for name in SGDDModel.from_pretrained(two / 'checkpoint').state_dict()
     )
 
-
 def test_a_config_from_a_file(home):
     result = command(
         'papermill',
@@ -98,10 +94,10 @@ def test_a_config_from_a_file(home):
         32,
         20,
     )
+    # every sentence once, the last batch smaller
     assert (
         json.loads((newest(home) / 'metrics.json').read_text())['train_steps'] == 32
-    )  # every sentence once, the last batch smaller
-
+    )
 
 def test_commands(home):
     run = str(newest(home))
@@ -134,7 +130,6 @@ def test_commands(home):
             and 'Traceback' not in wrong.stderr
         )
 
-
 def test_the_brief_recipes_fit_their_model():
     "Whatever a document calls for can be configured, to the parameter."
     for name, epochs in (('brief-phase1', 10), ('brief-phase2', 5)):
@@ -146,9 +141,8 @@ def test_the_brief_recipes_fit_their_model():
             'brief',
         )
 
-
 def test_a_collapse_is_seen(home):
-    "Train the original's choices: an empty canvas says the same everywhere; the default's does not."
+    "Train the original's choices: an empty canvas says the same everywhere; ours does not."
     difference = {}
     for name, shape in dict(
         brief=dict(positions='rope', conditioning='cross', proj_dim=32, norm='post', time=True),

@@ -75,7 +75,6 @@ def test_the_same_object_serves_the_trainer():
         (row['step'], np.float32(row['loss'])) for row in trainer.state.log_history if 'loss' in row
     ]
 
-
 @pytest.mark.parametrize('kind', ['mlflow', 'WandB', '', None, ['wandb']])
 def test_unknown_kind(kind):
     with pytest.raises(ValueError) as error: check_tracker(kind)
@@ -123,7 +122,6 @@ def test_a_backend_that_raises_does_not_end_the_loop(fails, monkeypatch, caplog)
         'no space left' if fails == 'close' else 'the cable'
     )
 
-
 def test_a_real_writer_that_breaks_midway(monkeypatch, caplog):
     from torch.utils.tensorboard import SummaryWriter
     add, run = SummaryWriter.add_scalar, start_run('loop', {})
@@ -137,7 +135,6 @@ def test_a_real_writer_that_breaks_midway(monkeypatch, caplog):
     assert [
         e.step for e in EventAccumulator(str(run.path / 'tensorboard')).Reload().Scalars('loss')
     ] == [1, 2, 3]  # what came before is kept
-
 
 def test_a_tracker_that_does_not_open(caplog):
     run = start_run('loop', {})
@@ -228,7 +225,6 @@ class Server(ThreadingHTTPServer):
     def env(self):
         return dict(WANDB_BASE_URL=f'http://127.0.0.1:{self.server_port}', WANDB_API_KEY=KEY)
 
-
 class Answer(BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 
@@ -257,6 +253,7 @@ class Answer(BaseHTTPRequestHandler):
             historyLineCount=0,
             project=project,
         )
+        # it wants no files
         self.reply(
             dict(
                 data=dict(
@@ -267,7 +264,7 @@ class Answer(BaseHTTPRequestHandler):
                     createRunFiles=dict(runID='r', uploadHeaders=[], files=[]),
                 )
             )
-        )  # it wants no files
+        )
 
     def reply(self, value):
         body = json.dumps(value).encode()
@@ -293,7 +290,6 @@ def test_wandb_without_a_key_is_offline_and_complete(tmp_path):
         'runs',
     ]  # nothing beside the run, and the cache
 
-
 @pytest.mark.parametrize('mode, folders', [('offline', 1), ('disabled', 0)])
 def test_wandb_mode_is_obeyed_though_there_is_a_key(mode, folders, tmp_path, server):
     run, printed = loop(tmp_path, WANDB_MODE=mode, **server.env)
@@ -303,15 +299,14 @@ def test_wandb_mode_is_obeyed_though_there_is_a_key(mode, folders, tmp_path, ser
         and 'tracker' not in printed
     )
 
-
 def test_wandb_online_sends_all(tmp_path, server):
     run, printed = loop(tmp_path, **server.env)
     assert server.losses == losses(run, 'run-*') == LOSSES and 'tracker' not in printed
     sent = b''.join(server.posts)
+    # the name, not the command line
     assert (
         b'a-trial' in sent and b'MIDWAY' not in sent and sys.executable.encode() not in sent
-    )  # the name, not the command line
-
+    )
 
 def test_wandb_finds_a_key_in_netrc(tmp_path, server):
     (tmp_path/'home').mkdir()
@@ -335,7 +330,6 @@ def test_wandb_unreachable_goes_on_offline(what, tmp_path, server):
         and 'tracker wandb is not reached and goes on offline: ' in printed
     )
 
-
 def test_wandb_online_without_a_key_asks_nobody(tmp_path):
     run, printed = loop(tmp_path, WANDB_MODE='online', WANDB_BASE_URL='http://127.0.0.1:9')
     assert losses(run) == LOSSES
@@ -348,10 +342,10 @@ def test_wandb_server_that_falls_silent_midway(tmp_path, server):
     url = server.env['WANDB_BASE_URL']
     ask = f"import urllib.request; urllib.request.urlopen('{url}/silence').close()"
     run, printed = loop(tmp_path, ask, **server.env)
+    # all is on the disk, for `wandb sync`
     assert (
         server.silent and not server.losses and losses(run, 'run-*') == LOSSES
-    )  # all is on the disk, for `wandb sync`
-
+    )
 
 def test_wandb_process_that_is_killed_midway(tmp_path):
     kill = """

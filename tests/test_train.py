@@ -23,7 +23,6 @@ def module(tmp_path, *words, **config):
         *words,
     ]
 
-
 def only_run(tmp_path): return next((tmp_path/'runs'/'train_enigma').iterdir())
 
 def test_the_notebook(tmp_path, toy_text):
@@ -132,7 +131,6 @@ def test_kill_and_resume(tmp_path, toy_text):
     assert (
         origin[0]['resumed_from'] == f'train_enigma/{killed.name}' and 0 < origin[0]['step'] < 120
     )
-
 
 def test_builtin_data_by_module(tmp_path):
     result = subprocess.run(

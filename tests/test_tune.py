@@ -1,5 +1,4 @@
 "Tune from outside: the notebook, two processes, a fresh process, a conversation in a pipe."
-
 import json, os, subprocess, sys
 
 import nbformat, pytest
@@ -26,12 +25,10 @@ def notebook(base, *words):
         env=dict(os.environ, ENIGMA_RUNS=str(base.path.parents[1])),
     )
 
-
 def newest(base):
     return max(
         (base.path.parents[1] / 'train_lora').iterdir(), key=lambda path: path.stat().st_mtime
     )
-
 
 def test_the_notebook(base):
     "Run every cell; the adapter loads in a fresh process, merged = adapted, and answers in a pipe."
