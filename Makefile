@@ -5,12 +5,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 # The commands of nbdev that ask for Quarto and would install it: in this .venv ours take their places.
 QUARTO := nbdev_readme nbdev_docs nbdev_prepare nbdev_preview nbdev_install nbdev_install_quarto
+# What was tested, pinned: for Python 3.11 and later, which the pins need.
+CONSTRAINTS ?= $(shell $(PYTHON) -c "import sys; print('constraints.txt' if sys.version_info >= (3, 11) else '/dev/null')")
 # A command that checks the cells that other files generate; empty: there is none yet.
 GENERATED ?=
 # The suites of `make proof`; empty: all of them.
 SUITES ?=
 
-.PHONY: train check test proof tiers docs lab readme hooks clean
+.PHONY: train check test proof stale tiers docs lab readme hooks clean
 
 train: .venv/ready          ## train the language model on builtin text, about three minutes
 	enigma-lab train train_enigma
@@ -28,6 +30,9 @@ test: .venv/ready           ## every notebook, then tests/ but for the proofs
 
 proof: .venv/ready          ## the long suites, each with a record in runs/proof/
 	python -m enigma_lab.dev.proof prove $(SUITES)
+
+stale: .venv/ready          ## fails when code has changed since its proof
+	python -m enigma_lab.dev.proof stale
 
 tiers: .venv/ready          ## write tests/tiers.txt: what each tier runs
 	pytest -q --collect-only --write-tiers tests
@@ -47,7 +52,7 @@ hooks: .venv/ready          ## notebooks are merged cell by cell; the tree stays
 .venv/ready: settings.ini setup.py constraints.txt .ci/nbdev
 	$(PYTHON) -m venv .venv
 	pip install --quiet --upgrade pip
-	pip install --quiet --constraint constraints.txt --editable '.[all]'
+	pip install --quiet --constraint $(CONSTRAINTS) --editable '.[all]'
 	for name in $(QUARTO); do install -m 755 .ci/nbdev $(BIN)/$$name; done
 	touch .venv/ready
 

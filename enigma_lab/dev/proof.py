@@ -121,13 +121,12 @@ def run_suite(
     root:Path, # the checkout
 )->dict: # the record
     "Run the proofs of a suite and return their record."
-    digest, begun = digest_suite(suite, root), time.time()
+    digest, env, begun = digest_suite(suite, root), environment(), time.time()
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch)/'report.xml'
         command = [sys.executable, '-m', 'pytest', '-q', '-m', 'proof', f'--junitxml={report}']
         subprocess.run([*command, f'tests/test_{suite.name}.py'], cwd=root)
         counts = count_results(report) if report.is_file() else dict(passed=0, failed=1, skipped=0)
-    env = environment()
     return dict(counts, suite=suite.name, tests=sorted(suite.tests), modules=list(suite.modules),
         seeds=list(suite.seeds), digest=digest, commit=env['git_sha'], dirty=env['git_dirty'],
         python=env['python'], cpu=env['cpu'], devices=env['devices'],
