@@ -209,7 +209,7 @@ def test_unknown_parameter(toy):
 
 def test_run_notebook(toy):
     code = (
-        "from enigma_lab.lab.papermill_plugin import run_notebook\n"
+        "from enigma_lab.lab.notebooks import run_notebook\n"
         "print(run_notebook('nbs/train_quick.ipynb', 'runs/train_quick/mine', "
         "data='5', steps=7).path)"
     )
