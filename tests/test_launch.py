@@ -13,13 +13,10 @@ from enigma_lab.lm.train import make_config, prepare, train
 
 ROOT = checkout(__file__)
 
-@pytest.fixture(autouse=True)
-def own_runs(tmp_path, monkeypatch): monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path/'runs'))
+pytestmark = pytest.mark.usefixtures('own_runs')
 
 @pytest.fixture
-def data(tmp_path):
-    (tmp_path/'text.txt').write_text('\n\n'.join(f'Chapter {i}. ' + 'It was a dark and stormy night; the rain fell. ' * (1 + i % 5) for i in range(150)))
-    return str(tmp_path/'text.txt')
+def data(toy_text): return str(toy_text)
 
 def losses(run): return [row['loss'] for row in run.history if 'loss' in row]
 
@@ -41,40 +38,91 @@ def die():
 # The tests.
 
 def test_two_processes_train_as_one(data):
-    "World size 2, equal weights on both ranks, and the losses of one process with the same global batch."
+    "Find equal weights on both ranks, and the losses of one process with the same global batch."
     config = make_config('smoke', data=data, processes=2, batch_size=4, max_steps=30, eval_steps=10)
     two = start_run('two', config)
     assert launch(fit_and_compare, two, config, processes=2) == (2, [True, True])
     alone = replace(config, processes=1, batch_size=8)
     one, parts = start_run('one', alone), prepare(alone)
     fit(one, alone, parts.model, parts.train, parts.validation)
-    assert len(losses(one)) == 3 and all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(losses(one), losses(two)))
+    assert len(losses(one)) == 3 and all(
+        math.isclose(a, b, abs_tol=1e-4) for a, b in zip(losses(one), losses(two))
+    )
     assert [row['tokens'] for row in one.history] == [row['tokens'] for row in two.history]
 
 def test_the_notebook_with_two_processes(data, tmp_path):
-    result = subprocess.run(['papermill', str(ROOT/'nbs'/'train_enigma.ipynb'), '-p', 'gpus', '0', '-p', 'processes', '2', '-p', 'preset', 'smoke', '-p', 'data', data],
-        capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(
+        [
+            'papermill',
+            str(ROOT / 'nbs' / 'train_enigma.ipynb'),
+            '-p',
+            'gpus',
+            '0',
+            '-p',
+            'processes',
+            '2',
+            '-p',
+            'preset',
+            'smoke',
+            '-p',
+            'data',
+            data,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stderr
     assert 'Traceback' not in result.stderr
     run, = list_runs('train_enigma')
-    assert run.finished and run.config['processes'] == 2 and (run.checkpoint/'model.safetensors').is_file() and 'test_bits_per_char' in run.metrics
+    assert (
+        run.finished
+        and run.config['processes'] == 2
+        and (run.checkpoint / 'model.safetensors').is_file()
+        and 'test_bits_per_char' in run.metrics
+    )
 
 def test_a_failing_rank_ends_the_run(data, tmp_path):
     "From a shell: its own traceback, exit code not 0, no result."
-    (tmp_path/'c.json').write_text(json.dumps(dict(preset='smoke', data=data, processes=2, learning_rate=1e30, warmup_steps=0)))
-    result = subprocess.run([sys.executable, '-m', 'enigma_lab.lm.train', '--config', str(tmp_path/'c.json')], capture_output=True, text=True)
-    assert result.returncode == 1 and 'of 2 failed' in result.stderr and 'Traceback' in result.stderr and 'must stay finite' in result.stderr
+    (tmp_path / 'c.json').write_text(
+        json.dumps(dict(preset='smoke', data=data, processes=2, learning_rate=1e30, warmup_steps=0))
+    )
+    result = subprocess.run(
+        [sys.executable, '-m', 'enigma_lab.lm.train', '--config', str(tmp_path / 'c.json')],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        result.returncode == 1
+        and 'of 2 failed' in result.stderr
+        and 'Traceback' in result.stderr
+        and 'must stay finite' in result.stderr
+    )
     assert not any(run.finished for run in list_runs())
 
 def test_a_killed_rank_ends_the_run():
-    with pytest.raises(RuntimeError, match=r'process 1 of 2 failed, and the others were stopped:\nSignal 9'): launch(die, processes=2)
+    with pytest.raises(
+        RuntimeError, match=r'process 1 of 2 failed, and the others were stopped:\nSignal 9'
+    ):
+        launch(die, processes=2)
 
+@pytest.mark.proof('lab.launch', 'lab.trainer', 'lm.train', seeds=(0,))
 def test_two_processes_resume_as_two(data):
-    "What was begun by two is not gone on with by one; by two, the weights are those of the uninterrupted run."
-    config = make_config('smoke', data=data, processes=2, batch_size=4, max_steps=40, eval_steps=10, save_steps=10, dropout=.1)
+    "Resume with one process: refused. With two: the weights of the uninterrupted run."
+    config = make_config(
+        'smoke',
+        data=data,
+        processes=2,
+        batch_size=4,
+        max_steps=40,
+        eval_steps=10,
+        save_steps=10,
+        dropout=0.1,
+    )
     whole = train(config, note='whole', test=False)
     assert load_file(whole.checkpoint/'model.safetensors')
-    with pytest.raises(ValueError, match='resumed by as many processes as began it'): resume_from(replace(config, processes=1, resume=str(whole.path)), 'train_enigma')
+    with pytest.raises(ValueError, match='resumed by as many processes as began it'):
+        resume_from(replace(config, processes=1, resume=str(whole.path)), 'train_enigma')
     half = start_run('train_enigma', config, 'half')
     source = max((whole.path/'checkpoints').iterdir(), key=lambda p: int(p.name.split('-')[1]))
     early = sorted((whole.path/'checkpoints').iterdir(), key=lambda p: int(p.name.split('-')[1]))[0]
@@ -85,7 +133,11 @@ def test_two_processes_resume_as_two(data):
     a, b = (load_file(run.checkpoint/'model.safetensors') for run in (whole, again))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
-@pytest.mark.parametrize('changes, same', [(dict(gradient_checkpointing=True), True), (dict(precision='bf16'), False)], ids=['checkpointing', 'bf16'])
+@pytest.mark.parametrize(
+    'changes, same',
+    [(dict(gradient_checkpointing=True), True), (dict(precision='bf16'), False)],
+    ids=['checkpointing', 'bf16'],
+)
 def test_other_ways_to_compute_train_alike(data, changes, same):
     "Checkpointing gives the same bits; bf16 nearly the same loss."
     config = make_config('smoke', data=data, max_steps=30)

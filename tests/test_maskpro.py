@@ -1,4 +1,4 @@
-"Learned masks from outside: the original's four commands, its presets, a kill, two processes, the notebooks, language models."
+"Learn masks from outside: four commands, presets, a kill, two processes, language models."
 import json, signal, subprocess, sys
 
 import nbformat, pytest, torch
@@ -19,7 +19,8 @@ def home(tmp_path_factory):
     "Runs of their own, and a dense model of a few seconds."
     home = tmp_path_factory.mktemp('maskpro')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('ENIGMA_RUNS', str(home/'runs')); patch.setenv('ENIGMA_CACHE', str(home/'cache'))
+        patch.setenv('ENIGMA_RUNS', str(home / 'runs'))
+        patch.setenv('ENIGMA_CACHE', str(home / 'cache'))
         train_ddpm(make_ddpm_config('smoke'), test=False)
         yield home
 
@@ -39,7 +40,11 @@ def test_four_commands(home):
     assert begun.returncode == 0, begun.stderr
     for early, needed in (('learn', 'baseline'), ('evaluate', 'learn')):
         wrong = command('enigma-lab', 'maskpro', early)
-        assert wrong.returncode == 1 and f'run `enigma-lab maskpro {needed}` first' in wrong.stderr and wrong.stderr.count('\n') == 1
+        assert (
+            wrong.returncode == 1
+            and f'run `enigma-lab maskpro {needed}` first' in wrong.stderr
+            and wrong.stderr.count('\n') == 1
+        )
     for step in ('baseline', 'learn'):
         done = command('enigma-lab', 'maskpro', step)
         assert done.returncode == 0, done.stderr
@@ -48,15 +53,32 @@ def test_four_commands(home):
     done = command('enigma-lab', 'maskpro', 'evaluate', '--num_samples', '12')
     assert done.returncode == 0 and 'learned_frechet' in done.stdout, done.stderr
     path = newest().path
-    for name in ('checkpoint/model_index.json', 'checkpoint/unet/config.json', 'checkpoint/scheduler/scheduler_config.json', 'logits/logits.safetensors', 'loss_training.npy', 'loss_improvements.npy',
-                 'training_summary.json', 'figures/training_curves.png', 'evaluation_results.json', 'initial_masks.safetensors', 'learned_masks.safetensors', 'baseline_losses.npz', 'metrics.json'):
+    for name in (
+        'checkpoint/model_index.json',
+        'checkpoint/unet/config.json',
+        'checkpoint/scheduler/scheduler_config.json',
+        'logits/logits.safetensors',
+        'loss_training.npy',
+        'loss_improvements.npy',
+        'training_summary.json',
+        'figures/training_curves.png',
+        'evaluation_results.json',
+        'initial_masks.safetensors',
+        'learned_masks.safetensors',
+        'baseline_losses.npz',
+        'metrics.json',
+    ):
         assert (path/name).is_file(), name
     again = command('enigma-lab', 'maskpro', 'learn')
     assert again.returncode == 1 and 'masks are learned once' in again.stderr
 
 def test_presets_at_one_percent(home):
-    table = run_mode('full', parallel=0, name='presets', share=.01, compute_fid=False, repeats=1, test=False)
-    assert table['preset'].tolist() == paper_presets and (table['state'] == 'finished').all(), table['state'].tolist()
+    table = run_mode(
+        'full', parallel=0, name='presets', share=0.01, compute_fid=False, repeats=1, test=False
+    )
+    assert table['preset'].tolist() == paper_presets and (table['state'] == 'finished').all(), (
+        table['state'].tolist()
+    )
     assert table['train_steps'].tolist() == [50, 150, 250, 120, 300]
 
 def test_two_processes_learn_the_mask_of_one(home):
@@ -64,36 +86,68 @@ def test_two_processes_learn_the_mask_of_one(home):
     for estimator in ('pge', 'simple'):
         runs = []
         for how in (dict(processes=2), dict(gradient_accumulation_steps=2)):
-            run = make_masks(make_maskpro_config('smoke', estimator=estimator, batch_size=8, budget=60, **how))
+            run = make_masks(
+                make_maskpro_config('smoke', estimator=estimator, batch_size=8, budget=60, **how)
+            )
             baseline(run); learn(run)
             runs.append(run)
         assert same_masks(*runs), estimator
         losses = [[row['loss'] for row in run.history if 'loss' in row] for run in runs]
         assert losses[0] == losses[1]
 
-LEARN = "import sys; from enigma_lab.maskpro.train import learn, open_record; learn(open_record(sys.argv[1]), show=lambda row: print(row['step'], flush=True))"
+LEARN = (
+    "import sys; from enigma_lab.maskpro.train import learn, open_record\n"
+    "learn(open_record(sys.argv[1]), show=lambda row: print(row['step'], flush=True))"
+)
 
 def test_killed_and_resumed(home):
     "SIGKILL in the middle; the record goes on where its last state was, to the same mask."
     whole, cut = (make_masks(make_maskpro_config('smoke', budget=240)) for _ in range(2))
     learn(whole)
-    process = subprocess.Popen([sys.executable, '-c', LEARN, cut.name], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, '-c', LEARN, cut.name], stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if int(line) >= 22: process.send_signal(signal.SIGKILL); break
     process.wait()
-    assert (cut.path/'state.safetensors').is_file() and not (cut.path/'learned_masks.safetensors').exists()
+    assert (cut.path / 'state.safetensors').is_file() and not (
+        cut.path / 'learned_masks.safetensors'
+    ).exists()
     learn(cut)
     assert same_masks(whole, cut)
-    assert [row['loss'] for row in cut.history if 'loss' in row] == [row['loss'] for row in whole.history if 'loss' in row]
+    assert [row['loss'] for row in cut.history if 'loss' in row] == [
+        row['loss'] for row in whole.history if 'loss' in row
+    ]
 
 def test_the_notebooks(home):
     for name, words in dict(train_ddpm=(), train_maskpro=('-p', 'estimator', 'pge')).items():
-        result = command('papermill', str(ROOT/'nbs'/f'{name}.ipynb'), '-p', 'preset', 'smoke', '-p', 'test', 'False', *words)
+        result = command(
+            'papermill',
+            str(ROOT / 'nbs' / f'{name}.ipynb'),
+            '-p',
+            'preset',
+            'smoke',
+            '-p',
+            'test',
+            'False',
+            *words,
+        )
         assert result.returncode == 0, result.stderr
         path = max((home/'runs'/name).iterdir(), key=lambda p: p.stat().st_mtime)
-        assert all(cell.get('execution_count') for cell in nbformat.read(path/f'{name}.ipynb', 4).cells if cell.cell_type == 'code')
+        assert all(
+            cell.get('execution_count')
+            for cell in nbformat.read(path / f'{name}.ipynb', 4).cells
+            if cell.cell_type == 'code'
+        )
     metrics = json.loads((path/'metrics.json').read_text())
-    assert {'learned_loss', 'initial_loss', 'dense_loss', 'learned_minus_initial_from', 'floor_frechet', 'train_changed'} <= metrics.keys()
+    assert {
+        'learned_loss',
+        'initial_loss',
+        'dense_loss',
+        'learned_minus_initial_from',
+        'floor_frechet',
+        'train_changed',
+    } <= metrics.keys()
 
 @pytest.mark.parametrize('kind', ['gpt2', 'enigma'])
 def test_language_models(kind):
@@ -101,18 +155,32 @@ def test_language_models(kind):
     torch.manual_seed(0)
     if kind == 'gpt2':
         from transformers import GPT2Config, GPT2LMHeadModel
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2))
+
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+        )
     else:
         from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM
-        model = EnigmaForCausalLM(EnigmaConfig(vocab_size=40, dim=32, num_layers=2, num_heads=2, max_len=16, machine='none'))
+
+        model = EnigmaForCausalLM(
+            EnigmaConfig(
+                vocab_size=40, dim=32, num_layers=2, num_heads=2, max_len=16, machine='none'
+            )
+        )
     text = torch.arange(16)[None].repeat(4, 1) + torch.arange(4)[:, None]
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(40): optimizer.zero_grad(); model(input_ids=text, labels=text).loss.backward(); optimizer.step()
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(input_ids=text, labels=text).loss.backward()
+        optimizer.step()
     loss = lambda model, ids: model(input_ids=ids, labels=ids).loss
     for estimator, batches in (('simple', lambda step: text), ('pge', [text[:2], text[2:]])):
         run = learn_masks(model, loss, batches, estimator, budget=60, initial='random')
         verify_masks(model)
-        assert not any('embed' in layer.name or 'wte' in layer.name or 'head' in layer.name for layer in run.masks.layers)
+        assert not any(
+            'embed' in layer.name or 'wte' in layer.name or 'head' in layer.name
+            for layer in run.masks.layers
+        )
         if estimator == 'simple':
             first, last = (run.masks.loss(loss, text, mask) for mask in (run.initial, run.learned))
             assert last < first

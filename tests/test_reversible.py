@@ -1,4 +1,4 @@
-"The reversible engine under everything that autograd, autocast, compilers and wrappers do: each question of the benchmark, and more."
+"Try the reversible engine under autograd, autocast, compilers and wrappers."
 import copy
 from functools import partial
 
@@ -26,11 +26,13 @@ def gradients(chain, x, amp=None, seed=5):
     x = x.clone().requires_grad_()
     torch.manual_seed(seed)
     with torch.autocast('cpu', amp, enabled=amp is not None): y = chain(x*1.)
-    return y.detach(), *torch.autograd.grad(y.float().pow(2).mean() * (64 if amp is torch.float16 else 1), [x, *chain.parameters()])
+    return y.detach(), *torch.autograd.grad(
+        y.float().pow(2).mean() * (64 if amp is torch.float16 else 1), [x, *chain.parameters()]
+    )
 
 @pytest.mark.parametrize('amp', [None, torch.bfloat16, torch.float16], ids=str)
 def test_exact_gradients_are_bit_equal(amp):
-    "128 blocks, 256 halves, dropout on: the stored run of the same quantised forward, to the last bit."
+    "Compare 256 halves with dropout to the stored run of the same forward, to the last bit."
     chain = ReversibleSequence(make_blocks(128, 16, p=.1), exact=True, keep=0)
     with torch.no_grad():
         for f, g in chain.blocks: f.out.weight.mul_(2), g.down.weight.mul_(2)
@@ -38,7 +40,9 @@ def test_exact_gradients_are_bit_equal(amp):
     found = gradients(chain, x, amp)
     chain.memory = 'store'
     expected = gradients(chain, x, amp)
-    assert all(torch.equal(u, v) for u, v in zip(found, expected)) and all(u.isfinite().all() for u in found)
+    assert all(torch.equal(u, v) for u, v in zip(found, expected)) and all(
+        u.isfinite().all() for u in found
+    )
 
 def test_exact_comes_back_through_2000_halves():
     chain, x = ReversibleSequence(make_blocks(1000, 8), exact=True).eval(), torch.randn(3, 5, 16)
@@ -51,16 +55,21 @@ def test_exact_comes_back_through_2000_halves():
 def test_memory_does_not_grow(exact):
     "Peak resident memory of a process, depth 4 and 24, beside the stored run."
     name = 'ours, exact' if exact else 'ours'
-    shallow, deep, plain = (in_process(name=n, depth=d) for n, d in ((name, 4), (name, 24), ('plain', 24)))
+    shallow, deep, plain = (
+        in_process(name=n, depth=d) for n, d in ((name, 4), (name, 24), ('plain', 24))
+    )
     assert deep < 1.05*shallow and deep < .06*plain, (shallow, deep, plain)
 
 class Keyed(nn.Module):
-    def __init__(self, part, layer): super().__init__(); self.part, self.drop = part, CounterDropout(.2, layer)
+    def __init__(self, part, layer):
+        super().__init__()
+        self.part, self.drop = part, CounterDropout(0.2, layer)
+
     def forward(self, x, key): return self.drop(self.part(x), key)
 
 @pytest.mark.parametrize('exact', [False, True])
 def test_compiled_with_dropout_and_wheels(exact):
-    "One graph with counter dropout and a bijection between the blocks; what it stores does not grow."
+    "Compile counter dropout and a bijection to one graph; what it stores does not grow."
     from enigma_lab.bench.reversible_checks import compiled_bytes
     class Whole(nn.Module):
         def __init__(self, depth):
@@ -68,8 +77,13 @@ def test_compiled_with_dropout_and_wheels(exact):
             torch.manual_seed(0)
             blocks = [(Keyed(Attention(16), 2*i), Keyed(MLP(16), 2*i + 1)) for i in range(depth)]
             wheels = [] if exact else [RollRotor(32, 4, parametrization='orthogonal')]
-            self.chain = ReversibleSequence([b for block in blocks for b in (block, *wheels)], exact=exact, keep=0)
-        def forward(self, x): return self.chain(x, torch.tensor(3), positions=torch.arange(x.shape[1]))
+            self.chain = ReversibleSequence(
+                [b for block in blocks for b in (block, *wheels)], exact=exact, keep=0
+            )
+
+        def forward(self, x):
+            return self.chain(x, torch.tensor(3), positions=torch.arange(x.shape[1]))
+
     x, sizes = torch.randn(2, 8, 32), []
     for depth in (2, 5):
         whole = Whole(depth)
@@ -78,12 +92,16 @@ def test_compiled_with_dropout_and_wheels(exact):
         found = gradients(torch.compile(whole, fullgraph=True, backend='aot_eager'), x)
         for u, v in zip(found, expected): torch.testing.assert_close(u, v, rtol=1e-4, atol=1e-6)
         sizes.append(compiled_bytes(whole, x))
-    assert sizes[1] <= 1.05*sizes[0] or not exact and sizes[1] - sizes[0] < 3*5*32**2*8, sizes  # a wheel's own matrix may be kept
+    # a wheel's own matrix may be kept
+    assert sizes[1] <= 1.05 * sizes[0] or not exact and sizes[1] - sizes[0] < 3 * 5 * 32**2 * 8, (
+        sizes
+    )
 
 def test_drawn_dropout_cannot_be_compiled():
     torch._dynamo.reset()
     chain = ReversibleSequence(make_blocks(2, 8, p=.1))
-    with pytest.raises(Exception, match='CounterDropout'): torch.compile(chain, backend='aot_eager', fullgraph=True)(torch.randn(2, 4, 16))
+    with pytest.raises(Exception, match='CounterDropout'):
+        torch.compile(chain, backend='aot_eager', fullgraph=True)(torch.randn(2, 4, 16))
 
 def reduced():
     "In each process: gradients over half of the batch, averaged by DDP."
@@ -94,17 +112,19 @@ def reduced():
     own = nn.parallel.DistributedDataParallel(ReversibleSequence(blocks, keep=0))
     own(x.chunk(dist.get_world_size())[dist.get_rank()]).pow(2).mean().backward()
     ReversibleSequence(twin := copy.deepcopy(blocks), memory='store')(x).pow(2).mean().backward()
-    for p, q in zip(blocks.parameters(), twin.parameters()): torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
+    for p, q in zip(blocks.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
     dist.destroy_process_group()
 
 def test_two_processes(): launch(reduced, processes=2)
-
 
 # the language model
 
 def language_model(**changes):
     torch.manual_seed(0)
-    model = EnigmaForCausalLM(EnigmaConfig.preset('smoke', vocab_size=40, max_len=32, reversible=True, **changes)).train()
+    model = EnigmaForCausalLM(
+        EnigmaConfig.preset('smoke', vocab_size=40, max_len=32, reversible=True, **changes)
+    ).train()
     with torch.no_grad():
         for p in model.parameters(): p.add_(.1*torch.randn_like(p))
     return model
@@ -116,11 +136,17 @@ def stored(steps, a, b):
 @pytest.mark.parametrize('exact', [False, True])
 @pytest.mark.parametrize('machine', ['none', 'input', 'both', 'between'])
 def test_language_model_gradients(machine, exact, monkeypatch):
-    "With dropout on features and attention weights: those of the stored run, bit-equal where the model is exact."
+    "Compare gradients under dropout to the stored run's: bit-equal where the model is exact."
     ids, found = torch.randint(3, 40, (3, 16), generator=torch.Generator().manual_seed(1)), []
     for run in (partial(reversible, keep=0), stored):
         monkeypatch.setattr('enigma_lab.lm.model.reversible', run)
-        model = language_model(machine=machine, exact=exact, dropout=.1, attn_dropout=.1, parametrization='orthogonal')
+        model = language_model(
+            machine=machine,
+            exact=exact,
+            dropout=0.1,
+            attn_dropout=0.1,
+            parametrization='orthogonal',
+        )
         torch.manual_seed(5)
         loss = model(ids, labels=ids).loss
         loss.backward()
@@ -137,6 +163,13 @@ def test_language_model_memory(monkeypatch):
     for layers in (2, 6):
         model, kept = language_model(num_layers=layers), {}
         own = {p.data_ptr() for p in model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (t.data_ptr() in own or kept.update({t.data_ptr(): t.untyped_storage().nbytes()}), t)[1], lambda t: t): model(ids, labels=ids)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (
+                t.data_ptr() in own or kept.update({t.data_ptr(): t.untyped_storage().nbytes()}),
+                t,
+            )[1],
+            lambda t: t,
+        ):
+            model(ids, labels=ids)
         sizes.append(sum(kept.values()))
     assert sizes[1] <= 1.02*sizes[0], sizes

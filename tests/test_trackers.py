@@ -12,10 +12,7 @@ from enigma_lab.lab.trackers import OPENERS, Tracker, check_tracker, open_tracke
 KEY = '0123456789' * 4
 LOSSES = [1/step for step in range(1, 21)]
 
-@pytest.fixture(autouse=True)
-def own_runs(tmp_path, monkeypatch):
-    monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path/'runs'))
-    monkeypatch.delenv('ENIGMA_RUN_DIR', raising=False)
+pytestmark = pytest.mark.usefixtures('own_runs')
 
 def one_line(caplog):
     "The only warning."
@@ -32,7 +29,9 @@ def test_tensorboard_read_back():
             tracker.log(**row)
     events = EventAccumulator(str(run.path/'tensorboard')).Reload()
     assert events.Tags()['scalars'] == ['loss', 'tokens']
-    assert [(e.step, e.value) for e in events.Scalars('loss')] == [(row['step'], np.float32(row['loss'])) for row in run.history]
+    assert [(e.step, e.value) for e in events.Scalars('loss')] == [
+        (row['step'], np.float32(row['loss'])) for row in run.history
+    ]
     text = events.Tensors('config/text_summary')[0].tensor_proto.string_val[0].decode()
     assert json.loads(text) == dict(dim=8, preset='tiny', project='rotors', experiment='a-trial')
 
@@ -60,12 +59,21 @@ def test_the_same_object_serves_the_trainer():
     run = start_run('loop', {})
     data = [dict(x=torch.tensor([float(i)]), labels=torch.tensor([2.*i])) for i in range(8)]
     with open_tracker('tensorboard', run) as tracker:
-        arguments = TrainingArguments(str(run.path/'checkpoints'), use_cpu=True, max_steps=4, logging_steps=1, report_to='none',
-                                      save_strategy='no', disable_tqdm=True)
+        arguments = TrainingArguments(
+            str(run.path / 'checkpoints'),
+            use_cpu=True,
+            max_steps=4,
+            logging_steps=1,
+            report_to='none',
+            save_strategy='no',
+            disable_tqdm=True,
+        )
         trainer = Trainer(Line(), arguments, train_dataset=data, callbacks=[Copy(tracker)])
         trainer.train()
     events = EventAccumulator(str(run.path/'tensorboard')).Reload()
-    assert [(e.step, e.value) for e in events.Scalars('loss')] == [(row['step'], np.float32(row['loss'])) for row in trainer.state.log_history if 'loss' in row]
+    assert [(e.step, e.value) for e in events.Scalars('loss')] == [
+        (row['step'], np.float32(row['loss'])) for row in trainer.state.log_history if 'loss' in row
+    ]
 
 @pytest.mark.parametrize('kind', ['mlflow', 'WandB', '', None, ['wandb']])
 def test_unknown_kind(kind):
@@ -89,7 +97,12 @@ assert find_spec('wandb') and find_spec('wandb').origin is None
 from enigma_lab.lab.trackers import check_tracker
 check_tracker('wandb')"""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    result = subprocess.run([sys.executable, '-c', code], env=os.environ | dict(PYTHONPATH=root), capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, '-c', code],
+        env=os.environ | dict(PYTHONPATH=root),
+        capture_output=True,
+        text=True,
+    )
     assert "ModuleNotFoundError: tracker='wandb'" in result.stderr
 
 @pytest.mark.parametrize('fails', ['write', 'close', 'both'])
@@ -105,7 +118,9 @@ def test_a_backend_that_raises_does_not_end_the_loop(fails, monkeypatch, caplog)
             run.log(step=step)
             tracker.log(step, loss=1.)
     assert len(run.history) == 8 and not tracker.on
-    assert one_line(caplog) == 'tracker failed and is off, the run goes on: ' + ('no space left' if fails == 'close' else 'the cable')
+    assert one_line(caplog) == 'tracker failed and is off, the run goes on: ' + (
+        'no space left' if fails == 'close' else 'the cable'
+    )
 
 def test_a_real_writer_that_breaks_midway(monkeypatch, caplog):
     from torch.utils.tensorboard import SummaryWriter
@@ -117,7 +132,9 @@ def test_a_real_writer_that_breaks_midway(monkeypatch, caplog):
     with open_tracker('tensorboard', run) as tracker:
         for step in range(1, 9): tracker.log(step, loss=1.)
     assert 'no space left on device' in one_line(caplog)
-    assert [e.step for e in EventAccumulator(str(run.path/'tensorboard')).Reload().Scalars('loss')] == [1, 2, 3]  # what came before is kept
+    assert [
+        e.step for e in EventAccumulator(str(run.path / 'tensorboard')).Reload().Scalars('loss')
+    ] == [1, 2, 3]  # what came before is kept
 
 def test_a_tracker_that_does_not_open(caplog):
     run = start_run('loop', {})
@@ -128,7 +145,8 @@ def test_a_tracker_that_does_not_open(caplog):
 def test_an_error_in_the_loop_is_passed_on_and_marked():
     closed = []
     with pytest.raises(FloatingPointError):
-        with Tracker(lambda step, numbers: None, closed.append): raise FloatingPointError('the loss must stay finite')
+        with Tracker(lambda step, numbers: None, closed.append):
+            raise FloatingPointError('the loss must stay finite')
     assert closed == [True]
 
 # wandb keeps its state for the life of a process, so each of its cases gets one
@@ -149,11 +167,22 @@ finish_run(run, dict(loss=row['loss']))
 def loop(tmp_path, midway='', **env):
     "A run in a process of its own that must end well; returns its record and what it printed."
     clean = {k: v for k, v in os.environ.items() if not k.startswith('WANDB_') and k != 'NETRC'}
-    home = dict(HOME=str(tmp_path/'home'), WANDB_CACHE_DIR=str(tmp_path/'cache'), WANDB_CONFIG_DIR=str(tmp_path/'config'))
+    home = dict(
+        HOME=str(tmp_path / 'home'),
+        WANDB_CACHE_DIR=str(tmp_path / 'cache'),
+        WANDB_CONFIG_DIR=str(tmp_path / 'config'),
+    )
     (tmp_path/'home').mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch: # short, for wandb's socket
-        result = subprocess.run([sys.executable, '-c', LOOP.replace('MIDWAY', midway)], env=clean | home | dict(TMPDIR=scratch) | env, cwd=tmp_path,
-                                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(
+            [sys.executable, '-c', LOOP.replace('MIDWAY', midway)],
+            env=clean | home | dict(TMPDIR=scratch) | env,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     assert result.returncode == 0, result.stderr
     run, = list_runs()
     assert run.finished and [row['loss'] for row in run.history] == LOSSES
@@ -175,7 +204,11 @@ def records(path):
 def losses(run, folder='offline-run-*'):
     "What wandb wrote into the run's folder."
     file, = (run.path/'wandb').glob(f'{folder}/*.wandb')
-    rows = [{item.nested_key[0]: json.loads(item.value_json) for item in r.history.item} for r in records(file) if r.HasField('history')]
+    rows = [
+        {item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
+        for r in records(file)
+        if r.HasField('history')
+    ]
     assert [row['_step'] for row in rows] == list(range(1, 21))
     return [row['loss'] for row in rows]
 
@@ -189,7 +222,8 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
-    def env(self): return dict(WANDB_BASE_URL=f'http://127.0.0.1:{self.server_port}', WANDB_API_KEY=KEY)
+    def env(self):
+        return dict(WANDB_BASE_URL=f'http://127.0.0.1:{self.server_port}', WANDB_API_KEY=KEY)
 
 class Answer(BaseHTTPRequestHandler):
     def log_message(self, *args): pass
@@ -204,14 +238,33 @@ class Answer(BaseHTTPRequestHandler):
         if self.headers.get('content-encoding') == 'gzip': body = gzip.decompress(body)
         self.server.posts.append(body)
         if self.path.endswith('/file_stream'):
-            lines = json.loads(body).get('files', {}).get('wandb-history.jsonl', {}).get('content', [])
+            lines = (
+                json.loads(body).get('files', {}).get('wandb-history.jsonl', {}).get('content', [])
+            )
             self.server.losses += [json.loads(line)['loss'] for line in lines]
             return self.reply({})
         project = dict(id='p', name='enigma-lab', entity=dict(id='e', name='me'))
-        run = dict(id='r', name='r', displayName='r', config='{}', tags=[], historyLineCount=0, project=project)
-        self.reply(dict(data=dict(viewer=dict(id='v', entity='me', username='me', flags='{}', teams=dict(edges=[])),
-                                  upsertBucket=dict(inserted=True, bucket=run),
-                                  createRunFiles=dict(runID='r', uploadHeaders=[], files=[])))) # it wants no files
+        run = dict(
+            id='r',
+            name='r',
+            displayName='r',
+            config='{}',
+            tags=[],
+            historyLineCount=0,
+            project=project,
+        )
+        # it wants no files
+        self.reply(
+            dict(
+                data=dict(
+                    viewer=dict(
+                        id='v', entity='me', username='me', flags='{}', teams=dict(edges=[])
+                    ),
+                    upsertBucket=dict(inserted=True, bucket=run),
+                    createRunFiles=dict(runID='r', uploadHeaders=[], files=[]),
+                )
+            )
+        )
 
     def reply(self, value):
         body = json.dumps(value).encode()
@@ -231,22 +284,35 @@ def server():
 def test_wandb_without_a_key_is_offline_and_complete(tmp_path):
     run, printed = loop(tmp_path, WANDB_BASE_URL='http://127.0.0.1:9')
     assert losses(run) == LOSSES and 'tracker' not in printed
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['cache', 'home', 'runs'] # nothing beside the run, and the cache
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        'cache',
+        'home',
+        'runs',
+    ]  # nothing beside the run, and the cache
 
 @pytest.mark.parametrize('mode, folders', [('offline', 1), ('disabled', 0)])
 def test_wandb_mode_is_obeyed_though_there_is_a_key(mode, folders, tmp_path, server):
     run, printed = loop(tmp_path, WANDB_MODE=mode, **server.env)
-    assert len(list(run.path.glob('wandb/offline-run-*'))) == folders and not server.losses and 'tracker' not in printed
+    assert (
+        len(list(run.path.glob('wandb/offline-run-*'))) == folders
+        and not server.losses
+        and 'tracker' not in printed
+    )
 
 def test_wandb_online_sends_all(tmp_path, server):
     run, printed = loop(tmp_path, **server.env)
     assert server.losses == losses(run, 'run-*') == LOSSES and 'tracker' not in printed
     sent = b''.join(server.posts)
-    assert b'a-trial' in sent and b'MIDWAY' not in sent and sys.executable.encode() not in sent  # the name, not the command line
+    # the name, not the command line
+    assert (
+        b'a-trial' in sent and b'MIDWAY' not in sent and sys.executable.encode() not in sent
+    )
 
 def test_wandb_finds_a_key_in_netrc(tmp_path, server):
     (tmp_path/'home').mkdir()
-    (tmp_path/'home'/'.netrc').write_text(f'machine 127.0.0.1:{server.server_port} login user password {KEY}\n')
+    (tmp_path / 'home' / '.netrc').write_text(
+        f'machine 127.0.0.1:{server.server_port} login user password {KEY}\n'
+    )
     (tmp_path/'home'/'.netrc').chmod(0o600)
     loop(tmp_path, WANDB_BASE_URL=server.env['WANDB_BASE_URL'])
     assert server.losses == LOSSES
@@ -254,10 +320,15 @@ def test_wandb_finds_a_key_in_netrc(tmp_path, server):
 @pytest.mark.parametrize('what', ['refuses', 'is silent'])
 def test_wandb_unreachable_goes_on_offline(what, tmp_path, server):
     server.silent = True
-    env = dict(server.env, WANDB_MODE='online') | (dict(WANDB_BASE_URL='http://127.0.0.1:9') if what == 'refuses' else {})
+    env = dict(server.env, WANDB_MODE='online') | (
+        dict(WANDB_BASE_URL='http://127.0.0.1:9') if what == 'refuses' else {}
+    )
     run, printed = loop(tmp_path, **env)
     assert losses(run) == LOSSES
-    assert printed.count('tracker ') == 1 and 'tracker wandb is not reached and goes on offline: ' in printed
+    assert (
+        printed.count('tracker ') == 1
+        and 'tracker wandb is not reached and goes on offline: ' in printed
+    )
 
 def test_wandb_online_without_a_key_asks_nobody(tmp_path):
     run, printed = loop(tmp_path, WANDB_MODE='online', WANDB_BASE_URL='http://127.0.0.1:9')
@@ -268,14 +339,22 @@ def test_wandb_with_a_broken_key(tmp_path):
     assert losses(run) == LOSSES and 'goes on offline: WANDB_API_KEY invalid' in printed
 
 def test_wandb_server_that_falls_silent_midway(tmp_path, server):
-    ask = f"import urllib.request; urllib.request.urlopen('{server.env['WANDB_BASE_URL']}/silence').close()"
+    url = server.env['WANDB_BASE_URL']
+    ask = f"import urllib.request; urllib.request.urlopen('{url}/silence').close()"
     run, printed = loop(tmp_path, ask, **server.env)
-    assert server.silent and not server.losses and losses(run, 'run-*') == LOSSES  # all is on the disk, for `wandb sync`
+    # all is on the disk, for `wandb sync`
+    assert (
+        server.silent and not server.losses and losses(run, 'run-*') == LOSSES
+    )
 
 def test_wandb_process_that_is_killed_midway(tmp_path):
     kill = """
     import os, signal, subprocess
-    for line in subprocess.run(['ps', '-o', 'pid=,comm=', '--ppid', str(os.getpid())], capture_output=True, text=True).stdout.splitlines():
+    words = ['ps', '-o', 'pid=,comm=', '--ppid', str(os.getpid())]
+    listed = subprocess.run(words, capture_output=True, text=True).stdout
+    for line in listed.splitlines():
         if 'wandb-core' in line: os.kill(int(line.split()[0]), signal.SIGKILL)"""
     _, printed = loop(tmp_path, kill, WANDB_MODE='offline')
-    assert printed.count('tracker ') == 1 and 'tracker failed and is off, the run goes on: ' in printed
+    assert (
+        printed.count('tracker ') == 1 and 'tracker failed and is off, the run goes on: ' in printed
+    )

@@ -1,4 +1,4 @@
-"Tuning from the command line: the notebook, two processes, an adapter in a fresh process, a conversation through a pipe."
+"Tune from outside: the notebook, two processes, a fresh process, a conversation in a pipe."
 import json, os, subprocess, sys
 
 import nbformat, pytest
@@ -18,30 +18,60 @@ def base(tmp_path_factory):
         yield train(make_config('smoke', data='tasks', max_chars=60_000, shape=dict(max_len=64)))
 
 def notebook(base, *words):
-    return subprocess.run(['papermill', str(NOTEBOOK), '-p', 'preset', 'smoke', *words], capture_output=True, text=True, env=dict(os.environ, ENIGMA_RUNS=str(base.path.parents[1])))
+    return subprocess.run(
+        ['papermill', str(NOTEBOOK), '-p', 'preset', 'smoke', *words],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, ENIGMA_RUNS=str(base.path.parents[1])),
+    )
 
-def newest(base): return max((base.path.parents[1]/'train_lora').iterdir(), key=lambda path: path.stat().st_mtime)
+def newest(base):
+    return max(
+        (base.path.parents[1] / 'train_lora').iterdir(), key=lambda path: path.stat().st_mtime
+    )
 
 def test_the_notebook(base):
-    "Every cell, a finished record; the adapter loads in a fresh process, merged = adapted, and answers through a pipe."
+    "Run every cell; the adapter loads in a fresh process, merged = adapted, and answers in a pipe."
     result = notebook(base)
     assert result.returncode == 0, result.stderr
     run = newest(base)
-    assert all(cell.get('execution_count') for cell in nbformat.read(run/'train_lora.ipynb', 4).cells if cell.cell_type == 'code')
+    assert all(
+        cell.get('execution_count')
+        for cell in nbformat.read(run / 'train_lora.ipynb', 4).cells
+        if cell.cell_type == 'code'
+    )
     metrics = json.loads((run/'metrics.json').read_text())
-    assert metrics['base'] == base.name and 0 <= metrics['test_exact_easy'] <= 1 and {p.name for p in (run/'figures').iterdir()} == {'loss.png', 'exam.png'}
-    code = ("import torch\nfrom enigma_lab.lm.lora import load_adapted\nids = torch.arange(262, 300)[None]\n"
-            f"a, b = (load_adapted({str(run)!r}, merge=m)[0](ids).logits for m in (True, False))\nprint((a - b).abs().max().item() < 1e-5)")
+    assert (
+        metrics['base'] == base.name
+        and 0 <= metrics['test_exact_easy'] <= 1
+        and {p.name for p in (run / 'figures').iterdir()} == {'loss.png', 'exam.png'}
+    )
+    code = (
+        "import torch\nfrom enigma_lab.lm.lora import load_adapted\n"
+        "ids = torch.arange(262, 300)[None]\n"
+        f"a, b = (load_adapted({str(run)!r}, merge=m)[0](ids).logits for m in (True, False))\n"
+        "print((a - b).abs().max().item() < 1e-5)"
+    )
     loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert loaded.stdout.strip() == 'True', loaded.stderr
-    said = subprocess.run(['enigma-lab', 'chat', str(run), '--max_new_tokens', '8'], input='Repeat the word.\nCopy it.\n\nnever asked\n', capture_output=True, text=True)
+    said = subprocess.run(
+        ['enigma-lab', 'chat', str(run), '--max_new_tokens', '8'],
+        input='Repeat the word.\nCopy it.\n\nnever asked\n',
+        capture_output=True,
+        text=True,
+    )
     assert said.returncode == 0 and '>' not in said.stdout, said.stderr
 
+@pytest.mark.proof('lm.lora', 'data.instruct', 'lab.launch', 'lab.trainer', seeds=(0,))
 def test_two_processes(base):
     "By DDP: the same loss as one process with the same global batch, and a record of rank 0."
     result = notebook(base, '-p', 'processes', '2', '-p', 'batch_size', '2')
     assert result.returncode == 0, result.stderr
-    losses = lambda path: [row['loss'] for row in map(json.loads, (path/'history.jsonl').read_text().splitlines()) if 'loss' in row]
+    losses = lambda path: [
+        row['loss']
+        for row in map(json.loads, (path / 'history.jsonl').read_text().splitlines())
+        if 'loss' in row
+    ]
     two = newest(base)
     assert (two/'checkpoint'/'base.json').is_file()
     one = tune(make_tune_config('smoke', base=base.name), note='one')

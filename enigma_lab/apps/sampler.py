@@ -99,7 +99,7 @@ def verdict(
 )->str: # HTML
     "Read a vector with the encoder in the loop, and say how sure it is."
     v = reconstruct(model, z, seed=seed)[0]
-    numbers = f'{v.verdict} (distance {v.distance:.2g}, {v.tried} tried)'
+    numbers = f'{v.verdict} (distance {v.distance:.2g}, {v.num_encoded} tried)'
     return f'with the encoder in the loop: <b>{html.escape(v.text)}</b> &nbsp; {numbers}'
 
 # %% ../../nbs/apps/20_sampler.ipynb #4b649d3c

@@ -56,6 +56,13 @@ RENAMED |= { # commands
     'python train.py': 'papermill nbs/train_enigma.ipynb -p preset brief-50m -p gpus 5',
     'accelerate launch --config_file accelerate_config.yaml pretrain.py': 'papermill nbs/train_enigma.ipynb -p preset brief-002 -p gpus 5 '
         '-p data am_0.9M_processed_hf -p tokenizer enigma_tokenizer -p tracker tensorboard',
+    'accelerate launch --config_file accelerate_config.yaml lora_sft.py':
+        'papermill nbs/train_lora.ipynb -p preset brief-002 -p gpus 5 -p data sft_data.jsonl',
+    'lora_sft.py': 'nbs/train_lora.ipynb',
+    'python enigma_chat.py': 'enigma-lab chat',
+    'enigma_chat.py': 'enigma-lab chat',
+    'output_lora_sft/runs': 'runs/train_lora',
+    'output_lora_sft': 'runs/train_lora',
     'python build_full_tokenizer.py': 'enigma-lab tokenizer sft_data.jsonl enigma_tokenizer',
     'python scripts/generate.py': 'enigma-lab generate - TEXT',
     'tensorboard --logdir output_full_sequence/runs': 'tensorboard --logdir runs/train_enigma',
@@ -67,14 +74,13 @@ RENAMED |= { # commands
     'pip install -r requirements.txt': "pip install -c constraints.txt '.[all]'"}
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #c643979b
-RENAMED |= { # of later steps
+RENAMED |= { # of later steps; tests/test_later.py asks of each row whether it is still true
     'EnigmaFlow': 'later: EnigmaFlow in enigma_lab.flow.density, with the exact log-determinant',
     'enigma.jacobian_logdet': 'later: enigma_lab.flow.density',
-    'enigma.gumbel_sinkhorn': 'later: enigma_lab.machine.sinkhorn, soft in training and a hard permutation when frozen',
-    'monitor.py': 'later: enigma-lab monitor; today papermill prints the progress and nvidia-smi shows the GPUs',
-    'lora_sft.py': 'later: nbs/train_lora.ipynb, with trl and peft',
-    'output_lora_sft': 'later: runs/train_lora',
-    'enigma_chat.py': 'later: enigma-lab chat; today enigma-lab generate and the completion page',
+    'enigma.gumbel_sinkhorn': 'later: enigma_lab.machine.sinkhorn, '
+        'soft in training and a hard permutation when frozen',
+    'monitor.py': 'later: enigma-lab monitor; '
+        'today papermill prints the progress and nvidia-smi shows the GPUs',
     'scripts/benchmark.py': 'later: enigma-lab bench sequence, copy memory and enwik8'}
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #9ba2dccb

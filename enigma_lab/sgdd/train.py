@@ -208,7 +208,7 @@ def loop_scores(
     for e, v in zip(examples, found): e.update(loop=v.text, verdict=v.verdict, distance=v.distance)
     right = [e['loop'] == e['wanted'] for e in examples]
     proved = [ok for ok, v in zip(right, found) if v.verdict == 'proved']
-    scores = dict(loop_sentences=len(found), loop_proved_share=len(proved)/len(found), loop_tried=sum(v.tried for v in found)/len(found), loop_s_per_sentence=seconds/len(found))
+    scores = dict(loop_sentences=len(found), loop_proved_share=len(proved)/len(found), loop_tried=sum(v.num_encoded for v in found)/len(found), loop_s_per_sentence=seconds/len(found))
     if proved: scores['loop_proved_precision'] = sum(proved)/len(proved)
     for name, values in dict(loop_exact_match=right, loop_gain=[a - e['exact'] for a, e in zip(right, examples)]).items():
         scores.update(zip((name, f'{name}_from', f'{name}_to'), bootstrap(values)))
