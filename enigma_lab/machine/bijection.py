@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 # %% ../../nbs/machine/10_bijection.ipynb #e885b0d7
 class Bijection(nn.Module, ABC):
-    "An invertible map of vectors, stepped by position (the protocol of Distrax, github.com/google-deepmind/distrax)."
+    "Map vectors invertibly, stepped by position (the protocol of Distrax)."
     @abstractmethod
     def forward_and_log_det(self,
         x:Tensor, # (..., dim)
         positions:Tensor|None=None, # int64, broadcastable to `x.shape[:-1]`; `None`: all zero
     )->tuple[Tensor,Tensor]: # y (..., dim); log|det dy/dx| (...), nats
-        "Map `x` at `positions`, and say how the map changes volume there."
+        "Map `x` at `positions`, and measure how the map changes volume there."
 
     @abstractmethod
     def inverse_and_log_det(self,
@@ -29,21 +29,33 @@ class Bijection(nn.Module, ABC):
     )->tuple[Tensor,Tensor]: # x (..., dim); log|det dx/dy| (...), nats
         "Undo `forward_and_log_det` at the same `positions`."
 
-    def forward(self, x:Tensor, positions:Tensor|None=None)->Tensor: # y, (..., dim)
+    def forward(self,
+        x:Tensor, # (..., dim)
+        positions:Tensor|None=None, # int64, broadcastable to `x.shape[:-1]`; `None`: all zero
+    )->Tensor: # y, (..., dim)
         "Map `x` at `positions`."
         return self.forward_and_log_det(x, positions)[0]
 
-    def inverse(self, y:Tensor, positions:Tensor|None=None)->Tensor: # x, (..., dim)
+    def inverse(self,
+        y:Tensor, # (..., dim)
+        positions:Tensor|None=None, # int64, broadcastable to `y.shape[:-1]`; `None`: all zero
+    )->Tensor: # x, (..., dim)
         "Undo `forward` at the same `positions`."
         return self.inverse_and_log_det(y, positions)[0]
 
 # %% ../../nbs/machine/10_bijection.ipynb #2e8e29ff
-def check_width(x:Tensor, dim:int):
+def check_width(
+    x:Tensor, # (..., dim)
+    dim:int, # channels that `x` must have
+):
     "Raise a ValueError unless the last axis of `x` has `dim` channels."
     if x.ndim == 0 or x.shape[-1] != dim:
         raise ValueError(f"the last axis must have dim={dim} channels, got shape {tuple(x.shape)}")
 
-def check_even(dim:int, why:str):
+def check_even(
+    dim:int, # channels
+    why:str, # what the even number is needed for, such as 'to swap its halves'
+):
     "Raise a ValueError unless `dim` is a positive even number."
     if dim < 2 or dim % 2: raise ValueError(f"dim must be even and at least 2 {why}, got {dim}")
 
@@ -51,31 +63,35 @@ def as_positions(
     positions:Tensor|None, # int64, broadcastable to `x.shape[:-1]`; `None`: all zero
     x:Tensor, # (..., dim)
 )->Tensor: # int64, `x.shape[:-1]`
-    "Positions of every vector of `x`; a ValueError if they are no integers or do not fit its shape."
+    "Expand positions to every vector of `x`; refuse what is no integer or does not fit."
     if positions is None: return torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(f"positions must be integers, got {positions.dtype}")
     try: return positions.to(torch.int64).expand(x.shape[:-1])
-    except RuntimeError: raise ValueError(f"positions must broadcast to {tuple(x.shape[:-1])}, got shape {tuple(positions.shape)}") from None
+    except RuntimeError:
+        raise ValueError(f"positions must broadcast to {tuple(x.shape[:-1])}, "
+                         f"got shape {tuple(positions.shape)}") from None
 
 # %% ../../nbs/machine/10_bijection.ipynb #246258f1
 class CompositeBijection(Bijection):
-    "A bijection made of others, each passed forwards or backwards."
+    "Compose a bijection of others, each passed forwards or backwards."
     @abstractmethod
     def route(self)->list: # [(bijection, True if passed forwards)], in the order of the signal
-        "The parts on the signal's way."
+        "List the parts on the signal's way."
 
-    def forward_and_log_det(self, x, positions=None): return apply_in_order(self.route(), x, positions)
+    def forward_and_log_det(self, x, positions=None):
+        return apply_in_order(self.route(), x, positions)
 
     def inverse_and_log_det(self, y, positions=None):
-        return apply_in_order([(part, not ahead) for part, ahead in reversed(self.route())], y, positions)
+        return apply_in_order([(part, not ahead) for part, ahead in reversed(self.route())],
+            y, positions)
 
 def apply_in_order(
     route:list, # [(bijection, True if passed forwards)]
     x:Tensor, # (..., dim)
     positions:Tensor|None=None, # int64, broadcastable to `x.shape[:-1]`; `None`: all zero
 )->tuple[Tensor,Tensor]: # where `x` arrives (..., dim); the sum of the log-determinants (...), nats
-    "Send `x` along `route`: log-determinants add up (Rezende and Mohamed, arXiv:1505.05770, eq. 7)."
+    "Send `x` along `route` and add up the log-determinants (arXiv:1505.05770, eq. 7)."
     log_det = x.new_zeros(x.shape[:-1])
     for part, ahead in route:
         x, ld = (part.forward_and_log_det if ahead else part.inverse_and_log_det)(x, positions)
@@ -84,20 +100,28 @@ def apply_in_order(
 
 # %% ../../nbs/machine/10_bijection.ipynb #d39d0f23
 class Chain(CompositeBijection):
-    "Bijections one after the other: `Chain(f, g)(x) = g(f(x))`."
-    def __init__(self, *parts): # bijections, in the order of the signal
+    "Apply bijections one after the other: `Chain(f, g)(x) = g(f(x))`."
+    def __init__(self,
+        *parts, # bijections, in the order of the signal
+    ):
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def route(self): return [(part, True) for part in self.parts]
+    def route(self): # [(part, True)], in the order of the signal
+        "List the parts, each passed forwards."
+        return [(part, True) for part in self.parts]
 
 class Inverse(CompositeBijection):
-    "A bijection with its two directions exchanged."
-    def __init__(self, part:Bijection):
+    "Exchange the two directions of a bijection."
+    def __init__(self,
+        part:Bijection, # to be passed backwards
+    ):
         super().__init__()
         self.part = part
 
-    def route(self): return [(self.part, False)]
+    def route(self): # [(part, False)]
+        "List the one part, passed backwards."
+        return [(self.part, False)]
 
 # %% ../../nbs/machine/10_bijection.ipynb #816ae3ca
 def jacobian_log_det(
@@ -105,5 +129,5 @@ def jacobian_log_det(
     x:Tensor, # (dim,)
     positions:Tensor|None=None, # int64, a scalar
 )->Tensor: # log|det dy/dx|, a scalar, nats
-    "log|det| of the whole Jacobian by automatic differentiation: the slow truth to test against."
+    "Compute log|det| of the whole Jacobian by automatic differentiation: the slow oracle of tests."
     return torch.autograd.functional.jacobian(lambda v: f(v, positions), x).slogdet()[1]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def hash32(
     x:Tensor, # int64, of which the lowest 32 bits count
 )->Tensor: # int64 in [0, 2³²)
-    "A bijection of 32-bit numbers that looks random (`lowbias32`, nullprogram.com/blog/2018/07/31)."
+    "Hash 32-bit numbers one to one (`lowbias32`, nullprogram.com/blog/2018/07/31)."
     x = x & 0xFFFFFFFF
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
@@ -26,18 +26,19 @@ def keep_mask(
     key:Tensor, # int64, a scalar
     layer:int=0, # a number for each place that drops
 )->Tensor: # bool
-    "Where dropout keeps, as a pure function."
+    "Decide where dropout keeps, as a pure function."
     index = torch.arange(shape.numel(), device=key.device).view(shape)
     return hash32(hash32(index ^ key) + 0x9E3779B9*layer) >= int(p * 2**32)
 
 def new_key(
     device=None, # where the model is
 )->Tensor: # int64, a scalar
-    "A key from torch's generator, one for each forward pass."
+    "Draw a key from torch's generator, one for each forward pass."
     return torch.randint(2**32, (), device=device)
 
+# %% ../../nbs/machine/54_dropout.ipynb #c93b5e16
 class CounterDropout(nn.Module):
-    "Dropout whose mask is a hash of key, layer and place (Salmon et al., SC 2011)."
+    "Drop numbers by a mask that is a hash of key, layer and place (Salmon et al., SC 2011)."
     def __init__(self,
         p:float=.1, # probability of a zero, in [0, 1)
         layer:int=0, # a number for each place that drops
@@ -46,8 +47,13 @@ class CounterDropout(nn.Module):
         if not 0 <= p < 1: raise ValueError(f"p must be in [0, 1), got {p}")
         self.p, self.layer = p, layer
 
-    def forward(self, x, key): # any shape; int64 scalar, not read in eval mode
+    def forward(self,
+        x, # any shape
+        key, # int64, a scalar; not read in eval mode
+    ): # the shape of `x`
         if not self.training or not self.p: return x
         return x * keep_mask(x.shape, self.p, key, self.layer) * (1/(1 - self.p))
 
-    def extra_repr(self): return f'p={self.p}, layer={self.layer}'
+    def extra_repr(self): # 'p=0.1, layer=0'
+        "Describe the layer for `print`."
+        return f'p={self.p}, layer={self.layer}'

@@ -22,11 +22,12 @@ def lift(
     x:Tensor, # (N, d) float64, on the grid
     L:Tensor, # (d, d) float64, strictly lower triangular, multiples of `WEIGHT`
 )->Tensor: # (N, d)
-    "`x + snap(L x)`: a unit triangular matrix as a bijection of the grid (Calderbank et al., 1998)."
+    "Compute `x + snap(L x)`, a bijection of the grid (Calderbank et al., 1998)."
     return x + snap(x @ L.T)
 
+# %% ../../nbs/machine/49_exact.ipynb #a41f07d2
 class BlockwiseInverse(torch.autograd.Function):
-    "The inverse of `lift`, block by block."
+    "Undo `lift` block by block."
     @staticmethod
     def forward(ctx, y, L):
         x, rest, d = y.clone(), torch.zeros_like(y), y.shape[1]
@@ -38,9 +39,15 @@ class BlockwiseInverse(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(
+        ctx, # of autograd
+        grad, # gradient of the result
+    ): # gradients of `y` and of `L`
+        "Differentiate the triangular solve, as if nothing were rounded."
         x, L = ctx.saved_tensors
-        gy = torch.linalg.solve_triangular(L + torch.eye(len(L), dtype=L.dtype, device=L.device), grad, upper=False, left=False, unitriangular=True)
+        gy = torch.linalg.solve_triangular(
+            L + torch.eye(len(L), dtype=L.dtype, device=L.device), grad,
+            upper=False, left=False, unitriangular=True)
         return gy, -(gy.T @ x).tril(-1)
 
 def unlift(
@@ -52,7 +59,10 @@ def unlift(
 
 # %% ../../nbs/machine/49_exact.ipynb #8de3b588
 class Lifted(Wired):
-    "Matrices `P diag(sign) L U`, both unit triangular, as bijections of the grid: two lifts (Calderbank et al., 1998)."
+    """Hold matrices `P diag(sign) L U`, both unit triangular, as bijections of the grid.
+
+    Each is two lifts (Calderbank et al., 1998).
+    """
     def __init__(self,
         dim:int, # channels
         count:int=1, # matrices
@@ -61,38 +71,56 @@ class Lifted(Wired):
         super().__init__(dim, seed)
         self.packed = nn.Parameter(torch.zeros(count, 2, dim*(dim-1)//2))
 
-    def factors(self, k:int)->tuple[Tensor,Tensor]: # strictly lower triangular (dim, dim), twice
+    def factors(self,
+        k:int, # which matrix, 0 … count-1
+    )->tuple[Tensor,Tensor]: # strictly lower triangular (dim, dim), twice
+        "Build the two factors from the packed parameter: U seen from behind, and L."
         dim, packed = len(self.sign), snap(self.packed[k].double(), WEIGHT)
         i, j = torch.tril_indices(dim, dim, -1, device=packed.device)
         return tuple(packed.new_zeros(dim, dim).index_put((i, j), w) for w in packed)
 
-    def matmul(self, x:Tensor, k:int)->Tensor: # W x, (..., dim), on the grid
+    def matmul(self,
+        x:Tensor, # (..., dim)
+        k:int, # which matrix, 0 … count-1
+    )->Tensor: # W x, (..., dim), on the grid
+        "Multiply vectors by a matrix."
         U, L = self.factors(k)
-        y = lift(x.double().reshape(-1, x.shape[-1]).flip(-1), U).flip(-1) # the upper factor is a lower one, seen from behind
+        # the upper factor is a lower one, seen from behind
+        y = lift(x.double().reshape(-1, x.shape[-1]).flip(-1), U).flip(-1)
         return (lift(y, L) * self.sign)[:, self.permutation].view(x.shape).to(x.dtype)
 
-    def solve(self, y:Tensor, k:int)->Tensor: # W⁻¹ y, (..., dim), on the grid
+    def solve(self,
+        y:Tensor, # (..., dim)
+        k:int, # which matrix, 0 … count-1
+    )->Tensor: # W⁻¹ y, (..., dim), on the grid
+        "Undo `matmul`."
         U, L = self.factors(k)
         z = y.double().reshape(-1, y.shape[-1])[:, self.permutation.argsort()] * self.sign
         return unlift(unlift(z, L).flip(-1), U).flip(-1).view(y.shape).to(y.dtype)
 
     def log_dets(self)->Tensor: # 0 (count,)
+        "Return the log-determinants, which are zero."
         return self.packed.new_zeros(len(self.packed), dtype=torch.float64)
 
 parametrizations['lifted'] = Lifted
 
 # %% ../../nbs/machine/49_exact.ipynb #92045d65
 class ExactReflector(SwapHalves):
-    "`U = K⁻¹ S K`, K a lifted shear: an involution to the last bit."
+    "Reflect vectors by `U = K⁻¹ S K`, K a lifted shear: an involution to the last bit."
     def __init__(self,
         dim:int, # channels, even
         seed:int=0, # of the first shear
     ):
         super().__init__(dim)
         g = torch.Generator().manual_seed(seed)
-        self.a, self.b = (nn.Parameter(torch.randn(dim//2, generator=g) * size) for size in (1., (dim//2)**-.5))
+        self.a, self.b = (nn.Parameter(torch.randn(dim//2, generator=g) * size)
+            for size in (1., (dim//2)**-.5))
 
-    def shear(self, x, way): # K for way = 1, K⁻¹ for way = -1
+    def shear(self,
+        x, # (..., dim) float64, on the grid
+        way, # 1 for K, -1 for K⁻¹
+    ): # (..., dim)
+        "Shift the second half by the first, as K or K⁻¹ does."
         x1, x2 = x.chunk(2, -1)
         a, b = snap(self.a.double(), WEIGHT), snap(self.b.double(), WEIGHT)
         return torch.cat([x1, x2 + way*snap((x1 * b).sum(-1, keepdim=True) * a)], -1)
@@ -106,7 +134,10 @@ class ExactReflector(SwapHalves):
 
 # %% ../../nbs/machine/49_exact.ipynb #56f5d74b
 class ExactMLP(nn.Module):
-    "`F(x) = size * softsign(W₂ leaky_relu(W₁ x))`, the same to the last bit in any batch."
+    """Compute `F(x) = size * softsign(W₂ leaky_relu(W₁ x))`.
+
+    The result is the same to the last bit in any batch.
+    """
     def __init__(self,
         dim:int, # channels in and out
         size:float=.1, # bound on each output at the start
@@ -121,6 +152,9 @@ class ExactMLP(nn.Module):
         o = fixed_linear(self.down, h)
         return self.size * (o / (1 + o.abs()))
 
-def fixed_linear(layer:nn.Linear, x:Tensor)->Tensor: # float64
-    "A linear layer with fixed-point weights: no sum is rounded."
+def fixed_linear(
+    layer:nn.Linear, # weights and bias
+    x:Tensor, # (..., inputs) float64
+)->Tensor: # (..., outputs) float64
+    "Apply a linear layer with fixed-point weights: no sum is rounded."
     return x @ snap(layer.weight.double(), WEIGHT).T + snap(layer.bias.double(), WEIGHT)

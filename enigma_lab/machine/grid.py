@@ -18,24 +18,36 @@ def snapped(
     x:Tensor, # any shape, floating point
     grid:float=GRID, # a power of two
 )->Tensor: # float32, or float64 where `x` is
-    "The nearest points of the grid, without gradient."
+    "Round to the nearest points of the grid, without gradient."
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide / grid).round_().mul_(grid)
 
 class StraightThrough(torch.autograd.Function):
-    "`snapped`, whose gradient passes straight through."
+    "Apply `snapped` with a gradient that passes straight through."
     @staticmethod
     def forward(x, grid): return snapped(x, grid)
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.dtype = inputs[0].dtype
+    def setup_context(
+        ctx, # of autograd
+        inputs, # `x` and `grid`
+        output, # the points
+    ):
+        "Keep the type of the input."
+        ctx.dtype = inputs[0].dtype
     @staticmethod
-    def backward(ctx, g): return g.to(ctx.dtype), None
+    def backward(
+        ctx, # of autograd
+        g, # gradient of the points
+    ): # gradient of `x` in the type of `x`; `None` for `grid`
+        "Pass the gradient on."
+        return g.to(ctx.dtype), None
 
+# %% ../../nbs/machine/48_grid.ipynb #5e0a71c3
 def snap(
     x:Tensor, # any shape, floating point
     grid:float=GRID, # a power of two
 )->Tensor: # float32, or float64 where `x` is
-    "The nearest points of the grid, with a straight-through gradient (arXiv:1308.3432)."
+    "Round to the nearest points of the grid, with a straight-through gradient (arXiv:1308.3432)."
     return StraightThrough.apply(x, grid)
 
 # %% ../../nbs/machine/48_grid.ipynb #67e15696
@@ -43,10 +55,12 @@ def grid_limit(
     grid:float=GRID, # the step
     dtype:torch.dtype=torch.float32, # of the streams
 )->float: # sums below it are exact
-    "The largest value up to which every multiple of the step is a number."
+    "Return the largest value up to which every multiple of the step is a number."
     return grid / torch.finfo(dtype).eps * 2
 
-def check_grid(grid:float):
+def check_grid(
+    grid:float, # the step
+):
     "Raise a ValueError unless the step is a power of two."
     if not grid > 0 or math.frexp(grid)[0] != .5:
         raise ValueError(f"grid must be a power of two such as 2**-12, got {grid}")
@@ -59,4 +73,6 @@ def check_range(
     "Raise an OverflowError where sums were no longer exact, or no numbers."
     limit = grid_limit(grid, dtype)
     if not peak <= limit:
-        raise OverflowError(f"exact streams must stay within ±{limit:g} (grid={grid:g} in {str(dtype)[6:]}), got {peak:g}: use a coarser grid, float64, or a smaller F")
+        raise OverflowError(f"exact streams must stay within ±{limit:g} (grid={grid:g} in "
+                            f"{str(dtype)[6:]}), got {peak:g}: use a coarser grid, float64, "
+                            "or a smaller F")

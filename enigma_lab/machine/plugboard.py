@@ -21,7 +21,8 @@ class Plugboard(Bijection):
         super().__init__()
         if num_swaps is None: num_swaps = dim // 2
         if not 0 <= num_swaps <= dim // 2:
-            raise ValueError(f"num_swaps must be between 0 and dim // 2 = {dim // 2}, got {num_swaps}")
+            raise ValueError(f"num_swaps must be between 0 and dim // 2 = {dim // 2}, "
+                             f"got {num_swaps}")
         order = torch.randperm(dim, generator=torch.Generator().manual_seed(seed), device='cpu')
         a, b = order[:2*num_swaps].view(2, num_swaps)
         wiring = torch.arange(dim, device='cpu')
@@ -32,10 +33,11 @@ class Plugboard(Bijection):
     def from_permutation(cls,
         permutation, # a permutation of 0 … dim-1: `y[i] = x[permutation[i]]`
     )->'Plugboard':
-        "A board with a given wiring, an involution or not."
+        "Build a board with a given wiring, an involution or not."
         wiring = torch.as_tensor(permutation)
         if sorted(wiring.tolist()) != list(range(len(wiring))):
-            raise ValueError(f"a wiring must name each of 0 … {len(wiring)-1} once, got {wiring.tolist()}")
+            raise ValueError(f"a wiring must name each of 0 … {len(wiring)-1} once, "
+                             f"got {wiring.tolist()}")
         board = cls(len(wiring), num_swaps=0)
         board.wiring.copy_(wiring)
         return board
@@ -48,4 +50,7 @@ class Plugboard(Bijection):
         check_width(y, len(self.wiring))
         return y[..., self.wiring.argsort()], y.new_zeros(y.shape[:-1])
 
-    def extra_repr(self): return f"{len(self.wiring)}, swaps={(self.wiring != torch.arange(len(self.wiring))).sum().item() // 2}"
+    def extra_repr(self): # '26, swaps=10'
+        "Describe the board for `print`."
+        return (f"{len(self.wiring)}, swaps="
+                f"{(self.wiring != torch.arange(len(self.wiring))).sum().item() // 2}")

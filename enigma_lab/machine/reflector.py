@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from .bijection import Bijection, check_even, check_width
 
 # %% ../../nbs/machine/40_reflector.ipynb #952346b4
-def swap_halves(x:Tensor)->Tensor: # (..., dim), dim even
+def swap_halves(
+    x:Tensor, # (..., dim), dim even
+)->Tensor: # (..., dim)
     "Exchange the first and the second half of the channels: an involution without fixed points."
     return x.roll(x.shape[-1]//2, -1)
 
 class SwapHalves(Bijection):
-    "The reflector without parameters: channel i and channel i + dim/2 change places."
-    def __init__(self, dim:int): # channels, even
+    "Exchange channel i and channel i + dim/2: the reflector without parameters."
+    def __init__(self,
+        dim:int, # channels, even
+    ):
         super().__init__()
         check_even(dim, 'to swap its halves')
         self.dim = dim
@@ -31,7 +35,10 @@ class SwapHalves(Bijection):
 
 # %% ../../nbs/machine/40_reflector.ipynb #050eb382
 class Reflector(SwapHalves):
-    "`U = H S H`: a learned symmetric involution with trace 0 (H: A. S. Householder, 1958)."
+    """Reflect vectors by `U = H S H`, a learned symmetric involution with trace 0.
+
+    H is the reflection of A. S. Householder (1958).
+    """
     def __init__(self,
         dim:int, # channels, even
         seed:int=0, # of the first `v`
@@ -39,7 +46,10 @@ class Reflector(SwapHalves):
         super().__init__(dim)
         self.v = nn.Parameter(torch.randn(dim, generator=torch.Generator().manual_seed(seed)))
 
-    def mirror(self, x:Tensor)->Tensor: # H x, (..., dim)
+    def mirror(self,
+        x:Tensor, # (..., dim)
+    )->Tensor: # H x, (..., dim)
+        "Mirror vectors at the plane orthogonal to `v`."
         v = self.v.to(x.dtype)
         return x - 2 * (x @ v)[..., None] * v / (v @ v)
 

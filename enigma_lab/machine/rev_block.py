@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from .bijection import Bijection, check_even, check_width
 from .exact import ExactMLP
 from .grid import GRID, check_grid, snap
-from .reversible import ReversibleSequence # noqa: F401, its users look for it here
+# its users look for it here
+from .reversible import ReversibleSequence # noqa: F401
 
 # %% ../../nbs/machine/50_rev_block.ipynb #a9294398
 class BoundedMLP(nn.Module):
-    "`F(x) = size * tanh(W₂ leaky_relu(W₁ x))`: what one half tells the other."
+    "Compute `F(x) = size * tanh(W₂ leaky_relu(W₁ x))`, which one half adds to the other."
     def __init__(self,
         dim:int, # channels in and out
         size:float=.1, # bound on each output at the start
@@ -30,23 +31,30 @@ class BoundedMLP(nn.Module):
 
 # %% ../../nbs/machine/50_rev_block.ipynb #cc7b4af8
 class CommonScale:
-    "One scale for all channels, of a block with `dim` and `log_scale`, its number `r`; `None`: s = 1."
+    """Give a block one scale for all channels.
+
+    The block has `dim` and `log_scale`, the number `r`; `None` means s = 1.
+    """
     @property
     def s(self)->Tensor|float: # the scale, between 1/e and e
+        "Compute the scale."
         return 1. if self.log_scale is None else self.log_scale.tanh().exp()
 
-    def log_det(self, x:Tensor)->Tensor: # dim * log s (...), nats
+    def log_det(self,
+        x:Tensor, # (..., dim), of which the shape counts
+    )->Tensor: # dim * log s (...), nats
+        "Return the log-determinant of the block."
         if self.log_scale is None: return x.new_zeros(x.shape[:-1])
         return (self.dim * self.log_scale.tanh()).expand(x.shape[:-1])
 
 # %% ../../nbs/machine/50_rev_block.ipynb #4d3f2df3
 class RevBlock(CommonScale, Bijection):
-    "Additive coupling of two halves with a common scale (RevNet, arXiv:1707.04585, eq. 8)."
+    "Couple two halves additively with a common scale (RevNet, arXiv:1707.04585, eq. 8)."
     def __init__(self,
         dim:int, # channels, even
         f:nn.Module|None=None, # (..., dim/2) -> (..., dim/2), any function; `None`: `BoundedMLP`
         g:nn.Module|None=None, # likewise, from the first half to the second
-        scale:bool|None=None, # learn s; False: s = 1, volume kept; `None`: learn it, unless the block is exact
+        scale:bool|None=None, # learn s; False: s = 1, volume kept; `None`: unless exact
         exact:bool=False, # undone to the last bit, for inputs on the grid
         grid:float=GRID, # its step, a power of two
     ):
@@ -59,7 +67,11 @@ class RevBlock(CommonScale, Bijection):
         self.f, self.g = f or part(dim//2), g or part(dim//2)
         self.log_scale = nn.Parameter(torch.zeros(())) if scale else None
 
-    def added(self, part, x): # what one half adds to the other
+    def added(self,
+        part, # `f` or `g`
+        x, # (..., dim/2), one half
+    ): # (..., dim/2), what the other half gains
+        "Compute what one half adds to the other, on the grid if the block is exact."
         return snap(part(x), self.grid).to(x.dtype) if self.grid else part(x)
 
     def forward_and_log_det(self, x, positions=None):

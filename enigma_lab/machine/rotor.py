@@ -19,26 +19,34 @@ def signed_permutation(
     dim:int, # channels
     seed:int, # which permutation
 )->tuple[Tensor,Tensor]: # permutation (dim,) int64; signs (dim,), ±1
-    "A random wiring with signs, from a generator of its own."
+    "Draw a random wiring with signs, from a generator of its own."
     g = torch.Generator().manual_seed(seed)
     permutation = torch.randperm(dim, generator=g, device='cpu')
     return permutation, torch.randint(2, (dim,), generator=g, device='cpu') * 2. - 1
 
 class Wired(nn.Module):
-    "What all matrices of a parametrization share: a fixed permutation with signs, saved with the parameters."
-    def __init__(self, dim:int, seed:int):
+    "Hold what all matrices share: a fixed permutation with signs, saved with the parameters."
+    def __init__(self,
+        dim:int, # channels
+        seed:int, # which permutation and signs
+    ):
         super().__init__()
         permutation, sign = signed_permutation(dim, seed)
         self.register_buffer('permutation', permutation)
         self.register_buffer('sign', sign)
 
-def at_least_float32(x:Tensor)->Tensor: # `x`, or `x` as float32 where its type is shorter
+def at_least_float32(
+    x:Tensor, # any shape, floating point
+)->Tensor: # `x`, or `x` as float32 where its type is shorter
     "Widen half-precision numbers: triangular solves need the digits."
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 # %% ../../nbs/machine/30_rotor.ipynb #bb6ca8ce
 class PLU(Wired):
-    "Invertible matrices `W = P L (U + diag(sign e^s))`, one packed parameter each (Glow, arXiv:1807.03039, eq. 10)."
+    """Hold invertible matrices `W = P L (U + diag(sign e^s))`.
+
+    Each has one packed parameter (Glow, arXiv:1807.03039, eq. 10).
+    """
     def __init__(self,
         dim:int, # channels
         count:int=1, # matrices
@@ -47,34 +55,55 @@ class PLU(Wired):
         super().__init__(dim, seed)
         self.packed = nn.Parameter(torch.zeros(count, dim, dim))
 
-    def log_scales(self, packed:Tensor)->Tensor: # s (..., dim), between -1 and 1
+    def log_scales(self,
+        packed:Tensor, # (..., dim, dim)
+    )->Tensor: # s (..., dim), between -1 and 1
+        "Read the bounded log-scales from the diagonal."
         return packed.diagonal(dim1=-2, dim2=-1).tanh()
 
-    def entries(self, k:int)->tuple[Tensor,Tensor]: # L and U in one matrix (dim, dim), and U's diagonal (dim,), in float32 or better
+    def entries(self,
+        k:int, # which matrix, 0 … count-1
+    )->tuple[Tensor,Tensor]: # L and U in one (dim, dim); U's diagonal (dim,); in float32 or better
+        "Read a matrix's factors, still packed."
         packed = at_least_float32(self.packed[k])
         return packed, self.sign.to(packed.dtype) * self.log_scales(packed).exp()
 
-    def factors(self, k:int)->tuple[Tensor,Tensor]: # L, U (dim, dim), in float32 or better
+    def factors(self,
+        k:int, # which matrix, 0 … count-1
+    )->tuple[Tensor,Tensor]: # L, U (dim, dim), in float32 or better
+        "Unpack the two factors of a matrix."
         packed, diagonal = self.entries(k)
         return packed.tril(-1) + torch.ones_like(diagonal).diag(), packed.triu(1) + diagonal.diag()
 
-    def matmul(self, x:Tensor, k:int)->Tensor: # W x, (..., dim)
+    def matmul(self,
+        x:Tensor, # (..., dim)
+        k:int, # which matrix, 0 … count-1
+    )->Tensor: # W x, (..., dim)
+        "Multiply vectors by a matrix, factor by factor."
         packed, diagonal = (t.to(x.dtype) for t in self.entries(k))
         z = x*diagonal + x @ packed.triu(1).T
         return (z + z @ packed.tril(-1).T)[..., self.permutation]
 
-    def solve(self, y:Tensor, k:int)->Tensor: # W⁻¹ y, (..., dim); each solve reads its own half of the matrix
+    def solve(self,
+        y:Tensor, # (..., dim)
+        k:int, # which matrix, 0 … count-1
+    )->Tensor: # W⁻¹ y, (..., dim)
+        "Undo `matmul` by two triangular solves, each of which reads its own half of the matrix."
         packed, diagonal = self.entries(k)
-        z = at_least_float32(y)[..., self.permutation.argsort()].reshape(-1, y.shape[-1]).to(packed.dtype)
+        z = at_least_float32(y)[..., self.permutation.argsort()].reshape(
+            -1, y.shape[-1]).to(packed.dtype)
         z = torch.linalg.solve_triangular(packed.T, z, upper=True, left=False, unitriangular=True)
-        return torch.linalg.solve_triangular(packed.diagonal_scatter(diagonal).T, z, upper=False, left=False).view(y.shape).to(y.dtype)
+        return torch.linalg.solve_triangular(
+            packed.diagonal_scatter(diagonal).T, z, upper=False, left=False,
+        ).view(y.shape).to(y.dtype)
 
     def log_dets(self)->Tensor: # log|det W| (count,), nats, summed in float64
+        "Sum the log-scales of every matrix."
         return self.log_scales(self.packed.double()).sum(-1)
 
 # %% ../../nbs/machine/30_rotor.ipynb #a9c91b0b
 class Orthogonal(Wired):
-    "Orthogonal matrices `W = P diag(sign) (I + A)⁻¹ (I - A)`, A skew (Cayley's transform, 1846)."
+    "Hold orthogonal matrices `P diag(sign) (I + A)⁻¹ (I - A)`, A skew (A. Cayley, 1846)."
     def __init__(self,
         dim:int, # channels
         count:int=1, # matrices
@@ -84,41 +113,67 @@ class Orthogonal(Wired):
         self.skew = nn.Parameter(torch.zeros(count, dim*(dim-1)//2))
         self.solved = {}  # what `rotation` remembers
 
-    def rotation(self, k:int, dtype:torch.dtype)->Tensor: # Q (dim, dim); without gradients it is solved for once, and again when the parameter has changed
-        if torch.is_grad_enabled() or torch.compiler.is_compiling(): return self.solve_rotation(k).to(dtype)
+    def rotation(self,
+        k:int, # which matrix, 0 … count-1
+        dtype:torch.dtype, # of the result
+    )->Tensor: # Q (dim, dim)
+        "Return a rotation; without gradients it is solved for only when the parameter has changed."
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.solve_rotation(k).to(dtype)
         skew = self.skew[k]
         old, Q = self.solved.get((k, dtype), (None, None))
         if Q is None or Q.device != skew.device or old.dtype != skew.dtype or not torch.equal(old, skew):
             self.solved[k, dtype] = skew.clone(), (Q := self.solve_rotation(k).to(dtype))
         return Q
 
-    def solve_rotation(self, k:int)->Tensor: # Q (dim, dim) float64: the solve costs little, and Qᵀ then inverts Q as well as x can say
+    def solve_rotation(self,
+        k:int, # which matrix, 0 … count-1
+    )->Tensor: # Q (dim, dim) float64
+        "Solve for a rotation in float64: it costs little, and Qᵀ then inverts Q as well as x can say."
         skew, dim = self.skew[k].double(), len(self.sign)
         i, j = torch.tril_indices(dim, dim, -1, device=skew.device)
         A = skew.new_zeros(dim, dim).index_put((i, j), skew)
         A, eye = A - A.T, torch.eye(dim, dtype=skew.dtype, device=skew.device)
         return torch.linalg.solve(eye + A, eye - A)
 
-    def matmul(self, x:Tensor, k:int)->Tensor: # W x, (..., dim)
+    def matmul(self,
+        x:Tensor, # (..., dim)
+        k:int, # which matrix, 0 … count-1
+    )->Tensor: # W x, (..., dim)
+        "Multiply vectors by a matrix."
         return (x @ self.rotation(k, x.dtype).T * self.sign.to(x.dtype))[..., self.permutation]
 
-    def solve(self, y:Tensor, k:int)->Tensor: # W⁻¹ y = Wᵀ y, (..., dim)
-        return (y[..., self.permutation.argsort()] * self.sign.to(y.dtype)) @ self.rotation(k, y.dtype)
+    def solve(self,
+        y:Tensor, # (..., dim)
+        k:int, # which matrix, 0 … count-1
+    )->Tensor: # W⁻¹ y = Wᵀ y, (..., dim)
+        "Undo `matmul` by the transpose."
+        return (y[..., self.permutation.argsort()] * self.sign.to(y.dtype)) @ self.rotation(
+            k, y.dtype)
 
     def log_dets(self)->Tensor: # 0 (count,)
+        "Return the log-determinants, which are zero."
         return self.skew.new_zeros(len(self.skew), dtype=torch.float64)
 
+# %% ../../nbs/machine/30_rotor.ipynb #6f2b8d03
 parametrizations = {'plu': PLU, 'orthogonal': Orthogonal}
 
 # %% ../../nbs/machine/30_rotor.ipynb #c8e42e52
-def make_parametrization(parametrization:str, dim:int, count:int, seed:int)->nn.Module:
-    "The named parametrization with `count` matrices; a ValueError for a name that is none."
-    if parametrization not in parametrizations: raise ValueError(f"parametrization must be one of {sorted(parametrizations)}, got {parametrization!r}")
+def make_parametrization(
+    parametrization:str, # a name in `parametrizations`
+    dim:int, # channels
+    count:int, # matrices
+    seed:int, # of the fixed permutation and signs
+)->nn.Module: # with `matmul`, `solve` and `log_dets`
+    "Make the named parametrization; raise a ValueError for a name that is none."
+    if parametrization not in parametrizations:
+        raise ValueError(f"parametrization must be one of {sorted(parametrizations)}, "
+                         f"got {parametrization!r}")
     return parametrizations[parametrization](dim, count, seed)
 
 # %% ../../nbs/machine/30_rotor.ipynb #485adc9d
 class InvertibleConv1x1(Bijection):
-    "One learned invertible matrix on the channels (Glow, arXiv:1807.03039, section 3.2)."
+    "Apply one learned invertible matrix to the channels (Glow, arXiv:1807.03039, section 3.2)."
     def __init__(self,
         dim:int, # channels
         parametrization:str='plu', # 'plu': any volume; 'orthogonal': inverse = transpose, volume kept
@@ -137,14 +192,15 @@ class InvertibleConv1x1(Bijection):
 
 # %% ../../nbs/machine/30_rotor.ipynb #6c960e64
 class InvertibleConv1x1Stack(Chain):
-    "Rotors one after the other that never step."
+    "Chain rotors that never step."
     def __init__(self,
         dim:int, # channels
         num_layers:int, # rotors
         parametrization:str='plu', # 'plu' or 'orthogonal'
         seed:int=0, # rotor i draws its wiring from seed + i
     ):
-        super().__init__(*(InvertibleConv1x1(dim, parametrization, seed+i) for i in range(num_layers)))
+        super().__init__(*(InvertibleConv1x1(dim, parametrization, seed+i)
+            for i in range(num_layers)))
 
 # %% ../../nbs/machine/30_rotor.ipynb #d679b0ed
 def odometer(
@@ -153,7 +209,7 @@ def odometer(
     num_positions:int, # K
     key:int=0, # where the machine starts
 )->Tensor: # 0 … K-1, the shape of `positions`
-    "The position of wheel `place`: a digit of `positions + key` in base K."
+    "Compute the position of rotor `place`: a digit of `positions + key` in base K."
     return (positions + key) // num_positions**place % num_positions
 
 def reached_positions(
@@ -161,8 +217,9 @@ def reached_positions(
     num_rotors:int, # n
     num_positions:int, # K
 )->list: # positions that each wheel takes within the context
-    "How far each wheel gets in a text: what it never reaches, it cannot learn."
-    return [len(odometer(torch.arange(context), i, num_positions).unique()) for i in range(num_rotors)]
+    "Count how far each rotor gets in a text: what it never reaches, it cannot learn."
+    return [len(odometer(torch.arange(context), i, num_positions).unique())
+        for i in range(num_rotors)]
 
 # %% ../../nbs/machine/30_rotor.ipynb #353c23c4
 def by_position(
@@ -188,7 +245,7 @@ def roll(
 
 # %% ../../nbs/machine/30_rotor.ipynb #a7b7a948
 class SteppingRotor(Bijection):
-    "A rotor that steps: its digit of the odometer chooses how it stands."
+    "Step a rotor: its digit of the odometer chooses how it stands."
     def __init__(self,
         dim:int, # channels
         num_positions:int=16, # K
@@ -196,23 +253,31 @@ class SteppingRotor(Bijection):
         key:int=0, # where the odometer starts
     ):
         super().__init__()
-        if num_positions < 1: raise ValueError(f"num_positions must be at least 1, got {num_positions}")
+        if num_positions < 1:
+            raise ValueError(f"num_positions must be at least 1, got {num_positions}")
         self.dim, self.num_positions, self.place, self.key = dim, num_positions, place, key
 
     def stands_at(self,
         positions:Tensor|None, # int64, broadcastable to `x.shape[:-1]`
         x:Tensor, # (..., dim)
     )->Tensor: # 0 … K-1, `x.shape[:-1]`
-        "Where the wheel stands for every vector of `x`."
+        "Find where the rotor stands for every vector of `x`."
         check_width(x, self.dim)
         return odometer(as_positions(positions, x), self.place, self.num_positions, self.key)
 
-    def extra_repr(self): return f"{self.dim}, num_positions={self.num_positions}, place={self.place}, key={self.key}"
+    def extra_repr(self): # '26, num_positions=16, place=0, key=0'
+        "Describe the rotor for `print`."
+        return (f"{self.dim}, num_positions={self.num_positions}, "
+                f"place={self.place}, key={self.key}")
 
 # %% ../../nbs/machine/30_rotor.ipynb #17b63ddd
 class TableRotor(SteppingRotor):
-    "A wheel with a learned matrix for each position."
-    def __init__(self, dim, num_positions=16, place=0, key=0,
+    "Apply a learned matrix for each position."
+    def __init__(self,
+        dim, # channels
+        num_positions=16, # K
+        place=0, # which digit of the odometer, 0 the fastest
+        key=0, # where the odometer starts
         parametrization:str='plu', # 'plu' or 'orthogonal'
         seed:int=0, # of the permutation and signs, which all positions share
     ):
@@ -229,43 +294,63 @@ class TableRotor(SteppingRotor):
 
 # %% ../../nbs/machine/30_rotor.ipynb #38bcde72
 class RollRotor(SteppingRotor):
-    "The true rotor `S^-p W S^p`: one learned wiring, turned by p contacts."
-    def __init__(self, dim, num_positions=16, place=0, key=0,
+    "Turn one learned wiring by p contacts, `S^-p W S^p`: the true rotor."
+    def __init__(self,
+        dim, # channels
+        num_positions=16, # K
+        place=0, # which digit of the odometer, 0 the fastest
+        key=0, # where the odometer starts
         parametrization:str='plu', # 'plu' or 'orthogonal'
         seed:int=0, # of the permutation and signs
     ):
         super().__init__(dim, num_positions, place, key)
-        if num_positions > dim: raise ValueError(f"a wheel of dim={dim} contacts has at most {dim} positions, got num_positions={num_positions}")
+        if num_positions > dim:
+            raise ValueError(f"a wheel of dim={dim} contacts has at most {dim} positions, "
+                             f"got num_positions={num_positions}")
         self.wiring = make_parametrization(parametrization, dim, 1, seed)
 
     def forward_and_log_det(self, x, positions=None):
         p = self.stands_at(positions, x)
-        return roll(self.wiring.matmul(roll(x, p), 0), -p), self.wiring.log_dets()[0].expand(p.shape)
+        return roll(self.wiring.matmul(roll(x, p), 0),
+            -p), self.wiring.log_dets()[0].expand(p.shape)
 
     def inverse_and_log_det(self, y, positions=None):
         p = self.stands_at(positions, y)
-        return roll(self.wiring.solve(roll(y, p), 0), -p), -self.wiring.log_dets()[0].expand(p.shape)
+        return roll(self.wiring.solve(roll(y, p), 0),
+            -p), -self.wiring.log_dets()[0].expand(p.shape)
 
 # %% ../../nbs/machine/30_rotor.ipynb #aa604a94
 class PermutationRotor(SteppingRotor):
-    "The historical wheel: a fixed permutation, turned by p contacts; exact to the last bit."
-    def __init__(self, dim, num_positions=None, place=0, key=0,
+    "Turn a fixed permutation by p contacts, as the historical rotor does; exact to the last bit."
+    def __init__(self,
+        dim, # channels
+        num_positions=None, # K; `None`: `dim`
+        place=0, # which digit of the odometer, 0 the fastest
+        key=0, # where the odometer starts
         seed:int=0, # which permutation
     ):
         super().__init__(dim, dim if num_positions is None else num_positions, place, key)
-        if self.num_positions > dim: raise ValueError(f"a wheel of dim={dim} contacts has at most {dim} positions, got num_positions={num_positions}")
+        if self.num_positions > dim:
+            raise ValueError(f"a wheel of dim={dim} contacts has at most {dim} positions, "
+                             f"got num_positions={num_positions}")
         self.register_buffer('wiring', signed_permutation(dim, seed)[0])
 
-    def turned(self, x, positions, wiring):
+    def turned(self,
+        x, # (..., dim)
+        positions, # int64, broadcastable to `x.shape[:-1]`; `None`: all zero
+        wiring, # (dim,) int64, a permutation
+    ): # the permuted vectors (..., dim); zeros (...), their log-determinants
+        "Apply a permutation as it stands at each position."
         p = self.stands_at(positions, x)
         return roll(roll(x, p)[..., wiring], -p), x.new_zeros(p.shape)
 
     def forward_and_log_det(self, x, positions=None): return self.turned(x, positions, self.wiring)
-    def inverse_and_log_det(self, y, positions=None): return self.turned(y, positions, self.wiring.argsort())
+    def inverse_and_log_det(self, y, positions=None):
+        return self.turned(y, positions, self.wiring.argsort())
 
 # %% ../../nbs/machine/30_rotor.ipynb #90084033
 class DynamicInvertibleConv1x1Stack(Chain):
-    "Learned rotors that step like an odometer: wheel i is digit i of the position."
+    "Chain learned rotors that step like an odometer: rotor i is digit i of the position."
     def __init__(self,
         dim:int, # channels
         num_layers:int, # rotors n
@@ -276,18 +361,21 @@ class DynamicInvertibleConv1x1Stack(Chain):
         seed:int=0, # rotor i draws its wiring from seed + i
     ):
         kinds = {'table': TableRotor, 'roll': RollRotor}
-        if stepping not in kinds: raise ValueError(f"stepping must be 'table' or 'roll', got {stepping!r}")
-        super().__init__(*(kinds[stepping](dim, num_positions, i, key, parametrization=parametrization, seed=seed+i) for i in range(num_layers)))
+        if stepping not in kinds:
+            raise ValueError(f"stepping must be 'table' or 'roll', got {stepping!r}")
+        super().__init__(*(kinds[stepping](dim, num_positions, i, key,
+            parametrization=parametrization, seed=seed+i) for i in range(num_layers)))
 
 # %% ../../nbs/machine/30_rotor.ipynb #3deb03d0
 def condition_numbers(
     module:nn.Module, # anything that holds rotors
 )->list: # cond₂(W) of every learned matrix in it, in order
-    "Condition number of each rotor matrix: an inverse loses log10(cond) digits."
+    "Compute the condition number of each rotor matrix: an inverse loses log10(cond) digits."
     found = []
     for parametrization in module.modules():
         if isinstance(parametrization, tuple(parametrizations.values())):
             for k in range(len(next(parametrization.parameters()))):
                 eye = torch.eye(len(parametrization.sign), device=parametrization.sign.device)
-                found.append(torch.linalg.cond(parametrization.matmul(eye, k).detach().double().T).item())
+                found.append(torch.linalg.cond(parametrization.matmul(eye,
+                    k).detach().double().T).item())
     return found
