@@ -22,10 +22,17 @@ from .rotor import condition_numbers
 # %% ../../nbs/machine/70_certify.ipynb #2b8acdea
 LEVELS = 'any batch', 'equal shapes', 'floats'
 
-def in_pieces(f, x:Tensor, *rest, size:int)->Tensor: # rest: tensors of the batch, or `None`
+def in_pieces(
+    f, # (x, *rest) -> y
+    x:Tensor, # (B, …)
+    *rest, # tensors of the batch (B, …), or `None`
+    size:int, # entries at a time
+)->Tensor: # (B, …)
     "Apply `f` to `size` entries of the batch at a time."
-    return torch.cat([f(x[i:i+size], *(None if r is None else r[i:i+size] for r in rest)) for i in range(0, len(x), size)])
+    return torch.cat([f(x[i:i+size], *(None if r is None else r[i:i+size] for r in rest))
+        for i in range(0, len(x), size)])
 
+# %% ../../nbs/machine/70_certify.ipynb #5b9d3e70
 @torch.no_grad()
 def inversion(
     f, # (x, positions) -> y
@@ -33,15 +40,18 @@ def inversion(
     x:Tensor, # (B, …)
     positions:Tensor|None=None, # (B, …), or `None`
 )->dict: # max_error, way_back_error, relative_error, repeatable, level
-    "How well two functions undo each other, both ways."
+    "Measure how well two functions undo each other, both ways."
     y = f(x, positions)
     back, ahead = inverse(y, positions), f(inverse(x, positions), positions)
     repeatable = torch.equal(f(x, positions), y) and torch.equal(inverse(y, positions), back)
     bitwise = repeatable and torch.equal(back, x) and torch.equal(ahead, x)
-    apart = bitwise and all(torch.equal(in_pieces(f, x, positions, size=n), y) and torch.equal(in_pieces(inverse, y, positions, size=n), x) for n in (1, 7))
+    apart = bitwise and all(
+        torch.equal(in_pieces(f, x, positions, size=n), y)
+        and torch.equal(in_pieces(inverse, y, positions, size=n), x) for n in (1, 7))
     error, way_back = ((v - x).abs().max().item() for v in (back, ahead))
-    return dict(max_error=error, way_back_error=way_back, relative_error=max(error, way_back) / x.abs().max().clamp_min(1e-30).item(), repeatable=repeatable,
-        level=LEVELS[0] if apart else LEVELS[1] if bitwise else LEVELS[2])
+    return dict(max_error=error, way_back_error=way_back,
+        relative_error=max(error, way_back) / x.abs().max().clamp_min(1e-30).item(),
+        repeatable=repeatable, level=LEVELS[0] if apart else LEVELS[1] if bitwise else LEVELS[2])
 
 # %% ../../nbs/machine/70_certify.ipynb #bee0cb29
 def whole_jacobian(
@@ -49,7 +59,7 @@ def whole_jacobian(
     v:Tensor, # (dim,)
     position:Tensor, # int64, a scalar
 )->Tensor: # (dim, dim)
-    "∂y/∂x by automatic differentiation."
+    "Compute ∂y/∂x by automatic differentiation."
     x = v.expand(len(v), -1).clone().requires_grad_()
     y = f(x, position.expand(len(v)))
     return torch.autograd.grad(y, x, torch.eye(len(v), dtype=v.dtype, device=v.device))[0]
@@ -60,7 +70,7 @@ def log_det_error(
     positions:Tensor, # (B,)
     vectors:int=2, # how many to try
 )->float: # nats for each dimension
-    "The largest error of a log-determinant, forwards and backwards, in float64."
+    "Measure the largest error of a log-determinant, forwards and backwards, in float64."
     f, worst = copy.deepcopy(module).double(), 0.
     for v, t in zip(x[:vectors].double(), positions[:vectors]):
         true = whole_jacobian(f, v, t).slogdet()[1]
@@ -78,7 +88,7 @@ def chain_gradients(
     *extras, # of the chain
     positions:Tensor|None=None, # of the chain
 )->list: # of the input and of every parameter that learns; `None` where nothing arrives
-    "Gradients of a random projection of the result."
+    "Compute the gradients of a random projection of the result."
     was = chain.memory, chain.keep
     chain.memory, chain.keep = memory, 0
     try:
@@ -86,19 +96,31 @@ def chain_gradients(
             torch.manual_seed(0)
             x = x.detach().clone().requires_grad_()
             y = chain(x, *extras, positions=positions)
-            return torch.autograd.grad((y * torch.randn_like(y)).sum(), [x, *(p for p in chain.parameters() if p.requires_grad)], allow_unused=True)
+            return torch.autograd.grad(
+                (y * torch.randn_like(y)).sum(),
+                [x, *(p for p in chain.parameters() if p.requires_grad)], allow_unused=True)
     finally: chain.memory, chain.keep = was
 
-def gradient_error(chain:ReversibleSequence, x:Tensor, *extras, positions=None)->float: # 0: bit for bit
-    "The largest difference to the stored run, relative to the largest gradient of all."
-    ours, stored = ([torch.zeros(()) if g is None else g for g in chain_gradients(chain, memory, x, *extras, positions=positions)] for memory in ('reverse', 'store'))
+# %% ../../nbs/machine/70_certify.ipynb #e4a85c12
+def gradient_error(
+    chain:ReversibleSequence, # to be run
+    x:Tensor, # input
+    *extras, # of the chain
+    positions=None, # of the chain
+)->float: # 0: bit for bit
+    "Measure the largest difference to the stored run, relative to the largest gradient of all."
+    ours, stored = (
+        [torch.zeros(()) if g is None else g
+         for g in chain_gradients(chain, memory, x, *extras, positions=positions)]
+        for memory in ('reverse', 'store'))
     largest = max(g.abs().max().item() for g in stored)
-    return max((a - b).abs().max().item() for a, b in zip(ours, stored)) / largest if largest else math.nan
+    return (max((a - b).abs().max().item() for a, b in zip(ours, stored)) / largest
+            if largest else math.nan)
 
 # %% ../../nbs/machine/70_certify.ipynb #10592d3d
 @dataclass(frozen=True)
 class Certificate:
-    "What was found out about an invertible module."
+    "Hold what was found out about an invertible module."
     module:str # its class
     shape:tuple # of the input it was tried on
     dtype:str # of the input
@@ -108,65 +130,94 @@ class Certificate:
     relative_error:float # the larger of the two, relative to the largest |x|
     repeatable:bool # the same call twice gives the same bits
     twice_error:float|None # of f(f(x)) - x, for what claims to be its own inverse
-    log_det_error:float|None # nats for each dimension, against the Jacobian in float64; `None`: has no log-determinant
+    log_det_error:float|None # nats per dimension, against the Jacobian; `None`: it has none
     gradient_error:float # of the chain that recomputes, relative; 0: bit for bit
     condition_number:float|None # the largest of the rotors'; `None`: has none
     range_used:float|None # largest |value| at the end over what the grid can hold; `None`: no grid
 
-    def to_dict(self)->dict: return asdict(self)
+    def to_dict(self)->dict: # name -> value
+        "Return the findings as a dictionary."
+        return asdict(self)
 
     def rows(self)->list: # (question, finding)
+        "List the findings that there are, as text."
         number = lambda e: '0, bit for bit' if e == 0 else f'{e:.1e}'
-        found = [('level of exactness', self.level), ('f⁻¹(f(x)) − x, largest', number(self.max_error)), ('f(f⁻¹(x)) − x, largest', number(self.way_back_error)),
-            ('f(f(x)) − x, largest', None if self.twice_error is None else number(self.twice_error)), ('the same call twice', 'the same bits' if self.repeatable else 'differs'),
-            ('log-det − Jacobian, nats per dimension', None if self.log_det_error is None else f'{self.log_det_error:.1e}'), ('gradients − stored run, relative', number(self.gradient_error)),
-            ('condition of the rotors, largest', None if self.condition_number is None else f'{self.condition_number:.4g}'), ('range used', None if self.range_used is None else f'{self.range_used:.2%}')]
+        found = [
+            ('level of exactness', self.level),
+            ('f⁻¹(f(x)) − x, largest', number(self.max_error)),
+            ('f(f⁻¹(x)) − x, largest', number(self.way_back_error)),
+            ('f(f(x)) − x, largest',
+             None if self.twice_error is None else number(self.twice_error)),
+            ('the same call twice', 'the same bits' if self.repeatable else 'differs'),
+            ('log-det − Jacobian, nats per dimension',
+             None if self.log_det_error is None else f'{self.log_det_error:.1e}'),
+            ('gradients − stored run, relative', number(self.gradient_error)),
+            ('condition of the rotors, largest',
+             None if self.condition_number is None else f'{self.condition_number:.4g}'),
+            ('range used', None if self.range_used is None else f'{self.range_used:.2%}')]
         return [(question, finding) for question, finding in found if finding is not None]
 
     def __str__(self):
-        lines = [f'{self.module} on {self.shape}, {self.dtype}'] + [f'  {question:42}{finding}' for question, finding in self.rows()]
+        lines = [f'{self.module} on {self.shape}, {self.dtype}'] + [
+            f'  {question:42}{finding}' for question, finding in self.rows()]
         return '\n'.join(lines)
 
     def _repr_markdown_(self):
-        return '\n'.join([f'| {self.module} on {self.shape}, {self.dtype} | |', '|:--|:--|', *(f'| {q} | {found} |' for q, found in self.rows())])
+        return '\n'.join([
+            f'| {self.module} on {self.shape}, {self.dtype} | |', '|:--|:--|',
+            *(f'| {q} | {found} |' for q, found in self.rows())])
 
 # %% ../../nbs/machine/70_certify.ipynb #c279532a
 def grid_of(
     module:nn.Module, # any
 )->float|None: # the step of the grid on which it is exact; `None`: it works on floats
-    "The grid that a module asks for."
+    "Find the grid that a module asks for."
     for m in module.modules():
         if isinstance(m, ReversibleSequence) and m.exact: return m.grid
         if getattr(m, 'grid', None) and not isinstance(m, ReversibleSequence): return m.grid
-        if isinstance(m, Lifted) or (getattr(m, 'exact', False) is True and isinstance(m, Bijection)): return GRID
+        if isinstance(m, Lifted) or (
+                getattr(m, 'exact', False) is True and isinstance(m, Bijection)): return GRID
 
 # %% ../../nbs/machine/70_certify.ipynb #f9f6156e
 def certify(
     module:nn.Module, # a `Bijection` or a `ReversibleSequence`
-    x:Tensor|None=None, # (B, …) to try it on, B at least 2; `None`: 32 normal vectors of the width of a bijection
+    x:Tensor|None=None, # (B, …) to try it on, B at least 2; `None`: 32 normal vectors
     *extras, # further arguments of a chain, alike for every part of the batch
     positions:Tensor|None=None, # int64, broadcastable to `x.shape[:-1]`; `None`: 0, 1, 2, …
 )->Certificate: # prints as a table
-    "Find out what may be relied on in an invertible module; a ValueError for one that is none."
+    "Find out what may be relied on in an invertible module; refuse one that is none."
     chain = isinstance(module, ReversibleSequence)
-    if not chain and not isinstance(module, Bijection): raise ValueError(f"a certificate is for a Bijection or a ReversibleSequence, got {type(module).__name__}")
+    if not chain and not isinstance(module, Bijection):
+        raise ValueError("a certificate is for a Bijection or a ReversibleSequence, "
+                         f"got {type(module).__name__}")
     if x is None: x = sample_input(module)
-    if len(x) < 2: raise ValueError(f"a certificate needs a batch of at least 2, got shape {tuple(x.shape)}")
+    if len(x) < 2:
+        raise ValueError(f"a certificate needs a batch of at least 2, got shape {tuple(x.shape)}")
     grid = grid_of(module)
     if grid: x = snap(x.detach(), grid)
-    if positions is None and not chain: positions = torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
+    if positions is None and not chain:
+        positions = torch.arange(x[..., 0].numel(), device=x.device).view(x.shape[:-1])
     if positions is not None: positions = as_positions(positions, x)
     run = (lambda x, p: module(x, *extras, positions=p)) if chain else module
     undo = (lambda y, p: module.inverse(y, *extras, positions=p)) if chain else module.inverse
     with torch.no_grad(): y = run(x, positions)
-    twice = None if not getattr(module, 'reciprocal', False) else (run(y, positions) - x).abs().max().item()
-    log_det = None if chain else log_det_error(module, x.reshape(-1, x.shape[-1]), positions.flatten())
-    return Certificate(type(module).__name__, tuple(x.shape), str(x.dtype).removeprefix('torch.'), **inversion(run, undo, x, positions), twice_error=twice, log_det_error=log_det,
-        gradient_error=gradient_error(module if chain else ReversibleSequence([module]), x, *extras, positions=positions),
-        condition_number=max(condition_numbers(module), default=None), range_used=y.abs().max().item() / grid_limit(grid, x.dtype) if grid else None)
+    twice = (None if not getattr(module, 'reciprocal', False)
+             else (run(y, positions) - x).abs().max().item())
+    log_det = None if chain else log_det_error(
+        module, x.reshape(-1, x.shape[-1]), positions.flatten())
+    return Certificate(
+        type(module).__name__, tuple(x.shape), str(x.dtype).removeprefix('torch.'),
+        **inversion(run, undo, x, positions), twice_error=twice, log_det_error=log_det,
+        gradient_error=gradient_error(
+            module if chain else ReversibleSequence([module]), x, *extras, positions=positions),
+        condition_number=max(condition_numbers(module), default=None),
+        range_used=y.abs().max().item() / grid_limit(grid, x.dtype) if grid else None)
 
-def sample_input(module:Bijection)->Tensor: # (32, dim)
-    "Normal vectors of a bijection's width, from a generator of their own."
+# %% ../../nbs/machine/70_certify.ipynb #a7c14f96
+def sample_input(
+    module:Bijection, # that says its width, or has a part that does
+)->Tensor: # (32, dim)
+    "Draw normal vectors of a bijection's width, from a generator of their own."
     dim = next((m.dim for m in module.modules() if hasattr(m, 'dim')), None)
     if dim is None: raise ValueError(f"{type(module).__name__} does not say its width: give x")
     like = next(module.parameters(), torch.zeros(()))

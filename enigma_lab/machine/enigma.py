@@ -25,25 +25,40 @@ def make_rotor(
     dim:int, # channels
     num_positions:int, # K
     place:int=0, # which digit of the odometer, 0 the fastest
-    parametrization:str='plu', # 'plu', 'orthogonal' or 'lifted', for learned wheels
+    parametrization:str='plu', # 'plu', 'orthogonal' or 'lifted', for learned rotors
     key:int=0, # where the odometer starts
     seed:int=0, # of the wiring
 )->Bijection: # the identity for 'none'
-    "One wheel by the name of its kind."
-    if kind not in rotor_kinds: raise ValueError(f"rotor must be one of {list(rotor_kinds)}, got {kind!r}")
+    "Make one rotor by the name of its kind."
+    if kind not in rotor_kinds:
+        raise ValueError(f"rotor must be one of {list(rotor_kinds)}, got {kind!r}")
     if kind == 'none': return Chain()
     if kind == 'static': return InvertibleConv1x1(dim, parametrization, seed)
     if kind == 'permutation': return PermutationRotor(dim, num_positions, place, key, seed)
-    return dict(table=TableRotor, roll=RollRotor)[kind](dim, num_positions, place, key, parametrization=parametrization, seed=seed)
+    return dict(table=TableRotor, roll=RollRotor)[kind](dim, num_positions, place, key,
+        parametrization=parametrization, seed=seed)
 
-def make_rotors(kind, dim, num_rotors, num_positions, parametrization='plu', key=0, seed=0)->Chain:
-    "A row of wheels that step like an odometer; wheel i draws its wiring from seed + i."
-    wheels = [make_rotor(kind, dim, num_positions, i, parametrization, key, seed + i) for i in range(num_rotors)]
+# %% ../../nbs/machine/60_enigma.ipynb #b6d80e35
+def make_rotors(
+    kind, # one of `rotor_kinds`
+    dim, # channels
+    num_rotors, # n
+    num_positions, # K
+    parametrization='plu', # 'plu', 'orthogonal' or 'lifted', for learned rotors
+    key=0, # where the odometer starts
+    seed=0, # rotor i draws its wiring from seed + i
+)->Chain: # empty for 'none'
+    "Make a row of rotors that step like an odometer."
+    wheels = [make_rotor(kind, dim, num_positions, i, parametrization, key, seed + i)
+        for i in range(num_rotors)]
     return Chain(*([] if kind == 'none' else wheels))
 
 # %% ../../nbs/machine/60_enigma.ipynb #3ee16e1a
 class Enigma(CompositeBijection):
-    "The whole machine: a bijection of vectors that steps with the position (github.com/lizixi-0x2F/Enigma, made exact)."
+    """Build the whole machine, a bijection of vectors that steps with the position.
+
+    It is the network of github.com/lizixi-0x2F/Enigma, made exact.
+    """
     def __init__(self,
         dim:int, # channels, even
         num_rev_blocks:int=6, # nonlinear blocks N
@@ -54,7 +69,7 @@ class Enigma(CompositeBijection):
         reciprocal:bool=False, # go back along the same path: f(f(x)) = x
         parametrization:str='plu', # how a learned wheel is written: 'plu' | 'orthogonal'
         scale:bool|None=None, # let blocks change volume; `None`: unless the machine is exact
-        exact:bool=False, # undone to the last bit: lifted wheels, exact blocks and reflector, inputs rounded to the grid
+        exact:bool=False, # undo to the last bit: all parts exact, inputs rounded to the grid
         key:int=0, # the position of the first letter
         seed:int=0, # of every fixed wiring
     ):
@@ -62,22 +77,34 @@ class Enigma(CompositeBijection):
         check_even(dim, 'to split in two halves')
         self.dim, self.reciprocal, self.exact = dim, reciprocal, exact
         self.plugboard = Plugboard(dim, None if plugboard else 0, seed)
-        self.rotors = make_rotors(rotor, dim, num_rotors, num_positions, 'lifted' if exact else parametrization, key, seed)
-        self.rev_blocks = nn.ModuleList(RevBlock(dim, scale=scale, exact=exact) for _ in range(num_rev_blocks))
-        self.reflector = SwapHalves(dim) if reciprocal else (ExactReflector if exact else Reflector)(dim, seed)
+        self.rotors = make_rotors(rotor, dim, num_rotors, num_positions, 'lifted'
+            if exact else parametrization, key, seed)
+        self.rev_blocks = nn.ModuleList(RevBlock(dim, scale=scale, exact=exact)
+            for _ in range(num_rev_blocks))
+        self.reflector = SwapHalves(dim) if reciprocal else (ExactReflector
+            if exact else Reflector)(dim, seed)
 
-    def route(self):
+    def route(self): # [(bijection, True if passed forwards)]
+        "List the parts on the signal's way in and back."
         blocks = [(block, True) for block in self.rev_blocks]
         way_in = [(self.plugboard, True), (self.rotors, True), *blocks]
         if self.reciprocal: way_back = [(part, False) for part, _ in reversed(way_in)]
         else: way_back = [*reversed(blocks), (self.plugboard, False)]
         return [*way_in, (self.reflector, True), *way_back]
 
-    def forward_and_log_det(self, x, positions=None): return self.within_range(super().forward_and_log_det, x, positions)
-    def inverse_and_log_det(self, y, positions=None): return self.within_range(super().inverse_and_log_det, y, positions)
+    def forward_and_log_det(self, x, positions=None):
+        return self.within_range(super().forward_and_log_det, x, positions)
+    def inverse_and_log_det(self, y, positions=None):
+        return self.within_range(super().inverse_and_log_det, y, positions)
 
-    def within_range(self, way, x, positions):
+    def within_range(self,
+        way, # (x, positions) -> (y, log-determinants)
+        x, # (..., dim)
+        positions, # int64, broadcastable to `x.shape[:-1]`; `None`: all zero
+    ): # what `way` returns
+        "Pass vectors one way; an exact machine rounds them first and checks their range after."
         if not self.exact: return way(x, positions)
         y, log_det = way(snap(x), positions)
-        if not torch.compiler.is_compiling(): check_range(y.detach().abs().amax() if y.numel() else torch.zeros(()), GRID, y.dtype)
+        if not torch.compiler.is_compiling():
+            check_range(y.detach().abs().amax() if y.numel() else torch.zeros(()), GRID, y.dtype)
         return y, log_det

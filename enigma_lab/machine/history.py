@@ -10,24 +10,40 @@ __all__ = ['ROTORS', 'GREEK', 'REFLECTORS', 'stepped', 'check_letters', 'plug_pa
 from string import ascii_uppercase as LETTERS
 
 # %% ../../nbs/machine/00_history.ipynb #e3abf6e2
-ROTORS = { # name: (wiring, what A, B, C … are wired to; notches, letters in the window)
-    'I': ('EKMFLGDQVZNTOWYHXUSPAIBRCJ', 'Q'), 'II': ('AJDKSIRUXBLHWTMCQGZNPYFVOE', 'E'), 'III': ('BDFHJLCPRTXVZNYEIWGAKMUSQO', 'V'),
-    'IV': ('ESOVPZJAYQUIRHXLNFTGKDCMWB', 'J'), 'V': ('VZBRGITYUPSDNHLXAWMJQOFECK', 'Z'),
-    'VI': ('JPGVOUMFYQBENHZRDKASXLICTW', 'ZM'), 'VII': ('NZJHGRCXMYSWBOUFAIVLPEKQDT', 'ZM'), 'VIII': ('FKQHTLXOCBJSPDZRAMEWNIUYGV', 'ZM')}
-GREEK = {'Beta': 'LEYJVCNIXWPBQMDRTAKZGFUHOS', 'Gamma': 'FSOKANUERHMBTIYCWLQPZXVGJD'} # of the M4
-REFLECTORS = {'A': 'EJMZALYXVBWFCRQUONTSPIKHGD', 'B': 'YRUHQSLDPXNGOKMIEBFZCWVJAT', 'C': 'FVPJIAOYEDRZXWGCTKUQSBNMHL',
-    'b': 'ENKQAUYWJICOPBLMDXZVFTHRGS', 'c': 'RDOBJNTKVEHMLFCWZAXGYIPSUQ'} # b, c: the thin ones that leave room for a Greek wheel
+# name: (wiring, what A, B, C … are wired to; notches, letters in the window)
+ROTORS = {
+    'I': ('EKMFLGDQVZNTOWYHXUSPAIBRCJ', 'Q'),
+    'II': ('AJDKSIRUXBLHWTMCQGZNPYFVOE', 'E'),
+    'III': ('BDFHJLCPRTXVZNYEIWGAKMUSQO', 'V'),
+    'IV': ('ESOVPZJAYQUIRHXLNFTGKDCMWB', 'J'),
+    'V': ('VZBRGITYUPSDNHLXAWMJQOFECK', 'Z'),
+    'VI': ('JPGVOUMFYQBENHZRDKASXLICTW', 'ZM'),
+    'VII': ('NZJHGRCXMYSWBOUFAIVLPEKQDT', 'ZM'),
+    'VIII': ('FKQHTLXOCBJSPDZRAMEWNIUYGV', 'ZM'),
+}
+GREEK = { # of the M4
+    'Beta': 'LEYJVCNIXWPBQMDRTAKZGFUHOS',
+    'Gamma': 'FSOKANUERHMBTIYCWLQPZXVGJD',
+}
+REFLECTORS = { # b, c: the thin ones that leave room for a Greek wheel
+    'A': 'EJMZALYXVBWFCRQUONTSPIKHGD',
+    'B': 'YRUHQSLDPXNGOKMIEBFZCWVJAT',
+    'C': 'FVPJIAOYEDRZXWGCTKUQSBNMHL',
+    'b': 'ENKQAUYWJICOPBLMDXZVFTHRGS',
+    'c': 'RDOBJNTKVEHMLFCWZAXGYIPSUQ',
+}
 
 # %% ../../nbs/machine/00_history.ipynb #1a965900
 def stepped(
     positions:str, # letters in the windows, left to right; of four wheels the first never moves
     notches, # of the same wheels, letters each
 )->str: # the letters after one key
-    "How the wheels stand after the next key, double step included (Hamer, Cryptologia 21, 1997)."
+    "Turn the wheels as the next key does, double step included (Hamer, Cryptologia 21, 1997)."
     turn = lambda letter, yes: LETTERS[(LETTERS.index(letter) + yes) % 26]
     *still, left, middle, right = positions
     at_middle, at_right = middle in notches[-2], right in notches[-1]
-    return ''.join(still) + turn(left, at_middle) + turn(middle, at_middle or at_right) + turn(right, True)
+    return (''.join(still) + turn(left, at_middle) + turn(middle, at_middle or at_right)
+            + turn(right, True))
 
 # %% ../../nbs/machine/00_history.ipynb #21189485
 def check_letters(
@@ -36,55 +52,86 @@ def check_letters(
     count:int, # how many there must be
 )->str: # `text`
     "Raise a ValueError unless there are as many capital letters as wheels."
-    if len(text) != count or set(text) - set(LETTERS): raise ValueError(f"{name} must be {count} capital letters, one for each wheel, got {text!r}")
+    if len(text) != count or set(text) - set(LETTERS):
+        raise ValueError(f"{name} must be {count} capital letters, one for each wheel, "
+                         f"got {text!r}")
     return text
 
 def plug_pairs(
     plugs:str, # such as 'AM FI NV'
 )->dict[str,str]: # letter -> letter, both ways
-    "Read the cables; a ValueError for a letter that is plugged twice, or to itself."
+    "Read the cables; refuse a letter that is plugged twice, or to itself."
     board = {}
     for pair in plugs.split():
-        if len(pair) != 2 or set(pair) - set(LETTERS): raise ValueError(f"a cable joins two capital letters, such as 'AM', got {pair!r}")
+        if len(pair) != 2 or set(pair) - set(LETTERS):
+            raise ValueError(f"a cable joins two capital letters, such as 'AM', got {pair!r}")
         for a, b in (pair, pair[::-1]):
-            if a in board or a == b: raise ValueError(f"each letter takes one cable, got {a} twice in {plugs!r}")
+            if a in board or a == b:
+                raise ValueError(f"each letter takes one cable, got {a} twice in {plugs!r}")
             board[a] = b
     return board
 
 # %% ../../nbs/machine/00_history.ipynb #5186256d
-def check_machine(rotors:str, reflector:str, greek:str|None):
+def check_machine(
+    rotors:str, # names of three wheels, left to right
+    reflector:str, # its name
+    greek:str|None, # name of the fourth wheel; `None`: three wheels
+):
     "Refuse wheels that were never built, or that do not fit together."
     names, fitting = rotors.split(), 'bc' if greek else 'ABC'
-    if len(names) != 3 or len(set(names)) != 3 or set(names) - set(ROTORS): raise ValueError(f"rotors must name three different wheels of {list(ROTORS)}, got {rotors!r}")
-    if greek is not None and greek not in GREEK: raise ValueError(f"greek must be one of {list(GREEK)} or None, got {greek!r}")
-    if reflector not in [*fitting]: raise ValueError(f"reflector must be one of {list(fitting)} {'with' if greek else 'without'} a Greek wheel, got {reflector!r}")
+    if len(names) != 3 or len(set(names)) != 3 or set(names) - set(ROTORS):
+        raise ValueError(f"rotors must name three different wheels of {list(ROTORS)}, "
+                         f"got {rotors!r}")
+    if greek is not None and greek not in GREEK:
+        raise ValueError(f"greek must be one of {list(GREEK)} or None, got {greek!r}")
+    if reflector not in [*fitting]:
+        raise ValueError(f"reflector must be one of {list(fitting)} "
+                         f"{'with' if greek else 'without'} a Greek wheel, got {reflector!r}")
 
 # %% ../../nbs/machine/00_history.ipynb #6408af27
 class Wheels:
-    "Wired wheels side by side, each turned by its window and its ring."
+    "Put wired wheels side by side, each turned by its window and its ring."
     def __init__(self,
         names:list[str], # left to right
         rings:str, # ring settings, a letter for each wheel
         positions:str, # letters in the windows
     ):
-        wheels = [ROTORS[name] if name in ROTORS else (GREEK[name], '') for name in names] # a Greek wheel has no notch
-        self.names, self.wirings, self.notches = names, [wiring for wiring, _ in wheels], [notch for _, notch in wheels]
-        self.rings, self.positions = check_letters('rings', rings, len(names)), check_letters('positions', positions, len(names))
+        # a Greek wheel has no notch
+        wheels = [ROTORS[name] if name in ROTORS else (GREEK[name], '') for name in names]
+        self.names, self.wirings, self.notches = (
+            names, [wiring for wiring, _ in wheels], [notch for _, notch in wheels])
+        self.rings, self.positions = (
+            check_letters('rings', rings, len(names)),
+            check_letters('positions', positions, len(names)))
 
-    def turned(self, i:int)->int: # contacts that wheel i is turned by
+    def turned(self,
+        i:int, # which wheel, 0 on the left
+    )->int: # contacts, position minus ring
+        "Count the contacts that a wheel is turned by."
         return LETTERS.index(self.positions[i]) - LETTERS.index(self.rings[i])
 
-    def inward(self, i:int, letter:str)->str: # through wheel i, right to left
+    def inward(self,
+        i:int, # which wheel, 0 on the left
+        letter:str, # that enters on the right
+    )->str: # that leaves on the left
+        "Pass a letter through a wheel from right to left."
         p = self.turned(i)
         return LETTERS[(LETTERS.index(self.wirings[i][(LETTERS.index(letter) + p) % 26]) - p) % 26]
 
-    def outward(self, i:int, letter:str)->str: # and back
+    def outward(self,
+        i:int, # which wheel, 0 on the left
+        letter:str, # that enters on the left
+    )->str: # that leaves on the right
+        "Pass a letter through a wheel from left to right."
         p = self.turned(i)
         return LETTERS[(self.wirings[i].index(LETTERS[(LETTERS.index(letter) + p) % 26]) - p) % 26]
 
 # %% ../../nbs/machine/00_history.ipynb #aa4e69d4
 class EnigmaMachine(Wheels):
-    "Enigma I, M3 and M4, letter by letter (Schlüsselanleitung zur Chiffriermaschine Enigma I, 1930)."
+    """Encipher letter by letter as Enigma I, M3 and M4 do.
+
+    After the manual, Schlüsselanleitung zur Chiffriermaschine Enigma I, 1930.
+    """
     def __init__(self,
         rotors:str='III II I', # three of the wheels I … VIII, left to right
         reflector:str='B', # 'A', 'B', 'C'; with a Greek wheel 'b', 'c'
@@ -97,24 +144,33 @@ class EnigmaMachine(Wheels):
         self.reflector, self.plugs = REFLECTORS[reflector], plug_pairs(plugs)
         super().__init__([greek]*(greek is not None) + rotors.split(), rings, positions)
 
-    def way(self, letter:str)->str: # key, plugboard, wheels from the right, reflector, wheels from the left, lamp
-        "The letter after each part, as the wheels stand now."
+    def way(self,
+        letter:str, # of the key
+    )->str: # after key, plugboard, wheels inward, reflector, wheels outward, lamp
+        "Follow a letter through each part, as the wheels stand now."
         found = [letter, self.plugs.get(letter, letter)]
         for i in reversed(range(len(self.wirings))): found.append(self.inward(i, found[-1]))
         found.append(self.reflector[LETTERS.index(found[-1])])
         for i in range(len(self.wirings)): found.append(self.outward(i, found[-1]))
         return ''.join(found) + self.plugs.get(found[-1], found[-1])
 
-    def press(self, letter:str)->str: # the lamp
+    def press(self,
+        letter:str, # of the key
+    )->str: # of the lamp
         "Turn the wheels, then send a letter through."
-        if letter not in LETTERS or len(letter) != 1: raise ValueError(f"the keyboard has the keys A … Z, got {letter!r}")
+        if letter not in LETTERS or len(letter) != 1:
+            raise ValueError(f"the keyboard has the keys A … Z, got {letter!r}")
         self.positions = stepped(self.positions, self.notches)
         return self.way(letter)[-1]
 
-    def encipher(self, text:str)->str: # letters without spaces
-        "Type a text, in capitals or not, with or without spaces; the wheels go on from where they stand."
+    def encipher(self,
+        text:str, # in capitals or not, with or without spaces
+    )->str: # letters without spaces
+        "Encipher a text; the wheels go on from where they stand."
         typed = ''.join(text.split()).upper()
-        if wrong := set(typed) - set(LETTERS): raise ValueError(f"the keyboard has the keys A … Z, got {''.join(sorted(wrong))!r}; spell other characters out")
+        if wrong := set(typed) - set(LETTERS):
+            raise ValueError(f"the keyboard has the keys A … Z, got {''.join(sorted(wrong))!r}; "
+                             "spell other characters out")
         return ''.join(map(self.press, typed))
 
 # %% ../../nbs/machine/00_history.ipynb #0151a7ca
@@ -131,7 +187,11 @@ def draw_way(
     ax.plot(range(n + 1, -1, -1), heights[:half], 'o-', color='C0', label=f'in: {letter}')
     ax.plot([0, -.6, -.6, 0], [heights[half - 1]]*2 + [heights[half]]*2, color='.5', lw=1)
     ax.plot(range(n + 2), heights[half:], 'o-', color='C3', label=f'out: {way[-1]}')
-    ax.set(xticks=[i - .5 for i in range(n + 2)], xticklabels=['reflector', *(f'{name}\n{p}' for name, p in zip(machine.names, machine.positions)), 'plugboard'],
+    ax.set(
+        xticks=[i - .5 for i in range(n + 2)],
+        xticklabels=['reflector',
+                     *(f'{name}\n{p}' for name, p in zip(machine.names, machine.positions)),
+                     'plugboard'],
         yticks=range(26), yticklabels=LETTERS, ylim=(25.5, -.5))
     ax.tick_params(axis='y', labelsize=6)
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))

@@ -122,14 +122,15 @@ class Orthogonal(Wired):
             return self.solve_rotation(k).to(dtype)
         skew = self.skew[k]
         old, Q = self.solved.get((k, dtype), (None, None))
-        if Q is None or Q.device != skew.device or old.dtype != skew.dtype or not torch.equal(old, skew):
+        if (Q is None or Q.device != skew.device or old.dtype != skew.dtype
+                or not torch.equal(old, skew)):
             self.solved[k, dtype] = skew.clone(), (Q := self.solve_rotation(k).to(dtype))
         return Q
 
     def solve_rotation(self,
         k:int, # which matrix, 0 … count-1
     )->Tensor: # Q (dim, dim) float64
-        "Solve for a rotation in float64: it costs little, and Qᵀ then inverts Q as well as x can say."
+        "Solve for a rotation in float64, so that Qᵀ inverts Q as well as any input can show."
         skew, dim = self.skew[k].double(), len(self.sign)
         i, j = torch.tril_indices(dim, dim, -1, device=skew.device)
         A = skew.new_zeros(dim, dim).index_put((i, j), skew)
@@ -176,7 +177,7 @@ class InvertibleConv1x1(Bijection):
     "Apply one learned invertible matrix to the channels (Glow, arXiv:1807.03039, section 3.2)."
     def __init__(self,
         dim:int, # channels
-        parametrization:str='plu', # 'plu': any volume; 'orthogonal': inverse = transpose, volume kept
+        parametrization:str='plu', # 'plu': any volume; 'orthogonal': volume kept
         seed:int=0, # of the fixed permutation and signs
     ):
         super().__init__()
@@ -192,7 +193,7 @@ class InvertibleConv1x1(Bijection):
 
 # %% ../../nbs/machine/30_rotor.ipynb #6c960e64
 class InvertibleConv1x1Stack(Chain):
-    "Chain rotors that never step."
+    "Apply rotors one after the other that never step."
     def __init__(self,
         dim:int, # channels
         num_layers:int, # rotors
@@ -350,7 +351,7 @@ class PermutationRotor(SteppingRotor):
 
 # %% ../../nbs/machine/30_rotor.ipynb #90084033
 class DynamicInvertibleConv1x1Stack(Chain):
-    "Chain learned rotors that step like an odometer: rotor i is digit i of the position."
+    "Step learned rotors like an odometer: rotor i is digit i of the position."
     def __init__(self,
         dim:int, # channels
         num_layers:int, # rotors n
