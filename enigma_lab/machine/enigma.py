@@ -62,12 +62,12 @@ class Enigma(CompositeBijection):
     def __init__(self,
         dim:int, # channels, even
         num_rev_blocks:int=6, # nonlinear blocks N
-        num_rotors:int=4, # wheels n
-        num_positions:int=16, # positions of a wheel K; the machine repeats after K^n
+        num_rotors:int=4, # rotors n
+        num_positions:int=16, # positions of a rotor K; the machine repeats after K^n
         rotor:str='table', # 'table' | 'roll' | 'static' | 'permutation' | 'none'
         plugboard:bool=True, # exchange channels in pairs at both ends
         reciprocal:bool=False, # go back along the same path: f(f(x)) = x
-        parametrization:str='plu', # how a learned wheel is written: 'plu' | 'orthogonal'
+        parametrization:str='plu', # how a learned rotor is written: 'plu' | 'orthogonal'
         scale:bool|None=None, # let blocks change volume; `None`: unless the machine is exact
         exact:bool=False, # undo to the last bit: all parts exact, inputs rounded to the grid
         key:int=0, # the position of the first letter
