@@ -19,29 +19,52 @@ from .bijection import check_even
 from .grid import GRID, check_grid, check_range, snap, snapped
 
 # %% ../../nbs/machine/52_reversible.ipynb #3811ba75
-def random_state(where:str): # the generators that a kernel on this device may draw from
-    return (torch.get_rng_state(),) if where == 'cpu' else (torch.get_rng_state(), getattr(torch, where).get_rng_state())
+def random_state(
+    where:str, # device type, 'cpu' or 'cuda'
+): # a state for the CPU and, if it is another, one for the device
+    "Read the state of the generators that a kernel on this device may draw from."
+    return (torch.get_rng_state(),) if where == 'cpu' else (
+        torch.get_rng_state(), getattr(torch, where).get_rng_state())
 
-def set_random_state(where:str, state):
+def set_random_state(
+    where:str, # device type, 'cpu' or 'cuda'
+    state, # from `random_state`
+):
+    "Put a state of the generators back."
     torch.set_rng_state(state[0])
     if where != 'cpu': getattr(torch, where).set_rng_state(state[1])
 
+# %% ../../nbs/machine/52_reversible.ipynb #1f6a92d8
 class ReplayContext:
-    "Under which conditions a function ran, to run it again."
-    def __init__(self, where:str): # device type, 'cpu' or 'cuda'
+    "Remember under which conditions a function ran, to run it again."
+    def __init__(self,
+        where:str, # device type, 'cpu' or 'cuda'
+    ):
         self.where, self.state = where, None
         self.amp = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
 
-    def cast(self): # the context of the first run
-        return contextlib.nullcontext() if self.amp is None else torch.autocast(self.where, self.amp, cache_enabled=False)
+    def cast(self): # a context manager
+        "Enter the autocast of the first run."
+        return contextlib.nullcontext() if self.amp is None else torch.autocast(
+            self.where, self.amp, cache_enabled=False)
 
-    def first(self, function, draws, *args): # draws: whether it may use the generator
+    def first(self,
+        function, # to be run
+        draws, # whether it may use the generators
+        *args, # of the function
+    ): # its result
+        "Run a function, and keep the generators' state if it draws from them."
         before = random_state(self.where) if draws else ()
         with self.cast(): out = function(*args)
-        if not all(map(torch.equal, before, random_state(self.where) if draws else ())): self.state = before
+        if not all(map(torch.equal, before, random_state(self.where) if draws else ())):
+            self.state = before
         return out
 
-    def again(self, function, *args): # with a graph
+    def again(self,
+        function, # to be run
+        *args, # of the function
+    ): # its result
+        "Run a function as the first time, but with a graph."
         now = random_state(self.where) if self.state else None
         if now: set_random_state(self.where, self.state)
         try:
@@ -53,16 +76,17 @@ class ReplayContext:
 def weights(
     module:nn.Module, # any
 ): # its parameters that learn, and its buffers
-    "What a module reads beside its arguments."
+    "List what a module reads beside its arguments."
     params, buffers = {}, []
     for m in module.modules():
-        params.update((p, None) for p in m._parameters.values() if p is not None and p.requires_grad)
+        params.update((p, None) for p in m._parameters.values() if p is not None
+            and p.requires_grad)
         buffers += [b for b in m._buffers.values() if b is not None]
     return list(params), buffers
 
 # %% ../../nbs/machine/52_reversible.ipynb #f7c30d37
 class Step:
-    "A link of a reversible chain: a module, and the tensors it reads."
+    "Make a link of a reversible chain: a module, and the tensors that it reads."
     def __init__(self,
         module, # called with streams and extras
         extras=(), # further arguments: tensors, or `None`
@@ -71,33 +95,57 @@ class Step:
     ):
         self.module, self.given, self.extras, self.axis = module, (s, *extras), len(extras), axis
 
-    def read(self): # what it reads, before a run that is to be repeated
+    def read(self): # the scale, extras, and parameters that learn
+        "List the tensors that the step reads, before a run that is to be repeated."
         params, self.buffers = weights(self.module)
         self.tensors = *self.given, *params
         return self.tensors
 
-    def run(self, b, extras): # once, without a graph
+    def run(self,
+        b, # the stream that the function reads
+        extras, # further arguments: tensors, or `None`
+    ): # its result
+        "Run the function once, without a graph; refuse one that changes what it reads."
         self.repeat, version = ReplayContext(b.device.type), b._version
         versions = [t._version for t in self.buffers]
         out = self.repeat.first(self.module, self.module.training, b, *extras)
         name = type(self.module).__name__
-        if b._version != version: raise RuntimeError(f"a reversible step needs its input again, but {name} changed it in place: use x + 1 for x.add_(1)")
+        if b._version != version:
+            raise RuntimeError(f"a reversible step needs its input again, but {name} changed it "
+                               "in place: use x + 1 for x.add_(1)")
         if versions != [t._version for t in self.buffers]:
-            raise RuntimeError(f"a reversible step runs twice, but {name} changed a buffer of its own in training, as BatchNorm does: use LayerNorm or GroupNorm, or put that part in eval mode")
+            raise RuntimeError(f"a reversible step runs twice, but {name} changed a buffer of its "
+                               "own in training, as BatchNorm does: use LayerNorm or GroupNorm, "
+                               "or put that part in eval mode")
         return out
 
-    def size(self, stream): # bytes its graph may take, roughly: what each weight matrix puts out, twice
+    def size(self,
+        stream, # one of the two
+    ): # bytes
+        "Estimate the bytes of the step's graph: what each weight matrix puts out, twice."
         numbers = sum(p.numel() for p in self.tensors[1 + self.extras:]) // stream.shape[self.axis]
-        return stream.element_size() * stream.numel() // stream.shape[self.axis] * max(2*numbers, 4*stream.shape[self.axis])
+        return (stream.element_size() * stream.numel() // stream.shape[self.axis]
+                * max(2*numbers, 4*stream.shape[self.axis]))
 
-    def again(self, b, tensors, needs): # a second time, with a graph: the result, and what it depends on
-        extras, params, function = tensors[1:1 + self.extras], tensors[1 + self.extras:], self.module
-        extras = [t if t is None else t.detach().requires_grad_(r) for t, r in zip(extras, needs[2:])]
+    def again(self,
+        b, # the stream that the function reads
+        tensors, # what `read` returned: the scale, extras, parameters
+        needs, # for the input, then for each of `tensors`: whether it needs a gradient
+    ): # the result, and what it depends on
+        "Run the function a second time, with a graph."
+        extras, params, function = tensors[1:1 + self.extras], tensors[
+            1 + self.extras:], self.module
+        extras = [t if t is None else t.detach().requires_grad_(r) for t,
+            r in zip(extras, needs[2:])]
         if any(p._backward_hooks for p in params):
-            names, params = [n for n, p in self.module.named_parameters() if p.requires_grad], [p.detach().requires_grad_() for p in params]
+            names, params = (
+                [n for n, p in self.module.named_parameters() if p.requires_grad],
+                [p.detach().requires_grad_() for p in params])
             function = lambda *args: functional_call(self.module, dict(zip(names, params)), args)
         b = b.detach().requires_grad_(needs[0])
-        return self.repeat.again(lambda b, *rest: function(b.view_as(b), *rest), b, *extras), (b, *extras, *params) # a view: module trackers cannot hook a leaf
+        # a view: module trackers cannot hook a leaf
+        return (self.repeat.again(lambda b, *rest: function(b.view_as(b), *rest), b, *extras),
+                (b, *extras, *params))
 
 # %% ../../nbs/machine/52_reversible.ipynb #6729c2c4
 def gradients(
@@ -106,7 +154,7 @@ def gradients(
     needs, # for which of them a gradient is wanted
     grad:Tensor|None, # of `out`
 )->list: # a gradient or `None` for each
-    "Vector-Jacobian products, for those that want them."
+    "Compute vector-Jacobian products for those inputs that want them."
     wanted = [t for t, need in zip(inputs, needs) if need]
     if grad is None or not wanted or not out.requires_grad: return [None]*len(needs)
     found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True))
@@ -114,22 +162,48 @@ def gradients(
 
 # %% ../../nbs/machine/52_reversible.ipynb #3220620b
 class Coupling(Step):
-    "`(a, b) -> (b, s a + F(b))` (RevNet, arXiv:1707.04585, eq. 8)."
-    def __init__(self, module, extras=(), s=None, axis=-1, grid=None): # grid: the step of exact streams; `None`: floats
+    "Map `(a, b)` to `(b, s a + F(b))` (RevNet, arXiv:1707.04585, eq. 8)."
+    def __init__(self,
+        module, # F, called with a stream and extras
+        extras=(), # further arguments: tensors, or `None`
+        s=None, # scale, a scalar; `None`: 1
+        axis=-1, # of the channels
+        grid=None, # the step of exact streams; `None`: floats
+    ):
         super().__init__(module, extras, s, axis)
-        self.grid, self.peak = grid, None # peak: where to note the largest value
+        # peak: where to note the largest value
+        self.grid, self.peak = grid, None
 
-    def add(self, a, s, out): # the stream that changes
-        if out.shape != a.shape: raise ValueError(f"{type(self.module).__name__} must keep the shape of its stream, {tuple(a.shape)}, got {tuple(out.shape)}")
-        y = (a if s is None else s*a) + (out if not self.grid else (snap if torch.is_grad_enabled() else snapped)(out, self.grid).to(a.dtype))
-        if self.peak is not None: torch.linalg.vector_norm(y.detach(), torch.inf, out=self.peak)
+    def add(self,
+        a, # the stream that changes
+        s, # scale, a scalar; `None`: 1
+        out, # F(b), of the shape of `a`
+    ): # the new stream
+        "Add the function's result to the stream that changes."
+        if out.shape != a.shape:
+            raise ValueError(f"{type(self.module).__name__} must keep the shape of its stream, "
+                             f"{tuple(a.shape)}, got {tuple(out.shape)}")
+        y = (a if s is None else s*a) + (
+            out if not self.grid
+            else (snap if torch.is_grad_enabled() else snapped)(out, self.grid).to(a.dtype))
+        if self.peak is not None:
+            torch.linalg.vector_norm(y.detach(), torch.inf, out=self.peak)
         return y
 
-    def plain(self, a, b): # as autograd does it, storing everything
+    def plain(self,
+        a, # the stream that changes
+        b, # the stream that the function reads
+    ): # the two streams after the step
+        "Run the step as autograd does it, storing everything."
         s, *extras = self.given
-        return b, self.add(a, s, self.module(b.view_as(b), *extras)) # a view gathers F's gradients before they are added: the same order, the same bits
+        # a view gathers F's gradients before they are added: the same order, the same bits
+        return b, self.add(a, s, self.module(b.view_as(b), *extras))
 
-    def undo(self, b, y): # without gradients
+    def undo(self,
+        b, # the stream that the function reads
+        y, # the stream that has changed
+    ): # the two streams before the step
+        "Undo the step, without gradients."
         s, *extras = self.given
         out = self.module(b, *extras)
         a = y - (snapped(out, self.grid).to(y.dtype) if self.grid else out)
@@ -138,47 +212,93 @@ class Coupling(Step):
     def forward(self, a, b, s, *tensors):
         return b, self.add(a, s, self.run(b, tensors[:self.extras]))
 
-    def backward(self, b, y, gb, gy, tensors, needs): # values and gradients after the step -> before it, and gradients of its tensors
+    def backward(self,
+        b, # the stream that the function reads
+        y, # the stream that has changed
+        gb, # gradient of `b`, or `None`
+        gy, # gradient of `y`, or `None`
+        tensors, # what `read` returned: the scale, extras, parameters
+        needs, # for the input, then for each of `tensors`: whether it needs a gradient
+    ): # two streams, their gradients, and the gradients of `tensors`
+        "Turn values and gradients after the step into those before it."
         s = tensors[0]
         out, inputs = self.again(b, tensors, needs)
         g, *rest = gradients(out, inputs, (needs[0], *needs[2:]), gy)
-        a = y - (snapped(out.detach(), self.grid).to(y.dtype) if self.grid else out.detach()) # after the gradients, whose peak it would raise
+        # after the gradients, whose peak it would raise
+        a = y - (snapped(out.detach(), self.grid).to(y.dtype) if self.grid else out.detach())
         if s is not None: a = a/s
-        ga, gs = (gy, None) if s is None or gy is None else (s*gy, (gy*a).sum() if needs[1] else None)
+        ga, gs = (gy, None) if s is None or gy is None else (
+            s*gy, (gy*a).sum() if needs[1] else None)
         return a, b, ga, gb if g is None else g if gb is None else gb + g, (gs, *rest)
 
 # %% ../../nbs/machine/52_reversible.ipynb #2f6f61cd
-def full_precision(stream): # without autocast, in which no inverse would fit its forward pass
+def full_precision(
+    stream, # on the device that counts
+): # a context manager
+    "Switch autocast off, in which no inverse would fit its forward pass."
     return torch.autocast(stream.device.type, enabled=False)
 
+# %% ../../nbs/machine/52_reversible.ipynb #d0c4e7b1
 class BijectionStep(Step):
-    "`(a, b) -> f([a; b])`, f a bijection."
-    def __init__(self, bijection, positions=None, axis=-1, ways=None): # axis: along which the streams are put together; ways: `BijectionModule(bijection)`, made outside of compiled code
+    "Map `(a, b)` to `f([a; b])`, f a bijection."
+    def __init__(self,
+        bijection, # of both streams together
+        positions=None, # int64, for the bijection
+        axis=-1, # along which the streams are put together
+        ways=None, # `BijectionModule(bijection)`, made outside of compiled code
+    ):
         super().__init__(bijection, (positions,), axis=axis)
         self.grid, self.ways = None, ways
 
-    def join(self, a, b): return torch.cat([a, b], self.axis)
+    def join(self,
+        a, # first stream
+        b, # second stream
+    ): # both, along `axis`
+        "Put the two streams together."
+        return torch.cat([a, b], self.axis)
 
-    def plain(self, a, b):
-        with full_precision(a): return self.module(self.join(a, b), self.given[1]).chunk(2, self.axis)
+    def plain(self,
+        a, # first stream
+        b, # second stream
+    ): # the two streams after the step
+        "Run the step as autograd does it, storing everything."
+        with full_precision(a):
+            return self.module(self.join(a, b), self.given[1]).chunk(2, self.axis)
 
-    def undo(self, a, b):
-        with full_precision(a): return self.module.inverse(self.join(a, b), self.given[1]).chunk(2, self.axis)
+    def undo(self,
+        a, # first stream
+        b, # second stream
+    ): # the two streams before the step
+        "Undo the step, without gradients."
+        with full_precision(a):
+            return self.module.inverse(self.join(a, b), self.given[1]).chunk(2, self.axis)
 
     def forward(self, a, b, s, *tensors):
-        with full_precision(a): return self.run(self.join(a, b), tensors[:1]).chunk(2, self.axis)
+        with full_precision(a):
+            return self.run(self.join(a, b), tensors[:1]).chunk(2, self.axis)
 
-    def backward(self, a, b, ga, gb, tensors, needs):
+    def backward(self,
+        a, # first stream
+        b, # second stream
+        ga, # gradient of `a`, or `None`
+        gb, # gradient of `b`, or `None`
+        tensors, # what `read` returned: the scale, extras, parameters
+        needs, # for the input, then for each of `tensors`: whether it needs a gradient
+    ): # two streams, their gradients, and the gradients of `tensors`
+        "Turn values and gradients after the step into those before it."
         with full_precision(a): x = self.module.inverse(self.join(a, b), tensors[1])
         out, inputs = self.again(x, tensors, needs)
         if ga is None and gb is None: grad = None
-        else: grad = self.join(*(torch.zeros_like(v) if g is None else g for v, g in ((a, ga), (b, gb))))
+        else:
+            grad = self.join(*(
+                torch.zeros_like(v) if g is None else g for v, g in ((a, ga), (b, gb))))
         g, *rest = gradients(out, inputs, (needs[0], *needs[2:]), grad)
-        return *x.chunk(2, self.axis), *((None, None) if g is None else g.chunk(2, self.axis)), (None, *rest)
+        return (*x.chunk(2, self.axis),
+                *((None, None) if g is None else g.chunk(2, self.axis)), (None, *rest))
 
 # %% ../../nbs/machine/52_reversible.ipynb #6956f759
 class ReversibleSpan(torch.autograd.Function):
-    "A few steps of the chain; its last two gradients are values."
+    "Run a few steps of the chain; the last two gradients are values."
     @staticmethod
     def forward(ctx, steps, a, b, va, vb, *tensors):
         ctx.set_materialize_grads(False)
@@ -190,18 +310,29 @@ class ReversibleSpan(torch.autograd.Function):
         return a, b, a.detach(), b.detach()
 
     @staticmethod
-    def backward(ctx, ga, gb, a, b):
-        if torch.is_grad_enabled(): raise RuntimeError("a reversible chain has no second derivative: leave out create_graph, or use memory='store'")
+    def backward(
+        ctx, # of autograd
+        ga, # gradient of the first stream, or `None`
+        gb, # gradient of the second stream, or `None`
+        a, # value of the first stream
+        b, # value of the second stream
+    ): # a gradient or `None` for each argument of `forward`
+        "Lead values and gradients back through the steps."
+        if torch.is_grad_enabled():
+            raise RuntimeError("a reversible chain has no second derivative: "
+                               "leave out create_graph, or use memory='store'")
         tensors, needs, grads = ctx.saved_tensors, ctx.needs_input_grad[5:], ()
         below, i = any(ctx.needs_input_grad[1:3]), len(tensors)
         for step in reversed(ctx.steps):
             i, j = i - len(step.tensors), i
-            a, b, ga, gb, found = step.backward(a, b, ga, gb, tensors[i:j], (below or any(needs[:i]), *needs[i:j]))
+            a, b, ga, gb, found = step.backward(
+                a, b, ga, gb, tensors[i:j], (below or any(needs[:i]), *needs[i:j]))
             grads = *found, *grads
         return None, ga, gb, a, b, *grads
 
+# %% ../../nbs/machine/52_reversible.ipynb #83e5f0a6
 class ChainEnd(torch.autograd.Function):
-    "Where values begin their way back."
+    "Mark where values begin their way back."
     @staticmethod
     def forward(ctx, a, b, va, vb):
         ctx.set_materialize_grads(False)
@@ -209,13 +340,22 @@ class ChainEnd(torch.autograd.Function):
         return a, b
 
     @staticmethod
-    def backward(ctx, ga, gb): return ga, gb, *ctx.saved_tensors
+    def backward(
+        ctx, # of autograd
+        ga, # gradient of the first stream, or `None`
+        gb, # gradient of the second stream, or `None`
+    ): # two gradients and two values
+        "Put the last streams into the gradient slots of the values."
+        return ga, gb, *ctx.saved_tensors
 
 # %% ../../nbs/machine/52_reversible.ipynb #21cb31ed
 SPAN = 2**17 # parameters that share a function
 
-def spans(steps, limit:int=SPAN)->list: # lists of steps
-    "Group neighbours whose parameters together are few."
+def spans(
+    steps, # of the chain
+    limit:int=SPAN, # parameters that share a function
+)->list: # lists of steps
+    "Gather neighbours whose parameters together are few."
     found, size = [], limit + 1
     for step in steps:
         n = sum(p.numel() for p in step.tensors[1 + step.extras:])
@@ -227,29 +367,43 @@ def spans(steps, limit:int=SPAN)->list: # lists of steps
 # %% ../../nbs/machine/52_reversible.ipynb #4f9d25c4
 KEEP = 24*2**20 # bytes
 
-def kept_steps(steps, stream:Tensor, keep:int=KEEP)->int: # how many of the last steps to store
-    "How many steps at the end of the chain fit in `keep` bytes, or in the room that the widest step needs anyway, by estimate."
+def kept_steps(
+    steps, # of the chain
+    stream:Tensor, # one of the two
+    keep:int=KEEP, # bytes; 0: nothing is stored
+)->int: # how many of the last steps to store
+    "Count the last steps that fit in `keep` bytes, or in the room of the widest, by estimate."
     sizes = [step.size(stream) for step in reversed(steps)]
     room = max(keep, *sizes, 0) if keep else 0
     return sum(total <= room for total in itertools.accumulate(sizes))
 
 # %% ../../nbs/machine/52_reversible.ipynb #42cf76b5
 class ChainStart(torch.autograd.Function):
-    "Where values end their way back, and are compared with what they were."
+    "Mark where values end their way back, and compare them with what they were."
     @staticmethod
     def forward(ctx, anchor, exact, axis, a, b):
         ctx.kept, ctx.exact, ctx.axis = [v.select(axis, 0).clone() for v in (a, b)], exact, axis
         return a.detach(), b.detach()
 
     @staticmethod
-    def backward(ctx, a, b):
+    def backward(
+        ctx, # of autograd
+        a, # value of the first stream
+        b, # value of the second stream
+    ): # `None` for each argument of `forward`
+        "Compare one channel of the values with what it was."
         back = [v.select(ctx.axis, 0) for v in (a, b)]
         error = max((u - v).abs().max().item() for u, v in zip(ctx.kept, back))
         size = max(v.abs().max().item() for v in ctx.kept)
         if ctx.exact and not error == 0:
-            raise RuntimeError(f"exact streams must come back bit for bit, but differ by {error:g}: an F gave another result the second time (is it random, or does it remember?)")
+            raise RuntimeError(f"exact streams must come back bit for bit, but differ by {error:g}: "
+                               "an F gave another result the second time (is it random, or does "
+                               "it remember?)")
         if not error <= .01*size:
-            warnings.warn(f"the streams came back with an error of {error:g} at a size of {size:g}: gradients are wrong. An F is not repeatable, or the chain is too deep for its floats: use exact=True", stacklevel=2)
+            warnings.warn(
+                f"the streams came back with an error of {error:g} at a size of {size:g}: "
+                "gradients are wrong. An F is not repeatable, or the chain is too deep for its "
+                "floats: use exact=True", stacklevel=2)
         return (None,)*5
 
 # %% ../../nbs/machine/52_reversible.ipynb #9c93a7b5
@@ -262,7 +416,8 @@ def reversible(
 )->tuple[Tensor,Tensor]: # the two streams at the end
     "Run a chain whose backward pass needs the memory of one step."
     exact = [step for step in steps if step.grid]
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active(): return traced(steps, a, b)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return traced(steps, a, b)
     if check and exact:
         peaks = a.new_zeros(len(exact))
         for step, step.peak in zip(exact, peaks): pass
@@ -271,8 +426,11 @@ def reversible(
         stored = kept_steps(steps, a, keep)
     else: stored = len(steps)
     if head := steps[:len(steps) - stored]:
-        va, vb = ChainStart.apply(torch.empty(0, requires_grad=True), bool(exact), head[0].axis, a, b) if check else (a.detach(), b.detach())
-        for span in spans(head): a, b, va, vb = ReversibleSpan.apply(span, a, b, va, vb, *(t for step in span for t in step.tensors))
+        va, vb = ChainStart.apply(torch.empty(0, requires_grad=True), bool(exact),
+            head[0].axis, a, b) if check else (a.detach(), b.detach())
+        for span in spans(head):
+            a, b, va, vb = ReversibleSpan.apply(span, a, b, va, vb,
+                *(t for step in span for t in step.tensors))
         a, b = ChainEnd.apply(a, b, va, vb)
     for step in steps[len(steps) - stored:]: a, b = step.plain(a, b)
     if check and exact: check_range(peaks.max(), exact[0].grid, a.dtype)
@@ -295,20 +453,24 @@ class TracedCoupling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gb, gy, b, y):
-        s, tensors = (ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.scaled else (None, ctx.saved_tensors)
+        s, tensors = (ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.scaled else (None,
+            ctx.saved_tensors)
         tensors = *(wait_for(gy, t) for t in tensors[:ctx.extras]), *tensors[ctx.extras:]
-        out, pull = pullback(lambda b, *tensors: call(ctx.module, ctx.names, ctx.amp, ctx.extras, b, tensors), b, *tensors)
+        out, pull = pullback(lambda b,
+            *tensors: call(ctx.module, ctx.names, ctx.amp, ctx.extras, b, tensors), b, *tensors)
         a = y - (snapped(out, ctx.grid).to(y.dtype) if ctx.grid else out)
         if s is not None: a = a/s
         g, *rest = pull(gy.to(out.dtype))
-        return (None,)*5 + (gy if s is None else s*gy, gb + g, a, b, None if s is None else (gy*a).sum(), *rest)
+        return (None,)*5 + (gy if s is None else s*gy, gb + g, a, b, None
+            if s is None else (gy*a).sum(), *rest)
 
 # %% ../../nbs/machine/52_reversible.ipynb #caebaf74
 class TracedTurn(torch.autograd.Function):
     "`BijectionStep` for `torch.compile` and `torch.func`."
     @staticmethod
     def forward(ways, names, amp, axis, positions, a, b, va, vb, *params):
-        a, b = call(ways, names, amp, 2, torch.cat([a, b], axis), (positions, False, *params)).chunk(2, axis)
+        a, b = call(ways, names, amp, 2, torch.cat([a, b], axis),
+            (positions, False, *params)).chunk(2, axis)
         return a.clone(), b.clone(), a.clone(), b.clone()
 
     @staticmethod
@@ -319,8 +481,10 @@ class TracedTurn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ga, gb, a, b):
-        positions, params = (ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.placed else (None, ctx.saved_tensors)
-        run = lambda x, back, *params: call(ctx.ways, ctx.names, ctx.amp, 2, x, (positions, back, *params))
+        positions, params = (ctx.saved_tensors[0],
+            ctx.saved_tensors[1:]) if ctx.placed else (None, ctx.saved_tensors)
+        run = lambda x, back, *params: call(ctx.ways, ctx.names, ctx.amp, 2, x,
+            (positions, back, *params))
         x = run(torch.cat([a, b], ctx.axis), True, *params)
         _, pull = pullback(lambda x, *params: run(x, False, *params), x, *params)
         g, *rest = pull(torch.cat([ga, gb], ctx.axis))
@@ -332,7 +496,8 @@ class BijectionModule(nn.Module):
         super().__init__()
         self.bijection = bijection
 
-    def forward(self, x, positions, back): return self.bijection.inverse(x, positions) if back else self.bijection(x, positions)
+    def forward(self, x, positions, back):
+        return self.bijection.inverse(x, positions) if back else self.bijection(x, positions)
 
 # %% ../../nbs/machine/52_reversible.ipynb #cae10111
 class TracedEnd(torch.autograd.Function):
@@ -367,7 +532,8 @@ def pullback(run, *inputs): # result, and the function from its gradient to thei
 def check_traceable(module):
     "Raise a ValueError where a mask would be drawn anew."
     for name, m in module.named_modules():
-        if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)) and m.training and m.p > 0:
+        if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+                nn.AlphaDropout)) and m.training and m.p > 0:
             raise ValueError(f"a compiled reversible chain cannot repeat the mask of {name or 'its'} Dropout(p={m.p:g}): use enigma_lab.machine.dropout.CounterDropout")
 
 def traced(steps, a, b):
@@ -377,10 +543,15 @@ def traced(steps, a, b):
     for step in steps:
         check_traceable(step.module)
         s, *extras = step.given
-        module = (step.ways or BijectionModule(step.module)) if isinstance(step, BijectionStep) else step.module
+        module = (step.ways or BijectionModule(step.module)) if isinstance(step,
+            BijectionStep) else step.module
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        if isinstance(step, BijectionStep): a, b, va, vb = TracedTurn.apply(module, list(state), None, step.axis, extras[0], a, b, va, vb, *state.values())
-        else: a, b, va, vb = TracedCoupling.apply(module, list(state), step.grid, amp, step.extras, a, b, va, vb, s, *extras, *state.values())
+        if isinstance(step, BijectionStep):
+            a, b, va, vb = TracedTurn.apply(module, list(state), None, step.axis, extras[0],
+                a, b, va, vb, *state.values())
+        else:
+            a, b, va, vb = TracedCoupling.apply(module, list(state), step.grid, amp,
+                step.extras, a, b, va, vb, s, *extras, *state.values())
     return TracedEnd.apply(a, b, va, vb)
 
 # %% ../../nbs/machine/52_reversible.ipynb #75601858
@@ -408,16 +579,22 @@ class ReversibleSequence(nn.Module):
     ):
         super().__init__()
         check_grid(grid)
-        if memory not in MEMORY: raise ValueError(f"memory must be one of {list(MEMORY)}, got {memory!r}")
-        self.blocks = nn.ModuleList(nn.ModuleList(b) if isinstance(b, (tuple, list)) else b for b in blocks)
-        self.ways = [None if coupled(b) else BijectionModule(b) for b in self.blocks] # in a list, so that parameters keep their names
+        if memory not in MEMORY:
+            raise ValueError(f"memory must be one of {list(MEMORY)}, got {memory!r}")
+        self.blocks = nn.ModuleList(nn.ModuleList(b) if isinstance(b, (tuple, list)) else b
+            for b in blocks)
+        # in a list, so that parameters keep their names
+        self.ways = [None if coupled(b) else BijectionModule(b) for b in self.blocks]
         self.exact, self.grid, self.axis, self.memory, self.check, self.keep = exact, grid, axis, memory, check, keep
-        if exact and any(getattr(b, 'log_scale', None) is not None for b in self.blocks): raise ValueError("exact streams need blocks without a scale: RevBlock(..., scale=False)")
+        if exact and any(getattr(b, 'log_scale', None) is not None for b in self.blocks):
+            raise ValueError("exact streams need blocks without a scale: RevBlock(..., scale=False)")
 
     def steps(self, extras, positions): # the chain, for one pass
         for block, ways in zip(self.blocks, self.ways):
             if ways: yield BijectionStep(block, positions, self.axis, ways)
-            else: yield from couplings(block, extras, self.axis, self.grid if self.exact else getattr(block, 'grid', None))
+            else:
+                yield from couplings(block, extras, self.axis, self.grid
+                    if self.exact else getattr(block, 'grid', None))
 
     def split(self, x): # two streams, on the grid where that is asked for
         check_even(x.shape[self.axis], 'to split in two streams')
