@@ -396,7 +396,8 @@ class ChainStart(torch.autograd.Function):
         error = max((u - v).abs().max().item() for u, v in zip(ctx.kept, back))
         size = max(v.abs().max().item() for v in ctx.kept)
         if ctx.exact and not error == 0:
-            raise RuntimeError(f"exact streams must come back bit for bit, but differ by {error:g}: "
+            raise RuntimeError(f"exact streams must come back bit for bit, but differ by "
+                               f"{error:g}: "
                                "an F gave another result the second time (is it random, or does "
                                "it remember?)")
         if not error <= .01*size:
@@ -438,7 +439,7 @@ def reversible(
 
 # %% ../../nbs/machine/52_reversible.ipynb #5ad02627
 class TracedCoupling(torch.autograd.Function):
-    "`Coupling` for `torch.compile` and `torch.func`."
+    "Apply `Coupling` under `torch.compile` and `torch.func`."
     @staticmethod
     def forward(module, names, grid, amp, extras, a, b, va, vb, s, *tensors):
         out = call(module, names, amp, extras, b, tensors)
@@ -446,27 +447,40 @@ class TracedCoupling(torch.autograd.Function):
         return b.clone(), y, b.clone(), y.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(
+        ctx, # of autograd
+        inputs, # of `forward`
+        output, # of `forward`
+    ):
+        "Keep what the backward pass reads."
         ctx.module, ctx.names, ctx.grid, ctx.amp, ctx.extras, *_, s = inputs[:10]
         ctx.scaled = s is not None
         ctx.save_for_backward(*inputs[9 if ctx.scaled else 10:])
 
     @staticmethod
-    def backward(ctx, gb, gy, b, y):
-        s, tensors = (ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.scaled else (None,
-            ctx.saved_tensors)
+    def backward(
+        ctx, # of autograd
+        gb, # gradient of `b`
+        gy, # gradient of `y`
+        b, # the stream that F reads
+        y, # the stream that has changed
+    ): # a gradient or `None` for each argument of `forward`
+        "Turn values and gradients after the step into those before it."
+        s, tensors = ((ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.scaled
+                      else (None, ctx.saved_tensors))
         tensors = *(wait_for(gy, t) for t in tensors[:ctx.extras]), *tensors[ctx.extras:]
-        out, pull = pullback(lambda b,
-            *tensors: call(ctx.module, ctx.names, ctx.amp, ctx.extras, b, tensors), b, *tensors)
+        out, pull = pullback(
+            lambda b, *tensors: call(ctx.module, ctx.names, ctx.amp, ctx.extras, b, tensors),
+            b, *tensors)
         a = y - (snapped(out, ctx.grid).to(y.dtype) if ctx.grid else out)
         if s is not None: a = a/s
         g, *rest = pull(gy.to(out.dtype))
-        return (None,)*5 + (gy if s is None else s*gy, gb + g, a, b, None
-            if s is None else (gy*a).sum(), *rest)
+        return (None,)*5 + (gy if s is None else s*gy, gb + g, a, b,
+                            None if s is None else (gy*a).sum(), *rest)
 
 # %% ../../nbs/machine/52_reversible.ipynb #caebaf74
 class TracedTurn(torch.autograd.Function):
-    "`BijectionStep` for `torch.compile` and `torch.func`."
+    "Apply `BijectionStep` under `torch.compile` and `torch.func`."
     @staticmethod
     def forward(ways, names, amp, axis, positions, a, b, va, vb, *params):
         a, b = call(ways, names, amp, 2, torch.cat([a, b], axis),
@@ -474,13 +488,25 @@ class TracedTurn(torch.autograd.Function):
         return a.clone(), b.clone(), a.clone(), b.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(
+        ctx, # of autograd
+        inputs, # of `forward`
+        output, # of `forward`
+    ):
+        "Keep what the backward pass reads."
         ctx.ways, ctx.names, ctx.amp, ctx.axis, positions = inputs[:5]
         ctx.placed = positions is not None
         ctx.save_for_backward(*inputs[4:5] if ctx.placed else (), *inputs[9:])
 
     @staticmethod
-    def backward(ctx, ga, gb, a, b):
+    def backward(
+        ctx, # of autograd
+        ga, # gradient of the first stream
+        gb, # gradient of the second stream
+        a, # value of the first stream
+        b, # value of the second stream
+    ): # a gradient or `None` for each argument of `forward`
+        "Turn values and gradients after the step into those before it."
         positions, params = (ctx.saved_tensors[0],
             ctx.saved_tensors[1:]) if ctx.placed else (None, ctx.saved_tensors)
         run = lambda x, back, *params: call(ctx.ways, ctx.names, ctx.amp, 2, x,
@@ -490,34 +516,69 @@ class TracedTurn(torch.autograd.Function):
         g, *rest = pull(torch.cat([ga, gb], ctx.axis))
         return (None,)*5 + (*g.chunk(2, ctx.axis), *x.chunk(2, ctx.axis), *rest)
 
+# %% ../../nbs/machine/52_reversible.ipynb #4e9b61d8
 class BijectionModule(nn.Module):
-    "A bijection with both directions behind one door."
-    def __init__(self, bijection):
+    "Call a bijection in both directions through `forward`."
+    def __init__(self,
+        bijection, # to be called
+    ):
         super().__init__()
         self.bijection = bijection
 
-    def forward(self, x, positions, back):
+    def forward(self,
+        x, # both streams together
+        positions, # int64, for the bijection
+        back, # True: its inverse
+    ): # of the shape of `x`
         return self.bijection.inverse(x, positions) if back else self.bijection(x, positions)
 
 # %% ../../nbs/machine/52_reversible.ipynb #cae10111
 class TracedEnd(torch.autograd.Function):
-    "`ChainEnd`, whose values wait for the gradient."
+    "Apply `ChainEnd` with values that wait for the gradient."
     @staticmethod
     def forward(a, b, va, vb): return a.clone(), b.clone()
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[:2])
+    def setup_context(
+        ctx, # of autograd
+        inputs, # of `forward`
+        output, # of `forward`
+    ):
+        "Keep the last streams."
+        ctx.save_for_backward(*inputs[:2])
     @staticmethod
-    def backward(ctx, ga, gb): return ga, gb, *(v + ga.flatten()[0]*0 for v in ctx.saved_tensors)
+    def backward(
+        ctx, # of autograd
+        ga, # gradient of the first stream
+        gb, # gradient of the second stream
+    ): # two gradients and two values
+        "Put the last streams, made to depend on the gradient, into the slots of the values."
+        return ga, gb, *(v + ga.flatten()[0]*0 for v in ctx.saved_tensors)
 
 # %% ../../nbs/machine/52_reversible.ipynb #5ba7637a
-def wait_for(grad, t): # a dropout's key has to wait too, or its mask is stored
+def wait_for(
+    grad, # that has to be there first
+    t, # an extra: a tensor or `None`
+): # `t`, of the same value
+    "Make a scalar depend on a gradient: a dropout's key has to wait, too, or its mask is stored."
     return t + (grad.flatten()[0]*0).to(t.dtype) if isinstance(t, Tensor) and t.ndim == 0 else t
 
-def call(module, names, amp, extras, b, tensors): # tensors: extras, then what `names` name
+def call(
+    module, # to be called
+    names, # of its parameters and buffers
+    amp, # device type and dtype of autocast; `None`: without
+    extras, # how many of `tensors` are arguments
+    b, # first argument
+    tensors, # the extras, then what `names` name
+): # the module's result
+    "Call a module with its tensors given as arguments."
     with full_precision(b) if amp is None else torch.autocast(*amp, cache_enabled=False):
         return functional_call(module, dict(zip(names, tensors[extras:])), (b, *tensors[:extras]))
 
-def pullback(run, *inputs): # result, and the function from its gradient to theirs
+def pullback(
+    run, # a function of tensors
+    *inputs, # its arguments
+): # result, and the function from its gradient to those of `inputs`
+    "Run a function and prepare its vector-Jacobian product."
     floats = [i for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.is_floating_point()]
     def of_floats(*values):
         every = list(inputs)
@@ -529,48 +590,67 @@ def pullback(run, *inputs): # result, and the function from its gradient to thei
         return [found.get(i) for i in range(len(inputs))]
     return out, all_gradients
 
-def check_traceable(module):
+# %% ../../nbs/machine/52_reversible.ipynb #09d5f3ab
+def check_traceable(
+    module, # of a step
+):
     "Raise a ValueError where a mask would be drawn anew."
     for name, m in module.named_modules():
-        if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-                nn.AlphaDropout)) and m.training and m.p > 0:
-            raise ValueError(f"a compiled reversible chain cannot repeat the mask of {name or 'its'} Dropout(p={m.p:g}): use enigma_lab.machine.dropout.CounterDropout")
+        if (isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout))
+                and m.training and m.p > 0):
+            raise ValueError("a compiled reversible chain cannot repeat the mask of "
+                             f"{name or 'its'} Dropout(p={m.p:g}): use "
+                             "enigma_lab.machine.dropout.CounterDropout")
 
-def traced(steps, a, b):
-    "`reversible`, for compilers and functional transforms."
+def traced(
+    steps, # the chain's links
+    a, # first stream
+    b, # second stream
+): # the two streams at the end
+    "Run a chain under a compiler or a functional transform."
     where, (va, vb) = a.device.type, (a.detach(), b.detach())
     amp = (where, torch.get_autocast_dtype(where)) if torch.is_autocast_enabled(where) else None
     for step in steps:
         check_traceable(step.module)
         s, *extras = step.given
-        module = (step.ways or BijectionModule(step.module)) if isinstance(step,
-            BijectionStep) else step.module
+        module = ((step.ways or BijectionModule(step.module)) if isinstance(step, BijectionStep)
+                  else step.module)
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         if isinstance(step, BijectionStep):
-            a, b, va, vb = TracedTurn.apply(module, list(state), None, step.axis, extras[0],
-                a, b, va, vb, *state.values())
+            a, b, va, vb = TracedTurn.apply(
+                module, list(state), None, step.axis, extras[0], a, b, va, vb, *state.values())
         else:
-            a, b, va, vb = TracedCoupling.apply(module, list(state), step.grid, amp,
-                step.extras, a, b, va, vb, s, *extras, *state.values())
+            a, b, va, vb = TracedCoupling.apply(
+                module, list(state), step.grid, amp, step.extras, a, b, va, vb, s,
+                *extras, *state.values())
     return TracedEnd.apply(a, b, va, vb)
 
 # %% ../../nbs/machine/52_reversible.ipynb #75601858
 MEMORY = 'reverse', 'store'
 
-def coupled(block)->bool: # a pair of functions, no bijection of both streams
+def coupled(
+    block, # of a `ReversibleSequence`
+)->bool: # True: a pair of functions
+    "Tell a pair of functions from a bijection of both streams."
     return isinstance(block, nn.ModuleList) or hasattr(block, 'f')
 
-def couplings(block, extras, axis, grid): # a pair of functions, as two half blocks
+def couplings(
+    block, # a pair of modules, or a `RevBlock`
+    extras, # further arguments: tensors, or `None`
+    axis, # of the channels
+    grid, # the step of exact streams; `None`: floats
+): # two `Coupling`s
+    "Make two half blocks of a pair of functions."
     f, g = block if isinstance(block, nn.ModuleList) else (block.f, block.g)
     s = block.s if getattr(block, 'log_scale', None) is not None else None
     return [Coupling(part, extras, s, axis, grid) for part in (f, g)]
 
 # %% ../../nbs/machine/52_reversible.ipynb #f32d3a9a
 class ReversibleSequence(nn.Module):
-    "A chain of reversible blocks with constant activation memory in depth (RevNet, arXiv:1707.04585)."
+    "Run reversible blocks in activation memory constant in depth (RevNet, arXiv:1707.04585)."
     def __init__(self,
         blocks, # each a `RevBlock`, a pair (F, G) of modules, or a `Bijection` of both streams
-        exact:bool=False, # streams on a grid: bitwise invertible, gradients bit-equal to the stored run
+        exact:bool=False, # streams on a grid: undone to the last bit, and gradients bit-equal
         grid:float=GRID, # its step, a power of two
         axis:int=-1, # of the channels, which are split in two streams
         memory:str='reverse', # 'reverse': compute again from the end; 'store': plain autograd
@@ -581,33 +661,52 @@ class ReversibleSequence(nn.Module):
         check_grid(grid)
         if memory not in MEMORY:
             raise ValueError(f"memory must be one of {list(MEMORY)}, got {memory!r}")
-        self.blocks = nn.ModuleList(nn.ModuleList(b) if isinstance(b, (tuple, list)) else b
-            for b in blocks)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(b) if isinstance(b, (tuple, list)) else b for b in blocks)
         # in a list, so that parameters keep their names
         self.ways = [None if coupled(b) else BijectionModule(b) for b in self.blocks]
-        self.exact, self.grid, self.axis, self.memory, self.check, self.keep = exact, grid, axis, memory, check, keep
+        self.exact, self.grid, self.axis, self.memory, self.check, self.keep = (
+            exact, grid, axis, memory, check, keep)
         if exact and any(getattr(b, 'log_scale', None) is not None for b in self.blocks):
-            raise ValueError("exact streams need blocks without a scale: RevBlock(..., scale=False)")
+            raise ValueError("exact streams need blocks without a scale: "
+                             "RevBlock(..., scale=False)")
 
-    def steps(self, extras, positions): # the chain, for one pass
+    def steps(self,
+        extras, # for every F and G
+        positions, # int64, for bijections
+    ): # a generator of steps
+        "Make the steps of the chain for one pass."
         for block, ways in zip(self.blocks, self.ways):
             if ways: yield BijectionStep(block, positions, self.axis, ways)
             else:
-                yield from couplings(block, extras, self.axis, self.grid
-                    if self.exact else getattr(block, 'grid', None))
+                yield from couplings(block, extras, self.axis,
+                                     self.grid if self.exact else getattr(block, 'grid', None))
 
-    def split(self, x): # two streams, on the grid where that is asked for
+    def split(self,
+        x, # with an even number of channels along `axis`
+    ): # two tensors
+        "Split the channels in two streams, on the grid if the chain is exact."
         check_even(x.shape[self.axis], 'to split in two streams')
         return (snap(x, self.grid) if self.exact else x).chunk(2, self.axis)
 
-    def forward(self, x, *extras, positions=None): # x, result: channels along `axis`; extras: for every F and G; positions: for bijections
+    def forward(self,
+        x, # with an even number of channels along `axis`
+        *extras, # for every F and G
+        positions=None, # int64, for bijections
+    ): # of the shape of `x`
+        "Run the chain, and store no more than `memory` and `keep` ask for."
         steps, streams = list(self.steps(extras, positions)), self.split(x)
         if self.memory == 'reverse': streams = reversible(steps, *streams, self.check, self.keep)
         else:
             for step in steps: streams = step.plain(*streams)
         return torch.cat(streams, self.axis)
 
-    def inverse(self, y, *extras, positions=None): # x
+    def inverse(self,
+        y, # a result of `forward`
+        *extras, # the same as there
+        positions=None, # the same as there
+    ): # the input of `forward`
+        "Undo the chain, without gradients."
         streams = y.chunk(2, self.axis)
         for step in reversed(list(self.steps(extras, positions))): streams = step.undo(*streams)
         return torch.cat(streams, self.axis)
