@@ -30,7 +30,7 @@ def in_pieces(
 )->Tensor: # (B, …)
     "Apply `f` to `size` entries of the batch at a time."
     return torch.cat([f(x[i:i+size], *(None if r is None else r[i:i+size] for r in rest))
-        for i in range(0, len(x), size)])
+                      for i in range(0, len(x), size)])
 
 # %% ../../nbs/machine/70_certify.ipynb #5b9d3e70
 @torch.no_grad()
@@ -49,7 +49,8 @@ def inversion(
         torch.equal(in_pieces(f, x, positions, size=n), y)
         and torch.equal(in_pieces(inverse, y, positions, size=n), x) for n in (1, 7))
     error, way_back = ((v - x).abs().max().item() for v in (back, ahead))
-    return dict(max_error=error, way_back_error=way_back,
+    return dict(
+        max_error=error, way_back_error=way_back,
         relative_error=max(error, way_back) / x.abs().max().clamp_min(1e-30).item(),
         repeatable=repeatable, level=LEVELS[0] if apart else LEVELS[1] if bitwise else LEVELS[2])
 
@@ -176,7 +177,8 @@ def grid_of(
         if isinstance(m, ReversibleSequence) and m.exact: return m.grid
         if getattr(m, 'grid', None) and not isinstance(m, ReversibleSequence): return m.grid
         if isinstance(m, Lifted) or (
-                getattr(m, 'exact', False) is True and isinstance(m, Bijection)): return GRID
+                getattr(m, 'exact', False) is True and isinstance(m, Bijection)):
+            return GRID
 
 # %% ../../nbs/machine/70_certify.ipynb #f9f6156e
 def certify(

@@ -35,8 +35,8 @@ def make_rotor(
     if kind == 'none': return Chain()
     if kind == 'static': return InvertibleConv1x1(dim, parametrization, seed)
     if kind == 'permutation': return PermutationRotor(dim, num_positions, place, key, seed)
-    return dict(table=TableRotor, roll=RollRotor)[kind](dim, num_positions, place, key,
-        parametrization=parametrization, seed=seed)
+    return dict(table=TableRotor, roll=RollRotor)[kind](
+        dim, num_positions, place, key, parametrization=parametrization, seed=seed)
 
 # %% ../../nbs/machine/60_enigma.ipynb #b6d80e35
 def make_rotors(
@@ -50,7 +50,7 @@ def make_rotors(
 )->Chain: # empty for 'none'
     "Make a row of rotors that step like an odometer."
     wheels = [make_rotor(kind, dim, num_positions, i, parametrization, key, seed + i)
-        for i in range(num_rotors)]
+              for i in range(num_rotors)]
     return Chain(*([] if kind == 'none' else wheels))
 
 # %% ../../nbs/machine/60_enigma.ipynb #3ee16e1a
@@ -81,8 +81,8 @@ class Enigma(CompositeBijection):
             if exact else parametrization, key, seed)
         self.rev_blocks = nn.ModuleList(RevBlock(dim, scale=scale, exact=exact)
             for _ in range(num_rev_blocks))
-        self.reflector = SwapHalves(dim) if reciprocal else (ExactReflector
-            if exact else Reflector)(dim, seed)
+        self.reflector = SwapHalves(dim) if reciprocal else (
+            ExactReflector if exact else Reflector)(dim, seed)
 
     def route(self): # [(bijection, True if passed forwards)]
         "List the parts on the signal's way in and back."

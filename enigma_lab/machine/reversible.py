@@ -575,6 +575,7 @@ def call(
     with full_precision(b) if amp is None else torch.autocast(*amp, cache_enabled=False):
         return functional_call(module, dict(zip(names, tensors[extras:])), (b, *tensors[:extras]))
 
+# %% ../../nbs/machine/52_reversible.ipynb #c27b90e4
 def pullback(
     run, # a function of tensors
     *inputs, # its arguments
@@ -603,6 +604,7 @@ def check_traceable(
                              f"{name or 'its'} Dropout(p={m.p:g}): use "
                              "enigma_lab.machine.dropout.CounterDropout")
 
+# %% ../../nbs/machine/52_reversible.ipynb #f18d36a5
 def traced(
     steps, # the chain's links
     a, # first stream
