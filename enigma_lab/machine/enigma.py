@@ -77,8 +77,9 @@ class Enigma(CompositeBijection):
         check_even(dim, 'to split in two halves')
         self.dim, self.reciprocal, self.exact = dim, reciprocal, exact
         self.plugboard = Plugboard(dim, None if plugboard else 0, seed)
-        self.rotors = make_rotors(rotor, dim, num_rotors, num_positions, 'lifted'
-            if exact else parametrization, key, seed)
+        self.rotors = make_rotors(
+            rotor, dim, num_rotors, num_positions, 'lifted' if exact else parametrization,
+            key, seed)
         self.rev_blocks = nn.ModuleList(RevBlock(dim, scale=scale, exact=exact)
             for _ in range(num_rev_blocks))
         self.reflector = SwapHalves(dim) if reciprocal else (
