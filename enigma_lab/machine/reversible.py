@@ -79,8 +79,8 @@ def weights(
     "List what a module reads beside its arguments."
     params, buffers = {}, []
     for m in module.modules():
-        params.update((p, None) for p in m._parameters.values() if p is not None
-            and p.requires_grad)
+        params.update((p, None) for p in m._parameters.values()
+                      if p is not None and p.requires_grad)
         buffers += [b for b in m._buffers.values() if b is not None]
     return list(params), buffers
 
