@@ -23,18 +23,21 @@ def split_of(
     argument, # anything JSON can hold
 )->str: # 'train', 'validation' or 'test'
     "Where a question belongs: a property of its argument alone."
-    digit = hashlib.sha256(json.dumps(argument, ensure_ascii=False, sort_keys=True).encode()).digest()[0]
+    digit = hashlib.sha256(json.dumps(argument, ensure_ascii=False,
+        sort_keys=True).encode()).digest()[0]
     return 'train' if digit < 230 else 'validation' if digit < 243 else 'test'
 
 # %% ../../nbs/data/28_tasks.ipynb #13a01d19
 HANZI = '天地人山水火木金土日月星风云雨雪花草树鸟鱼马牛羊狗猫虎龙春夏秋冬东西南北上下左右前后大小多少红黄蓝白黑'
-DAYS = dict(en='Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split(), zh='星期一 星期二 星期三 星期四 星期五 星期六 星期日'.split())
+DAYS = dict(en='Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split(),
+    zh='星期一 星期二 星期三 星期四 星期五 星期六 星期日'.split())
 DIGITS = '零一二三四五六七八九'
 
 def word(rng:random.Random, n:int)->str: # n letters, consonants and vowels in turn
     return ''.join(rng.choice(('bcdfghjklmnpqrstvwxyz', 'aeiou')[i % 2]) for i in range(n))
 
-def letters_or_hanzi(rng:random.Random, n:int)->str: # a word, or every third time as many Chinese characters
+def letters_or_hanzi(rng:random.Random, n:int)->str:
+    # a word, or every third time as many Chinese characters
     return ''.join(rng.choices(HANZI, k=n)) if rng.random() < 1/3 else word(rng, n)
 
 def shift(text:str, n:int)->str: # small letters, n further in the alphabet
@@ -73,63 +76,82 @@ def questions(
     return declare
 
 # %% ../../nbs/data/28_tasks.ipynb #fd37164e
-@questions('easy', ('Repeat the word.', 'Write this word again.', 'Copy what follows.'), ('重复这个词。', '把这个词再写一遍。', '照抄下面的内容。'))
+@questions('easy', ('Repeat the word.', 'Write this word again.', 'Copy what follows.'),
+    ('重复这个词。', '把这个词再写一遍。', '照抄下面的内容。'))
 def copy(rng, n): w = letters_or_hanzi(rng, n); return w, w
 
 @questions('easy', ('Write the word twice.', 'Say it two times.'), ('把这个词写两遍。', '连写两次。'))
 def double(rng, n): w = letters_or_hanzi(rng, n); return w, w + w
 
-@questions('easy', ('Write it in capital letters.', 'Change to upper case.'), ('改成大写字母。', '用大写写出来。'))
+@questions('easy', ('Write it in capital letters.', 'Change to upper case.'),
+    ('改成大写字母。', '用大写写出来。'))
 def upper(rng, n): w = word(rng, n); return w, w.upper()
 
 @questions('easy', ('Write it in small letters.', 'Change to lower case.'), ('改成小写字母。', '用小写写出来。'))
 def lower(rng, n): w = word(rng, n); return w.upper(), w
 
-@questions('easy', ('What is the first letter?', 'Give the first character.'), ('第一个字是什么？', '写出第一个字符。'))
+@questions('easy', ('What is the first letter?', 'Give the first character.'),
+    ('第一个字是什么？', '写出第一个字符。'))
 def first(rng, n): w = letters_or_hanzi(rng, n); return w, w[0]
 
-@questions('easy', ('What is the last letter?', 'Give the last character.'), ('最后一个字是什么？', '写出最后一个字符。'))
+@questions('easy', ('What is the last letter?', 'Give the last character.'),
+    ('最后一个字是什么？', '写出最后一个字符。'))
 def last(rng, n): w = letters_or_hanzi(rng, n); return w, w[-1]
 
-@questions('easy', ('Spell the word.', 'Put a hyphen between the letters.'), ('拼写这个词。', '用连字符隔开每个字。'))
+@questions('easy', ('Spell the word.', 'Put a hyphen between the letters.'),
+    ('拼写这个词。', '用连字符隔开每个字。'))
 def spell(rng, n): w = letters_or_hanzi(rng, n); return w, '-'.join(w)
 
-@questions('easy', ('Write each digit in Chinese.', 'Turn the digits into Chinese characters.'), ('用汉字写出每个数字。', '把数字逐个换成汉字。'))
-def to_hanzi(rng, n): d = ''.join(rng.choices('0123456789', k=n)); return d, ''.join(DIGITS[int(c)] for c in d)
+@questions('easy', ('Write each digit in Chinese.', 'Turn the digits into Chinese characters.'),
+    ('用汉字写出每个数字。', '把数字逐个换成汉字。'))
+def to_hanzi(rng, n):
+    d = ''.join(rng.choices('0123456789', k=n))
+    return d, ''.join(DIGITS[int(c)] for c in d)
 
-@questions('easy', ('Write each character as a digit.', 'Turn the Chinese characters into digits.'), ('用数字写出每个字。', '把汉字逐个换成数字。'))
-def to_digits(rng, n): d = ''.join(rng.choices('0123456789', k=n)); return ''.join(DIGITS[int(c)] for c in d), d
+@questions('easy', ('Write each character as a digit.', 'Turn the Chinese characters into digits.'),
+    ('用数字写出每个字。', '把汉字逐个换成数字。'))
+def to_digits(rng, n):
+    d = ''.join(rng.choices('0123456789', k=n))
+    return ''.join(DIGITS[int(c)] for c in d), d
 
-@questions('easy', ('Look it up: what belongs to {key}?', 'Which number has {key}?'), ('查一查：{key}对应什么？', '{key}的数字是几？'))
+@questions('easy', ('Look it up: what belongs to {key}?', 'Which number has {key}?'),
+    ('查一查：{key}对应什么？', '{key}的数字是几？'))
 def lookup(rng, n):
     keys = [word(rng, 3) for _ in range(2 + (n > 5))]
     numbers = [str(rng.randrange(10, 100)) for _ in keys]
     asked = rng.randrange(len(keys))
-    return ', '.join(f'{k}={v}' for k, v in zip(keys, numbers)), numbers[keys.index(keys[asked])], dict(key=keys[asked])
+    return ', '.join(f'{k}={v}'
+        for k, v in zip(keys, numbers)), numbers[keys.index(keys[asked])], dict(key=keys[asked])
 
 # %% ../../nbs/data/28_tasks.ipynb #e21fb113
 @questions('medium', ('Write it backwards.', 'Reverse the word.'), ('倒着写。', '把这个词反过来。'))
 def reverse(rng, n): w = letters_or_hanzi(rng, n); return w, w[::-1]
 
-@questions('medium', ('How many letters are there?', 'Count the characters.'), ('有几个字？', '数一数有多少个字符。'))
+@questions('medium', ('How many letters are there?', 'Count the characters.'),
+    ('有几个字？', '数一数有多少个字符。'))
 def length(rng, n): w = letters_or_hanzi(rng, n); return w, str(len(w))
 
-@questions('medium', ('Keep the vowels only.', 'Write only a, e, i, o and u.'), ('只保留元音。', '只写出元音字母。'))
+@questions('medium', ('Keep the vowels only.', 'Write only a, e, i, o and u.'),
+    ('只保留元音。', '只写出元音字母。'))
 def vowels(rng, n): w = word(rng, n); return w, ''.join(c for c in w if c in 'aeiou')
 
-@questions('medium', ('Replace every {old} by {new}.', 'Write {new} instead of {old}.'), ('把每个{old}换成{new}。', '用{new}代替{old}。'))
+@questions('medium', ('Replace every {old} by {new}.', 'Write {new} instead of {old}.'),
+    ('把每个{old}换成{new}。', '用{new}代替{old}。'))
 def replace(rng, n):
     w, new = word(rng, n), rng.choice('aeiou')
     old = rng.choice(w)
     return w, w.replace(old, new), dict(old=old, new=new)
 
-@questions('medium', ('Give the next letter for each letter.', 'Move each letter on by one.'), ('写出每个字母的下一个字母。', '每个字母往后移一位。'))
+@questions('medium', ('Give the next letter for each letter.', 'Move each letter on by one.'),
+    ('写出每个字母的下一个字母。', '每个字母往后移一位。'))
 def successor(rng, n): w = word(rng, n); return w, shift(w, 1)
 
-@questions('medium', ('Which day comes {k} days after this one?', 'What day is it {k} days later?'), ('这一天之后{k}天是星期几？', '再过{k}天是星期几？'))
+@questions('medium', ('Which day comes {k} days after this one?', 'What day is it {k} days later?'),
+    ('这一天之后{k}天是星期几？', '再过{k}天是星期几？'))
 def day_after(rng, n):
     day, k = rng.randrange(7), rng.randrange(1, 10*n)
-    return {lang: names[day] for lang, names in DAYS.items()}, {lang: names[(day + k) % 7] for lang, names in DAYS.items()}, dict(k=k)
+    return {lang: names[day] for lang, names in DAYS.items()}, {lang: names[(day + k) % 7]
+        for lang, names in DAYS.items()}, dict(k=k)
 
 @questions('medium', ('Add the numbers.', 'What is the sum?'), ('把这两个数相加。', '和是多少？'))
 def add(rng, n): a, b = rng.randrange(100), rng.randrange(100); return f'{a} + {b}', str(a + b)
@@ -137,32 +159,47 @@ def add(rng, n): a, b = rng.randrange(100), rng.randrange(100); return f'{a} + {
 @questions('medium', ('Which number is larger?', 'Give the greater number.'), ('哪个数更大？', '写出较大的数。'))
 def larger(rng, n): a, b = rng.sample(range(1000), 2); return f'{a}, {b}', str(max(a, b))
 
-@questions('medium', ('Write the number in Chinese numerals.', 'How is this number read in Chinese?'), ('用中文数字写出这个数。', '这个数怎么读？'))
+@questions('medium',
+    ('Write the number in Chinese numerals.', 'How is this number read in Chinese?'),
+    ('用中文数字写出这个数。', '这个数怎么读？'))
 def to_numeral(rng, n): k = rng.randrange(1000); return str(k), numeral(k)
 
 # %% ../../nbs/data/28_tasks.ipynb #492e68ed
-@questions('hard', ('Sort the letters.', 'Put the letters in alphabetical order.'), ('把字母排序。', '按字母顺序排列。'))
+@questions('hard', ('Sort the letters.', 'Put the letters in alphabetical order.'),
+    ('把字母排序。', '按字母顺序排列。'))
 def sort(rng, n): w = word(rng, n); return w, ''.join(sorted(w))
 
-@questions('hard', ('Subtract the second number from the first.', 'What is the difference?'), ('用第一个数减去第二个数。', '差是多少？'))
-def subtract(rng, n): a, b = sorted((rng.randrange(1000), rng.randrange(1000)), reverse=True); return f'{a} - {b}', str(a - b)
+@questions('hard', ('Subtract the second number from the first.', 'What is the difference?'),
+    ('用第一个数减去第二个数。', '差是多少？'))
+def subtract(rng, n):
+    a, b = sorted((rng.randrange(1000), rng.randrange(1000)), reverse=True)
+    return f'{a} - {b}', str(a - b)
 
-@questions('hard', ('Write the Chinese numeral in digits.', 'Which number is this?'), ('用阿拉伯数字写出这个数。', '这是哪个数？'))
+@questions('hard', ('Write the Chinese numeral in digits.', 'Which number is this?'),
+    ('用阿拉伯数字写出这个数。', '这是哪个数？'))
 def from_numeral(rng, n): k = rng.randrange(10_000); return numeral(k), str(k)
 
-@questions('hard', ('How often does {letter} occur?', 'Count the letter {letter}.'), ('{letter}出现了几次？', '数一数有几个{letter}。'))
-def count(rng, n): w = word(rng, 2*n); letter = rng.choice(w); return w, str(w.count(letter)), dict(letter=letter)
+@questions('hard', ('How often does {letter} occur?', 'Count the letter {letter}.'),
+    ('{letter}出现了几次？', '数一数有几个{letter}。'))
+def count(rng, n):
+    w = word(rng, 2*n)
+    letter = rng.choice(w)
+    return w, str(w.count(letter)), dict(letter=letter)
 
-@questions('hard', ('Is it a palindrome?', 'Does it read the same backwards?'), ('这是回文吗？', '倒着读一样吗？'))
+@questions('hard', ('Is it a palindrome?', 'Does it read the same backwards?'),
+    ('这是回文吗？', '倒着读一样吗？'))
 def palindrome(rng, n):
     w, half = word(rng, n), rng.random() < .5
     if half: w = w[:(n + 1)//2] + w[:n//2][::-1]
     return w, dict(en='yes', zh='是') if w == w[::-1] else dict(en='no', zh='不是')
 
-@questions('hard', ('Encipher with Caesar, shift {k}.', "Caesar's cipher with key {k}."), ('用凯撒密码加密，位移{k}。', '凯撒密码，密钥{k}。'))
+@questions('hard', ('Encipher with Caesar, shift {k}.', "Caesar's cipher with key {k}."),
+    ('用凯撒密码加密，位移{k}。', '凯撒密码，密钥{k}。'))
 def caesar(rng, n): w, k = word(rng, n), rng.randrange(2, 26); return w, shift(w, k), dict(k=k)
 
-@questions('hard', ('Encipher with the Enigma, wheels I II III, reflector B, positions {start}.', 'Enigma I II III, B, start {start}.'),
+@questions('hard',
+    ('Encipher with the Enigma, wheels I II III, reflector B, positions {start}.',
+    'Enigma I II III, B, start {start}.'),
     ('用恩尼格玛加密，转子 I II III，反射器 B，起始位置 {start}。', '恩尼格玛 I II III，B，起始 {start}。'))
 def enigma(rng, n):
     from enigma_lab.machine.history import EnigmaMachine # letters and wires, no network
@@ -183,7 +220,8 @@ def draw_one(
     language = rng.choice(['en', 'zh'])
     say = lambda t: t[language] if isinstance(t, dict) else t
     instruction = rng.choice(kind.wordings[language]).format(**(fields[0] if fields else {}))
-    return dict(instruction=instruction, input=say(text), output=say(answer), family=kind.name, tier=kind.tier, language=language)
+    return dict(instruction=instruction, input=say(text), output=say(answer), family=kind.name,
+        tier=kind.tier, language=language)
 
 def task_rows(
     split:str='train', # 'train', 'validation', 'test' or 'longer'
@@ -194,9 +232,11 @@ def task_rows(
     "Questions and their answers."
     if split not in SPLITS: raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
     names = list(FAMILIES if families is None else families)
-    if unknown := set(names) - set(FAMILIES): raise ValueError(f"families must be among {list(FAMILIES)}, got {sorted(unknown)}")
+    if unknown := set(names) - set(FAMILIES): raise ValueError(
+        f"families must be among {list(FAMILIES)}, got {sorted(unknown)}")
     streams = {name: random.Random(f'{seed} {split} {name}') for name in names}
-    return [draw_one(FAMILIES[name], rng, split) for _ in range(per_family) for name, rng in streams.items()]
+    return [draw_one(FAMILIES[name], rng, split) for _ in range(per_family)
+        for name, rng in streams.items()]
 
 # %% ../../nbs/data/28_tasks.ipynb #e274976d
 def exact_match(
@@ -204,16 +244,20 @@ def exact_match(
     replies:list[str], # what a model said to each
 )->dict: # {'family': {...}, 'tier': {...}, 'all': share}, shares between 0 and 1
     "The share of replies that are the answer, blanks at their ends aside."
-    if len(rows) != len(replies): raise ValueError(f"each question has one reply, got {len(replies)} for {len(rows)} questions")
+    if len(rows) != len(replies): raise ValueError(
+        f"each question has one reply, got {len(replies)} for {len(rows)} questions")
     found = {'family': {}, 'tier': {}, 'all': {'': []}}
     for row, reply in zip(rows, replies):
         right = reply.strip() == row['output']
-        for group, key in (('family', row['family']), ('tier', row['tier']), ('all', '')): found[group].setdefault(key, []).append(right)
+        for group, key in (('family', row['family']), ('tier', row['tier']), ('all', '')):
+            found[group].setdefault(key, []).append(right)
     share = lambda group: {key: sum(right)/len(right) for key, right in found[group].items()}
-    return dict(family=share('family'), tier=share('tier'), all=share('all').get('') if rows else None)
+    return dict(family=share('family'), tier=share('tier'),
+        all=share('all').get('') if rows else None)
 
 # %% ../../nbs/data/28_tasks.ipynb #d5ad090f
 def tasks_digest()->str: # 16 hexadecimal digits
     "What is drawn, in all splits, as one number."
     rows = [task_rows(split, 20, seed) for split in SPLITS for seed in (0, 1)]
-    return hashlib.sha256(json.dumps(rows, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False,
+        sort_keys=True).encode()).hexdigest()[:16]

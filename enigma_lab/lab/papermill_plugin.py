@@ -17,20 +17,27 @@ from .runs import new_run_dir
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #9cfa073e
 OPTIONS = {
     2: ['--parameters -p', '--parameters_raw -r'],
-    1: ['--parameters_file -f', '--parameters_yaml -y', '--parameters_base64 -b', '--engine', '--autosave-cell-every', '--kernel -k',
-        '--language -l', '--cwd', '--stdout-file', '--stderr-file', '--log-level', '--start-timeout --start_timeout', '--execution-timeout'],
-    0: ['--help -h', '--help-notebook', '--version', '--inject-input-path', '--inject-output-path', '--inject-paths',
-        '--request-save-on-cell-execute/--no-request-save-on-cell-execute', '--prepare-only/--prepare-execute',
-        '--progress-bar/--no-progress-bar', '--log-output/--no-log-output', '--report-mode/--no-report-mode']}
+    1: ['--parameters_file -f', '--parameters_yaml -y', '--parameters_base64 -b', '--engine',
+    '--autosave-cell-every', '--kernel -k',
+        '--language -l', '--cwd', '--stdout-file', '--stderr-file', '--log-level',
+        '--start-timeout --start_timeout', '--execution-timeout'],
+    0: ['--help -h', '--help-notebook', '--version', '--inject-input-path', '--inject-output-path',
+    '--inject-paths',
+        '--request-save-on-cell-execute/--no-request-save-on-cell-execute',
+        '--prepare-only/--prepare-execute',
+        '--progress-bar/--no-progress-bar', '--log-output/--no-log-output',
+        '--report-mode/--no-report-mode']}
 
 def read_command_line(
     words:list[str], # what follows `papermill`
 )->dict: # `paths`: the words that belong to no option; and every option by its name
     "Read a papermill command line with papermill's own reader, click; a line that papermill would refuse raises `click.UsageError`."
     import click
-    params = [click.Option(names.split(), nargs=n, multiple=True) if n else click.Option(names.split(), is_flag=True, default=None)
+    params = [click.Option(names.split(), nargs=n, multiple=True)
+        if n else click.Option(names.split(), is_flag=True, default=None)
               for n in OPTIONS for names in OPTIONS[n]]
-    command = click.Command('papermill', params=[*params, click.Argument(['paths'], nargs=-1)], add_help_option=False)
+    command = click.Command('papermill', params=[*params, click.Argument(['paths'], nargs=-1)],
+        add_help_option=False)
     return command.make_context('papermill', list(words)).params
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #bf9cf98d
@@ -84,7 +91,8 @@ def our_run(
         if not is_papermill(argv, orig_argv): return None
         options = read_command_line(argv[1:])
         notebook, = map(Path, options['paths'])
-        return (notebook, options) if checkout_of(notebook) and not any(options[name] for name in NO_RUN) else None
+        return (notebook, options) if checkout_of(notebook) and not any(options[name]
+            for name in NO_RUN) else None
     except Exception: return None
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #07878df3
@@ -95,7 +103,8 @@ def run_folder(
     "The folder of this run: the one prepared in `ENIGMA_RUN_DIR`, else a new one."
     os.environ['ENIGMA_RUNS'] = os.environ.get('ENIGMA_RUNS') or str(checkout_of(notebook)/'runs')
     given = Path(os.environ.get('ENIGMA_RUN_DIR', ''))
-    if given.parent.name == notebook.stem and given.is_dir() and not any(given.iterdir()): return given.resolve()
+    if given.parent.name == notebook.stem and given.is_dir() and not any(given.iterdir()):
+        return given.resolve()
     return new_run_dir(notebook.stem, note)
 
 def watch(
@@ -124,7 +133,8 @@ def default_output():
     sys.argv.append(str(run_dir/notebook.name))
     shown = run_dir.relative_to(Path.cwd()) if Path.cwd() in run_dir.parents else run_dir
     print(f'enigma-lab: this run is recorded in {shown}', file=sys.stderr)
-    if options['progress_bar'] is None and not sys.stderr.isatty(): sys.argv.insert(1, '--no-progress-bar')
+    if options['progress_bar'] is None and not sys.stderr.isatty():
+        sys.argv.insert(1, '--no-progress-bar')
     if options['progress_bar'] is not False: watch(run_dir)
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #56ccfa6c
