@@ -21,7 +21,7 @@ def as_floats(
     pixels:np.ndarray, # (N, H, W, C) or (N, H, W) uint8
     top:int=255, # the value of white
 )->Tensor: # (N, C, H, W) float32 in [-1, 1]
-    "Pixels as numbers around zero, channel first."
+    "Convert pixels to numbers around zero, channel first."
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4): raise ValueError(
         f"pixels must be uint8 of shape (N, H, W) or (N, H, W, C), got {pixels.dtype} "
         f"{pixels.shape}")
@@ -31,7 +31,7 @@ def as_floats(
 def as_pixels(
     x:Tensor, # (N, C, H, W) in [-1, 1]; what lies beyond is clipped
 )->np.ndarray: # (N, H, W, C) uint8
-    "The way back, for files and for eyes."
+    "Convert numbers back to pixels, for files and for eyes."
     return x.detach().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3,
         1).numpy()
 
@@ -44,7 +44,7 @@ def stack_images(
     images:Iterable, # of PIL, or file objects and paths it can open
     name:str, # of the source, for the error
 )->np.ndarray: # (N, H, W, C) uint8; one channel if all are grey, else three
-    "Images of one size as one array."
+    "Stack images of one size into one array."
     from PIL import Image, UnidentifiedImageError
     found = []
     for image in images:
@@ -60,7 +60,7 @@ def stack_images(
 
 # %% ../../nbs/data/50_images.ipynb #547ec98a
 def digit_images()->dict: # '' -> pixels (1797, 8, 8) up to 16, labels
-    "Handwritten digits that come with scikit-learn (UCI, test part of Alpaydin and Kaynak's set)."
+    "Load scikit-learn's handwritten digits (UCI, test part of Alpaydin and Kaynak's set)."
     try: from sklearn.datasets import load_digits
     except ImportError: raise ImportError(
         "the builtin digits come with scikit-learn: pip install 'enigma_lab[masks]'") from None
@@ -71,7 +71,7 @@ def digit_images()->dict: # '' -> pixels (1797, 8, 8) up to 16, labels
 def archive_images(
     path:Path, # .npz or .npz.xz
 )->dict: # part, or '' -> pixels (N, H, W[, C]), labels (N,) or `None`
-    "Images of an archive of arrays."
+    "Read the images of an archive of arrays."
     data = path.read_bytes()
     arrays = np.load(io.BytesIO(lzma.decompress(data) if path.suffix == '.xz' else data),
         allow_pickle=False)
@@ -93,7 +93,7 @@ def archive_images(
 def folder_images(
     path:Path, # of .png, .jpg, in folders or not
 )->dict: # as for `archive_images`; labels count the classes in alphabetical order
-    "Images of a folder."
+    "Read the images of a folder."
     files = [f for f in sorted(path.rglob('*')) if f.suffix.lower() in ('.png', '.jpg', '.jpeg')
         and f.is_file()]
     if not files: raise FileNotFoundError(
@@ -115,7 +115,7 @@ def rows_images(
     dataset, # of `datasets`: its parts, or rows without parts
     name:str, # for errors
 )->dict: # as for `archive_images`
-    "Images of a table."
+    "Read the images of a table."
     def columns(rows):
         first = rows[0] if len(rows) else {}
         image = next((c for c, v in first.items() if hasattr(v, 'convert')), None)
@@ -129,10 +129,11 @@ def rows_images(
         for k, rows in dataset.items() if k in SPLITS} if hasattr(dataset,
         'items') else {'': columns(dataset)}
 
+# %% ../../nbs/data/50_images.ipynb #9049fa35
 def read_images(
     data:str, # 'digits', 'cifar10', 'mnist', an archive, a folder, or a hub id
 )->dict: # as for `archive_images`
-    "Pixels of any source, in the order found."
+    "Read the pixels of any source, in the order found."
     path = Path(data).expanduser()
     if data == 'digits': return digit_images()
     if path.is_file() and path.name.endswith(('.npz', '.npz.xz')): return archive_images(path)
@@ -157,7 +158,7 @@ def read_images(
 # %% ../../nbs/data/50_images.ipynb #136d1822
 @dataclass(frozen=True)
 class Images:
-    "Images of one source, in three parts."
+    "Hold the images of one source, in three parts."
     source:str # what was asked for
     train:Tensor = field(repr=False) # (N, C, H, W) float32 in [-1, 1], to learn from
     validation:Tensor = field(repr=False) # to choose by
@@ -184,7 +185,7 @@ class Images:
         return self._test
 
     def card(self)->dict: # ready for a record
-        "What these images are."
+        "Describe these images."
         sizes = {f'{name}_images': len(part)
             for name, part in dict(train=self.train, validation=self.validation,
             test=self._test).items()}
@@ -196,7 +197,7 @@ def first_of_equals(
     pixels:np.ndarray, # (N, …)
     taken:set, # digests of pictures that are elsewhere; those of this part are added
 )->list[int]: # numbers of the pictures that stay
-    "Where a picture is seen for the first time."
+    "Find where a picture is seen for the first time."
     keep = []
     for i, picture in enumerate(pixels):
         digest = hashlib.sha256(picture.tobytes()).digest()
@@ -204,6 +205,7 @@ def first_of_equals(
         taken.add(digest)
     return keep
 
+# %% ../../nbs/data/50_images.ipynb #09001654
 def split_images(
     parts:dict, # of `read_images`
     held_out:tuple[int,int]|None=None, # images of validation and of test; `None`: a tenth each
@@ -229,7 +231,7 @@ def split_images(
 
 # %% ../../nbs/data/50_images.ipynb #76c858ad
 def load_images(
-    data:str='digits', # 'digits', 'cifar10', 'mnist', a .npz or .npz.xz file, a folder of .png or .jpg, or a hub id
+    data:str='digits', # 'cifar10', 'mnist', an .npz[.xz] file, a folder of images, or a hub id
     max_images:int=0, # of training; 0: all
 )->Images: # without copies, in three parts
     "Read, deduplicate and split images."
@@ -256,7 +258,7 @@ def show_images(
     title:str='', # above
     ax=None, # matplotlib axes; `None` makes new ones
 ): # the axes
-    "Images side by side, white at 1."
+    "Show images side by side, white at 1."
     N, C, H, W = x.shape
     rows = -(-N // columns)
     canvas = np.full((rows*(H + 1) - 1, columns*(W + 1) - 1, C), 255, np.uint8)

@@ -44,10 +44,11 @@ def as_messages(
         ))
     return [dict(role=ROLES[role], content=content or '') for role, content in said]
 
+# %% ../../nbs/data/30_instruct.ipynb #26ef6e44
 def has_answer(
     messages:list[dict], # a conversation
 )->bool:
-    "Whether somebody asks, and the assistant has the last word and says something."
+    "Check that somebody asks, and that the assistant has the last word and says something."
     return any(m['role'] == 'user' and m['content'].strip()
         for m in messages) and messages[-1]['role'] == 'assistant' and bool(
         messages[-1]['content'].strip())
@@ -55,7 +56,7 @@ def has_answer(
 # %% ../../nbs/data/30_instruct.ipynb #3e2f65bd
 @dataclass(frozen=True)
 class ChatCorpus(Corpus):
-    "Conversations of one source, in three parts; `train` and `validation` are lists of rows with 'messages'."
+    "Hold the conversations of one source, in three parts: lists of rows with 'messages'."
     unanswered:int = 0 # rows left out
 
     @property
@@ -64,15 +65,19 @@ class ChatCorpus(Corpus):
             ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
 
     def card(self)->dict: # ready for a record
-        "What this corpus is made of."
+        "Describe what this corpus is made of."
         parts = dict(train=self.train, validation=self.validation, test=self._test)
         return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
             unanswered_dropped=self.unanswered,
             **{f'{name}_chats': len(part) for name, part in parts.items()})
 
-def question(messages:list[dict])->str: # all that is said before the last answer
+def question(
+    messages:list[dict], # a conversation
+)->str: # what is said, joined by zero characters
+    "Collect all that is said before the last answer."
     return '\0'.join(m['content'] for m in messages[:-1])
 
+# %% ../../nbs/data/30_instruct.ipynb #27de28ec
 def split_chats(
     chats:list[dict], # rows with 'messages'
     held_out:float=.05, # share of validation and of test
@@ -88,8 +93,8 @@ def split_chats(
 # %% ../../nbs/data/30_instruct.ipynb #e8ff6b33
 def rows_of(
     data:str, # a file, a folder, or a hub id
-)->Iterable[dict]:
-    "Rows of any source."
+)->Iterable[dict]: # of any shape that `as_messages` reads
+    "Read the rows of any source."
     path = Path(data).expanduser()
     if path.is_file(): return read_rows(path)
     if path.is_dir():
@@ -99,10 +104,11 @@ def rows_of(
     raise FileNotFoundError(
         f"data must be 'tasks', an existing file or folder, or a hub id 'owner/name', got {data!r}")
 
+# %% ../../nbs/data/30_instruct.ipynb #f5b19369
 def load_chats(
     data:str='tasks', # 'tasks', a file, a folder, or a hub id
-    max_chats:int|None=None, # read no more rows; of the tasks: questions of each family; `None`: all, and 400
-)->ChatCorpus:
+    max_chats:int|None=None, # most rows (of 'tasks': of each family); `None`: all (400)
+)->ChatCorpus: # in three parts
     "Read, deduplicate and split a source of conversations."
     if data == 'tasks':
         from enigma_lab.data.tasks import task_rows
@@ -131,7 +137,7 @@ IGNORED = -100 # what cross-entropy skips
 def role_tokens(
     tokenizer, # of `lm.tokenizer`
 )->dict[str,int]: # role -> row
-    "The rows that mark who speaks; a ValueError for a tokenizer that has none."
+    "Find the rows that mark who speaks; raise a ValueError if the tokenizer has none."
     rows = {role: tokenizer.convert_tokens_to_ids(f'<|{role}|>')
         for role in ('system', 'user', 'assistant')}
     if missing := [role
@@ -146,7 +152,7 @@ def encode_chat(
     messages:list[dict], # a conversation
     reply:bool=False, # end with the mark after which the assistant speaks
 )->tuple[list[int],list[int]]: # tokens; labels, -100 but for answers
-    "A conversation as tokens, and what of it is to be learned."
+    "Encode a conversation, and mark what of it is to be learned."
     marks, ids, labels = role_tokens(tokenizer), [], []
     for message, text in zip(messages, encode_texts(tokenizer, [m['content'] for m in messages])):
         text, learned = [*text, tokenizer.eos_token_id], message['role'] == 'assistant'
@@ -159,7 +165,7 @@ def pack(
     lengths:list[int], # tokens of each
     window:int, # tokens of a bin; none may be longer
 )->list[list[int]]: # indices, a list for each bin
-    "Best fit decreasing (Johnson, 1973)."
+    "Pack lengths into bins by best fit decreasing (Johnson, 1973)."
     bins, room = [], [] # room: sorted (tokens left, bin)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(room, (lengths[i], -1))
@@ -171,7 +177,7 @@ def pack(
 
 # %% ../../nbs/data/30_instruct.ipynb #94e20fe9
 class ChatWindows(Dataset):
-    "Conversations as training windows."
+    "Pack conversations into training windows."
     def __init__(self,
         chats:list[dict], # rows with 'messages'
         tokenizer, # of `lm.tokenizer`
@@ -198,7 +204,7 @@ class ChatWindows(Dataset):
             position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in chats]))
 
     def card(self)->dict: # ready for a record
-        "How full the windows are."
+        "Describe how full the windows are."
         tokens, learned = (sum(len(ids) for ids, _ in self.chats),
             sum(label != IGNORED for _, labels in self.chats for label in labels))
         return dict(windows=len(self), chats=len(self.chats), too_long_dropped=self.too_long,

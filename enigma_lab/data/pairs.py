@@ -22,7 +22,7 @@ from .text import Corpus
 def components(
     pairs:list[tuple[str,str]], # sentences that mean the same
 )->list[str]: # for each pair, the name of its component: its least sentence
-    "What hangs together (union-find with path halving)."
+    "Find what hangs together (union-find with path halving)."
     parent = {}
     def root(x):
         parent.setdefault(x, x)
@@ -52,7 +52,7 @@ COLUMNS = ('sentence1', 'sentence2'), ('question1', 'question2'), ('source', 'ta
 def as_pair(
     row:dict, # of any source
 )->tuple[str,str]|None: # two texts; `None`: they are not said to mean the same
-    "The two sides of a row."
+    "Read the two sides of a row."
     names = next(((a, b) for a, b in COLUMNS if a in row and b in row), None)
     if names is None: raise ValueError(
         f"a pair needs two columns, one of {COLUMNS}, got {sorted(row)}")
@@ -64,7 +64,7 @@ def as_pair(
 # %% ../../nbs/data/40_pairs.ipynb #0f71f975
 @dataclass(frozen=True)
 class PairCorpus(Corpus):
-    "Pairs of one source, in three parts; `train` and `validation` are lists of pairs."
+    "Hold the pairs of one source, in three parts; `train` and `validation` are lists of pairs."
     left_out:int = 0 # rows that are no pair, or do not mean the same
 
     @property
@@ -73,17 +73,17 @@ class PairCorpus(Corpus):
             json.dumps([self.train, self.validation, self._test]).encode()).hexdigest()[:16]
 
     def card(self)->dict: # ready for a record
-        "What this corpus is made of."
+        "Describe what this corpus is made of."
         parts = dict(train=self.train, validation=self.validation, test=self._test)
         return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
             left_out=self.left_out, **{f'{name}_pairs': len(part) for name, part in parts.items()})
 
 # %% ../../nbs/data/40_pairs.ipynb #8370d485
 def load_pairs(
-    data:str='paraphrase', # 'paraphrase' (the grammar), a file, a folder with train, val and test files, or a hub id
+    data:str='paraphrase', # the grammar, a file, a folder with train, val and test, or a hub id
     max_pairs:int=0, # of training; 0: all
-)->PairCorpus:
-    "Sentences with a paraphrase, in three parts."
+)->PairCorpus: # in three parts
+    "Load sentences with a paraphrase, in three parts."
     if data == 'paraphrase':
         sizes = dict(train=min(12_000, max_pairs or 12_000), validation=300, test=500)
         return PairCorpus(data, *(paraphrase_pairs(split, n) for split, n in sizes.items()))
@@ -108,14 +108,14 @@ def load_pairs(
 def both_sides(
     corpus:PairCorpus, # pairs in three parts
 )->Corpus: # sentences in the same parts, each once
-    "Every sentence of the pairs of a part."
+    "Collect every sentence of the pairs of a part."
     return Corpus(corpus.source,
         *([*dict.fromkeys(text for pair in part for text in pair)]
         for part in (corpus.train, corpus.validation, corpus._test)), corpus.duplicates)
 
 # %% ../../nbs/data/40_pairs.ipynb #d78016ff
 class WikipediaDataset(Dataset):
-    "Texts as rows of tokens, padded; short ones are left out."
+    "Encode texts as rows of tokens, padded; short ones are left out."
     def __init__(self,
         texts:list[str], # sentences
         tokenizer, # of transformers, with a padding token
@@ -140,7 +140,7 @@ class WikipediaDataset(Dataset):
 
 # %% ../../nbs/data/40_pairs.ipynb #163abac9
 class QQPDataset(Dataset):
-    "Pairs as two rows of tokens, padded."
+    "Encode pairs as two rows of tokens, padded."
     def __init__(self,
         pairs:list[tuple[str,str]], # source and target
         tokenizer, # of transformers, with a padding token
@@ -159,9 +159,9 @@ class QQPDataset(Dataset):
 
 def get_dataloader(
     dataset:Dataset, # of either kind
-    batch_size:int=32,
-    shuffle:bool=True,
+    batch_size:int=32, # rows
+    shuffle:bool=True, # False: in the order of the dataset
     seed:int=0, # of the order
-)->DataLoader:
-    "Batches, in an order that a seed gives; the last one may be smaller."
+)->DataLoader: # of batches
+    "Deal batches in an order that a seed gives; the last one may be smaller."
     return DataLoader(dataset, batch_size, shuffle, generator=torch.Generator().manual_seed(seed))

@@ -17,7 +17,7 @@ from functools import cached_property
 # %% ../../nbs/data/35_sentences.ipynb #e4350576
 @dataclass(frozen=True)
 class Grammar:
-    "Templates with slots, and the words that fill them."
+    "Hold templates with slots, and the words that fill them."
     name:str # of the grammar
     templates:tuple # of sentences; a slot is a class in braces
     words:dict # class -> words
@@ -40,13 +40,14 @@ class Grammar:
         template:int, # its number
         words, # one for each slot
     )->str: # a sentence
-        "The sentence of a template and its words."
+        "Make the sentence of a template and its words."
         words = iter(words)
         return re.sub(r'{\w+}', lambda _: next(words), self.templates[template])
 
-    def parse(self, text:str)->tuple[int,tuple]|None:
-        # template and words; `None`: not a sentence of this grammar
-        "The inverse of `fill`."
+    def parse(self,
+        text:str, # perhaps a sentence
+    )->tuple[int,tuple]|None: # template and words; `None`: not a sentence of this grammar
+        "Invert `fill`."
         return next(((k, m.groups())
             for k, pattern in enumerate(self.patterns) if (m := pattern.fullmatch(text))), None)
 
@@ -56,7 +57,7 @@ SPLITS = 'train', 'validation', 'test'
 def split_of(
     pair, # two neighbouring words
 )->str: # 'train' (8 of 10), 'validation' or 'test'
-    "Where a pair belongs: a property of its words alone."
+    "Tell where a pair belongs: a property of its words alone."
     digit = hashlib.sha256(' '.join(pair).encode()).digest()[0]
     return 'train' if digit < 205 else 'validation' if digit < 231 else 'test'
 
@@ -64,15 +65,15 @@ def pairs(
     template:str, # with slots
     words, # one for each slot
 )->list[tuple]: # the words of slots that stand side by side
-    "Neighbours that may be bound."
+    "List the neighbours that may be bound."
     side_by_side = [m[1] == ' ' for m in re.finditer(r'}([^{]*)(?={)', template)]
     return [pair for pair, near in zip(zip(words, words[1:]), side_by_side) if near]
 
 def part_of(
     template:str, # with slots
     words, # one for each slot
-)->str: # 'train', 'validation', 'test', or 'none' for a sentence with both kinds of held-out pairs
-    "Where a sentence belongs."
+)->str: # 'train', 'validation', 'test'; 'none': it has held-out pairs of both kinds
+    "Tell where a sentence belongs."
     held = {split_of(pair) for pair in pairs(template, words)} - {'train'}
     return 'none' if len(held) > 1 else held.pop() if held else 'train'
 
@@ -83,7 +84,7 @@ def draw_sentences(
     n:int, # sentences
     seed:int=0, # of the draw
 )->list[str]: # without repeats
-    "Sentences of one part; another seed draws others of the same part."
+    "Draw sentences of one part; another seed draws others of the same part."
     if split not in SPLITS: raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     rng, found, tries = random.Random(f'{grammar.name} {split} {seed}'), {}, 0
     while len(found) < n:
@@ -144,7 +145,7 @@ def meaning(
     text:str, # perhaps a sentence of `grammar`
     grammar:Grammar=paraphrase, # with forms of the same slots
 )->dict|None: # slot -> word; `None`: not a sentence of this grammar
-    "What a sentence says, whatever its form."
+    "Extract what a sentence says, whatever its form."
     parsed = grammar.parse(text)
     return dict(zip(grammar.slots[parsed[0]], parsed[1])) if parsed else None
 
@@ -152,7 +153,7 @@ def forms(
     text:str, # a sentence of `grammar`
     grammar:Grammar=paraphrase, # with forms of the same slots
 )->list[str]: # every way to say it, itself among them
-    "All paraphrases of a sentence."
+    "List all paraphrases of a sentence."
     said = meaning(text, grammar)
     if said is None: raise ValueError(
         f"a sentence must belong to the grammar {grammar.name!r}, got {text!r}")
@@ -165,7 +166,7 @@ def paraphrase_pairs(
     n:int, # pairs
     seed:int=0, # of the draw
 )->list[tuple[str,str]]: # a sentence and another form of it
-    "Sentences with one of their paraphrases; all forms of a meaning belong to the same part."
+    "Draw sentences with a paraphrase; all forms of a meaning belong to the same part."
     rng, found = random.Random(f'paraphrase pairs {split} {seed}'), []
     for text in draw_sentences(paraphrase, split, 4*n + 100, seed):
         ways = forms(text)
@@ -181,7 +182,7 @@ def prose(
     documents:list[str], # texts
     words:tuple=(3, 12), # how many, least and most
 )->list[str]: # in lower case, each once
-    "The plain sentences of some documents."
+    "Collect the plain sentences of some documents."
     pieces = (' '.join(piece.split()) for d in documents
         for piece in re.split(r'(?<=[.!?])\s+|\n\s*\n', d))
     plain = (p[:-1].lower()
@@ -194,11 +195,11 @@ GRAMMARS = dict(small=small, hard=hard, paraphrase=paraphrase)
 SIZES = dict(small=(6000, 500, 500), hard=(24_000, 500, 1000), paraphrase=(24_000, 500, 1000))
 
 def load_sentences(
-    data:str='hard', # 'small', 'hard', 'paraphrase', 'docs' (Python's documentation), a file, a folder, or a hub id of texts
+    data:str='hard', # a grammar, 'docs' (of Python), a file, a folder, or a hub id of texts
     max_sentences:int=0, # of training; 0: all
     words:tuple=(3, 12), # how many a sentence of natural text has, least and most
 ): # a `Corpus` of sentences
-    "Sentences of one source in three parts."
+    "Load the sentences of one source in three parts."
     from enigma_lab.data.text import Corpus, load_text
     if data in GRAMMARS:
         train, validation, test = SIZES[data]
@@ -223,7 +224,7 @@ FROZEN = dict(small='05b4e5b7a589717e', hard='3947e12bd42824b5', paraphrase='75e
 def grammar_digest(
     name:str, # of `GRAMMARS`
 )->str: # 16 hexadecimal digits
-    "What identifies a grammar: a hash of its first thousand sentences of each part, and of their paraphrases."
+    "Compute a hash of a grammar's first thousand sentences of each part, and their paraphrases."
     text = '\n'.join(s for split, n in zip(SPLITS, (1000, 300, 300))
         for s in draw_sentences(GRAMMARS[name], split, n))
     if name == 'paraphrase':

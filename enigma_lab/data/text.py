@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 def docstrings(
     source:str, # of a Python module
 )->list[str]: # in the order of a walk through the tree
-    "The docstrings of a module, its classes and its functions."
+    "Collect the docstrings of a module, its classes and its functions."
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     found = [ast.get_docstring(node)
         for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
@@ -32,7 +32,7 @@ def docstrings(
 
 @lru_cache
 def builtin_documents()->tuple[str]: # about 8,000 documents, 2 MB
-    "English prose that ships with Python: pydoc's help topics and the standard library's docstrings."
+    "Read the English prose of Python: pydoc's help topics and the library's docstrings."
     from pydoc_data.topics import topics
     library = Path(sysconfig.get_paths()['stdlib'])
     skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'idle_test', 'lib2to3'}
@@ -71,11 +71,12 @@ def as_text(
         f"text must not be binary, got a zero byte at {text.index(chr(0))} of {name}")
     return text.replace('\r\n', '\n')
 
+# %% ../../nbs/data/10_text.ipynb #2fa60625
 def text_column(
     row:dict, # the first row of a table
     name:str, # of the file, for the error
 )->str: # the column to read
-    "The column `text`, else the only one that holds strings."
+    "Find the column `text`, else the only one that holds strings."
     strings = [c for c, value in row.items() if isinstance(value, str)]
     if 'text' in row: return 'text'
     if len(strings) != 1: raise ValueError(
@@ -83,29 +84,42 @@ def text_column(
         f"{name}")
     return strings[0]
 
-def pick_text(rows:Iterable[dict], name:str)->Iterator[str]:
-    "The text of each row."
+def pick_text(
+    rows:Iterable[dict], # of one source
+    name:str, # of the source, for the error
+)->Iterator[str]: # one text a row
+    "Pick the text of each row."
     column = None
     for row in rows:
         column = column or text_column(row, name)
         if isinstance(row.get(column), str): yield row[column]
 
 # %% ../../nbs/data/10_text.ipynb #9d3b5fd0
-def parquet_rows(data:bytes, name:str)->list[dict]:
-    "Rows of a parquet file."
+def parquet_rows(
+    data:bytes, # of a file
+    name:str, # of the file, for errors
+)->list[dict]: # column -> value
+    "Read the rows of a parquet file."
     try: import pyarrow.parquet as pq
     except ImportError: raise ImportError(
         "reading .parquet needs pyarrow: pip install 'enigma_lab[lm]'") from None
     return pq.read_table(io.BytesIO(data)).to_pylist()
 
-def json_rows(data:bytes, name:str)->list[dict]:
-    "Rows of JSON: a list of objects, or of strings."
+def json_rows(
+    data:bytes, # of a file
+    name:str, # of the file, for errors
+)->list[dict]: # key -> value
+    "Read the rows of JSON: a list of objects, or of strings."
     rows = json.loads(as_text(data, name))
     return [row if isinstance(row, dict) else dict(text=row)
         for row in (rows if isinstance(rows, list) else [rows])]
 
-def tsv_rows(data:bytes, name:str)->list[dict]:
-    "Rows of a table with tabs; one or two columns may be without names."
+# %% ../../nbs/data/10_text.ipynb #d62d8394
+def tsv_rows(
+    data:bytes, # of a file
+    name:str, # of the file, for errors
+)->list[dict]: # column -> text
+    "Read the rows of a table with tabs; one or two columns may be without names."
     text = as_text(data, name)
     head, *_ = rows = [line.split('\t') for line in text.split('\n') if line.strip()] or [['text']]
     if all(cell.isidentifier() for cell in head):
@@ -125,10 +139,11 @@ readers = {
     '.csv': lambda data, name: list(csv.DictReader(io.StringIO(as_text(data, name))))}
 suffixes = sorted(readers)
 
+# %% ../../nbs/data/10_text.ipynb #1cfa0857
 def read_rows(
     path:str|Path, # .txt .jsonl .json .csv .tsv .parquet, also .gz .bz2 .xz .zst
 )->list[dict]: # the whole .txt as one row, each row of the others
-    "Rows of one file."
+    "Read the rows of one file."
     data, suffix = read_bytes(Path(path))
     if suffix not in readers: raise ValueError(
         f"a data file must end in one of {suffixes}, perhaps compressed, got {Path(path).name}")
@@ -139,7 +154,7 @@ def read_rows(
 def read_file(
     path:str|Path, # as for `read_rows`
 )->list[str]: # documents
-    "Documents of one file."
+    "Read the documents of one file."
     return list(pick_text(read_rows(path), Path(path).name))
 
 # %% ../../nbs/data/10_text.ipynb #4a1f6198
@@ -166,7 +181,7 @@ def hub_documents(
 
 # %% ../../nbs/data/10_text.ipynb #637c2836
 def task_documents()->dict[str,list[str]]: # split -> documents
-    "The built-in documents, and every question of the tasks with its answer."
+    "Gather the built-in documents, and every question of the tasks with its answer."
     from enigma_lab.data.tasks import task_rows
     parts = split_documents(drop_duplicates(builtin_documents())[0])
     tasks = {split: ['\n'.join((row['instruction'], row['input'], row['output']))
@@ -178,7 +193,7 @@ def task_documents()->dict[str,list[str]]: # split -> documents
 def disk_documents(
     path:Path, # a folder made by datasets' save_to_disk
 )->dict[str,list[str]]: # split -> documents; '' when it has none
-    "Documents of a saved dataset, in its own splits."
+    "Read the documents of a saved dataset, in its own splits."
     try: from datasets import load_from_disk
     except ImportError: raise ImportError(
         "a saved dataset needs the datasets library: pip install 'enigma_lab[lm]'") from None
@@ -190,7 +205,7 @@ def disk_documents(
 def read_source(
     data:str, # 'auto', 'tasks', a file, a folder, or a hub id
 )->dict[str,Iterable[str]]: # split -> documents; the key '' for documents yet to be split
-    "Documents of any source, in the order found."
+    "Read the documents of any source, in the order found."
     path = Path(data).expanduser()
     if data == 'auto': return {'': builtin_documents()}
     if data == 'tasks': return task_documents()
@@ -211,8 +226,10 @@ def read_source(
         f"{data!r}")
 
 # %% ../../nbs/data/10_text.ipynb #fdbd2329
-def digest(text:str)->str:
-    "SHA-256 of a text."
+def digest(
+    text:str, # any, lone surrogates too
+)->str: # 64 hexadecimal digits
+    "Compute the SHA-256 of a text."
     return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
 
 def drop_duplicates(
@@ -234,6 +251,7 @@ def split_text(
         for share in (1 - 2*held_out, 1 - held_out))
     return dict(train=[text[:a]], validation=[text[a:b]], test=[text[b:]])
 
+# %% ../../nbs/data/10_text.ipynb #54dd8a74
 def split_documents(
     documents:list[str], # without duplicates
     held_out:float=.05, # share of validation and of test
@@ -249,7 +267,7 @@ def split_documents(
 # %% ../../nbs/data/10_text.ipynb #495071cd
 @dataclass(frozen=True)
 class Corpus:
-    "Documents of one source, in three parts."
+    "Hold the documents of one source, in three parts."
     source:str # what was asked for
     train:list[str] # to learn from
     validation:list[str] # to choose by
@@ -270,7 +288,7 @@ class Corpus:
         return self._test
 
     def card(self)->dict: # ready for a record
-        "What this corpus is made of."
+        "Describe what this corpus is made of."
         parts = dict(train=self.train, validation=self.validation, test=self._test)
         sizes = {f'{name}_{what}': n for name, part in parts.items()
             for what, n in dict(documents=len(part), characters=sum(map(len, part))).items()}
@@ -282,7 +300,7 @@ def up_to(
     documents:Iterable[str], # perhaps a stream
     max_chars:int|None, # stop after so many characters; `None`: read all
 )->Iterator[str]: # the first of them
-    "The documents that fit into a number of characters."
+    "Read the documents that fit into a number of characters."
     total = 0
     for document in documents:
         yield document
@@ -291,7 +309,7 @@ def up_to(
 
 def load_text(
     data:str='auto', # 'auto', 'tasks', a file, a folder, or a hub id
-    max_chars:int|None=None, # read no more than this; `None`: everything (a hub stream: 200 million)
+    max_chars:int|None=None, # the most to read; `None`: all (of a hub stream 200 million)
 )->Corpus: # without exact duplicates, split by document
     "Read, deduplicate and split a text source."
     parts = read_source(str(data))
@@ -312,7 +330,7 @@ def keep_splits(
     parts:dict[str,Iterable[str]], # a dataset's own splits
     limit:int|None, # characters of each
 )->tuple[dict[str,list[str]],int]: # 'train', 'validation', 'test'; copies dropped
-    "Keep a dataset's own splits, fill in what is missing from train, and drop from train what the others hold."
+    "Keep a dataset's splits, cut missing ones from train, drop from train what the others hold."
     names = dict(train='train', validation='validation', valid='validation', val='validation',
         dev='validation', test='test')
     parts = {names[k]: drop_duplicates(up_to(v, limit)) for k, v in parts.items() if k in names}
@@ -337,15 +355,16 @@ def encode_texts(
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True,
         return_attention_mask=False).input_ids
 
-def cache_dir()->Path:
-    "Where encoded texts are kept: `$ENIGMA_CACHE`, else `~/.cache/enigma_lab`."
+def cache_dir()->Path: # it need not exist
+    "Name the folder of encoded texts: `$ENIGMA_CACHE`, else `~/.cache/enigma_lab`."
     return Path(os.environ.get('ENIGMA_CACHE') or Path.home()/'.cache'/'enigma_lab')
 
+# %% ../../nbs/data/10_text.ipynb #dc6ed9c1
 def encode_documents(
     documents:list[str], # any number
     tokenizer, # with an end-of-text token
     window:int, # T, part of the key
-)->np.ndarray: # (N,) int32, memory-mapped: documents end to end, each closed by the end-of-text token
+)->np.ndarray: # (N,) int32, memory-mapped: each document, then the end-of-text token
     "Encode documents once; the second time read the cache."
     if tokenizer.eos_token_id is None: raise ValueError(
         "documents need an end-of-text token between them, got a tokenizer without eos_token")
@@ -365,7 +384,7 @@ def encode_documents(
 
 # %% ../../nbs/data/10_text.ipynb #bf0d5a54
 class Windows(Dataset):
-    "Documents as training windows, packed full."
+    "Cut documents into training windows, packed full."
     def __init__(self,
         documents:list[str], # of one split
         tokenizer, # with an end-of-text token
@@ -388,11 +407,12 @@ class Windows(Dataset):
             labels=ids.clone()) | (dict(position_ids=restarting_positions(ids, self.eos))
             if self.isolate else {})
 
+# %% ../../nbs/data/10_text.ipynb #ce01abda
 def restarting_positions(
     ids:torch.Tensor, # (T,) int64
     eos:int, # the token that closes a document
 )->torch.Tensor: # (T,) int64, 0 at the window's start and after each end
-    "Positions that begin again with each document."
+    "Count positions that begin again with each document."
     t = torch.arange(len(ids))
     begins = torch.cat([torch.tensor([True]), ids[:-1] == eos])
     return t - torch.where(begins, t, 0).cummax(0).values

@@ -31,7 +31,7 @@ OPTIONS = {
 def read_command_line(
     words:list[str], # what follows `papermill`
 )->dict: # `paths`: the words that belong to no option; and every option by its name
-    "Read a papermill command line with papermill's own reader, click; a line that papermill would refuse raises `click.UsageError`."
+    "Read a papermill command line with click, as papermill does; raise its `UsageError`s."
     import click
     params = [click.Option(names.split(), nargs=n, multiple=True)
         if n else click.Option(names.split(), is_flag=True, default=None)
@@ -44,7 +44,7 @@ def read_command_line(
 def given_parameters(
     options:dict, # from `read_command_line`
 )->list[str]: # names
-    "The parameters that a papermill command line sets."
+    "List the parameters that a papermill command line sets."
     return [name for name, _ in given_values(options)]
 
 def given_note(
@@ -77,8 +77,8 @@ NO_RUN = ['help', 'help_notebook', 'version', 'prepare_only'] # options that do 
 def is_papermill(
     argv:list[str], # sys.argv
     orig_argv:list[str], # sys.orig_argv
-)->bool:
-    "Whether this process was started as `papermill …` or `python -m papermill …`."
+)->bool: # whether papermill reads this command line
+    "Check that this process was started as `papermill …` or `python -m papermill …`."
     if argv[0] == '-m': return orig_argv[-len(argv)].removeprefix('-m') == 'papermill'
     return Path(argv[0]).stem == 'papermill'
 
@@ -86,7 +86,7 @@ def our_run(
     argv:list[str], # sys.argv
     orig_argv:list[str], # sys.orig_argv
 )->tuple[Path,dict]|None: # the notebook and papermill's options; `None`: leave it to papermill
-    "The run of one of our notebooks that a command line asks for without saying where to."
+    "Find the run of one of our notebooks that a command line asks for without saying where to."
     try:
         if not is_papermill(argv, orig_argv): return None
         options = read_command_line(argv[1:])
@@ -100,7 +100,7 @@ def run_folder(
     notebook:Path, # one of ours
     note:str='', # appended to a new folder's name
 )->Path: # an empty folder
-    "The folder of this run: the one prepared in `ENIGMA_RUN_DIR`, else a new one."
+    "Choose the folder of this run: the one prepared in `ENIGMA_RUN_DIR`, else a new one."
     os.environ['ENIGMA_RUNS'] = os.environ.get('ENIGMA_RUNS') or str(checkout_of(notebook)/'runs')
     given = Path(os.environ.get('ENIGMA_RUN_DIR', ''))
     if given.parent.name == notebook.stem and given.is_dir() and not any(given.iterdir()):
@@ -118,7 +118,7 @@ def watch(
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #0405de7b
 def default_output():
-    "Give a papermill command on one of our notebooks the output path that it lacks; do nothing in any other process."
+    "Give papermill on one of our notebooks the output path that it lacks; else do nothing."
     found = our_run(sys.argv, sys.orig_argv)
     if found is None: return
     notebook, options = found

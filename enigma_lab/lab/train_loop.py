@@ -22,7 +22,7 @@ def update_batches(
     windows:int, # in the training set
     config:TrainingConfig, # batch, accumulation and seed
 )->tuple[torch.Tensor]: # at most `gradient_accumulation_steps` batches of window numbers
-    "Which windows update number `step` sees."
+    "Choose the windows that update number `step` sees."
     B, A = config.batch_size, config.accumulation
     epoch, update = divmod(step, math.ceil(math.ceil(windows/B) / A))
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(config.seed + epoch))
@@ -35,7 +35,7 @@ def train_loop(
     config:TrainingConfig, # batch, accumulation, schedule, precision
     steps:int|None=None, # updates, although the schedule goes on; `None`: to its end
     state:dict|None=None, # what an earlier call returned; `None`: begin
-)->tuple[list[float],dict]: # loss of each update, nats per target; the state to save and to resume from
+)->tuple[list[float],dict]: # loss of each update, nats per target; the state to resume from
     "Train a model: the whole procedure, visible."
     device, total = next(model.parameters()).device, count_steps(config, len(train))
     amp = dict(bf16=torch.bfloat16, fp16=torch.float16).get(config.precision)
