@@ -7,8 +7,8 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 QUARTO := nbdev_readme nbdev_docs nbdev_prepare nbdev_preview nbdev_install nbdev_install_quarto
 # What was tested, pinned: for Python 3.11 and later, which the pins need.
 CONSTRAINTS ?= $(shell $(PYTHON) -c "import sys; print('constraints.txt' if sys.version_info >= (3, 11) else '/dev/null')")
-# A command that checks the cells that other files generate; empty: there is none yet.
-GENERATED ?=
+# A command that checks the cells that are generated from other files.
+GENERATED ?= python -m enigma_lab.dev.parameters --check
 # The suites of `make proof`; empty: all of them.
 SUITES ?=
 

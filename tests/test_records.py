@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import enigma_lab
-from enigma_lab.lab import launch, runs
+from enigma_lab.lab import runs, sweep
 from enigma_lab.lab.runs import (Run, checkout, find_run, list_runs, load_runs, new_run_dir,
     open_run, pack_runs, pack_sweep, read_records, runs_in, slug, write_json)
 
@@ -52,14 +52,14 @@ def test_a_note_makes_one_folder(home, monkeypatch):
         assert f'{early:%Y%m%d-%H%M%S}' <= path.name[:15] <= f'{late:%Y%m%d-%H%M%S}'
     monkeypatch.undo(); runs.time.tzset()
 
-def test_cell_names():
+def test_trial_names():
     rng = random.Random(2)
     for text in texts(500, 3):
         text = text.encode('utf-8', 'replace').decode()
         cell = dict(seed=rng.randrange(9), text=text, rate=rng.random())
-        name = launch.cell_name(cell, ['seed', 'text', 'rate'])
+        name = sweep.trial_name(cell, ['seed', 'text', 'rate'])
         assert slug(name) == name
-        assert launch.cell_name(dict(cell, seed=10), ['seed', 'text', 'rate']) != name
+        assert sweep.trial_name(dict(cell, seed=10), ['seed', 'text', 'rate']) != name
 
 def make(folder, rng, arrays=True, checkpoint=False):
     "A finished run with whatever JSON can hold, and its bytes."
@@ -145,12 +145,12 @@ def test_older_trials_count_as_finished(home):
     "A sweep finds what it left under a name with commas and spaces, packed or not."
     task, folder = 'enigma_lab.bench.ablation:cell', home/'sweeps'/'old'/'cell'
     cell = dict(seed=0, variant='input, roll, no switch', learning_rate=.01)
-    new = launch.cell_name(cell, list(cell))
+    new = sweep.trial_name(cell, list(cell))
     made = make(folder/f'0-input,_roll,_no_-0.01-{new[-6:]}+2', random.Random(0))
-    assert ',' not in new and launch.finished_run(folder, new) == made
-    assert not launch.finished_run(folder, new[:-1] + 'x')
+    assert ',' not in new and sweep.finished_run(folder, new) == made
+    assert not sweep.finished_run(folder, new[:-1] + 'x')
     pack_sweep(folder.parent)
-    assert launch.finished_run(folder, new).path == made.path and launch.task_name(task) == 'cell'
+    assert sweep.finished_run(folder, new).path == made.path and sweep.task_name(task) == 'cell'
 
 def test_aliases(home, monkeypatch):
     run = make(home/'toy'/'1', random.Random(0))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..lab.stats import half_width, paired_differences
 from .timing import UpdateClock, alternate, busy, look_at_load
 from ..data.sentences import load_sentences
-from ..lab.sweep import cell_name, finished_run, sweep
+from ..lab.sweep import finished_run, sweep, trial_name
 from ..lab.runs import Run, finish_run, runs_root, start_run
 from ..lab.trainer import fit, save_model
 from ..sgdd.encoder import SemanticEncoder, encode_cached
@@ -124,7 +124,7 @@ def swept(
     table = sweep('enigma_lab.bench.sgdd_peers:reader', cells, name, parallel, show=show, **fixed)
     folder = runs_root()/'sweeps'/name
     if missing := int((table.state != 'finished').sum()): sys.exit(f"{missing} of {len(table)} cells have no result; see the logs in {folder}")
-    return [finished_run(folder/'reader', cell_name({**fixed, **cell}, list(cell))) for cell in cells]
+    return [finished_run(folder/'reader', trial_name({**fixed, **cell}, list(cell))) for cell in cells]
 
 def best_rates(
     trials:list[Run], # finished

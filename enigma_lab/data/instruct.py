@@ -30,35 +30,54 @@ def as_messages(
     "Read a row of any usual shape as a conversation."
     if 'messages' in row: said = [(m['role'], m['content']) for m in row['messages']]
     elif 'conversations' in row: said = [(m['from'], m['value']) for m in row['conversations']]
-    elif {'instruction', 'output'} <= row.keys(): said = [('user', '\n'.join(part for part in (row['instruction'], row.get('input')) if part)), ('assistant', row['output'])]
-    elif {'prompt', 'completion'} <= row.keys(): said = [('user', row['prompt']), ('assistant', row['completion'])]
-    else: raise ValueError(f"a row needs the columns instruction and output, prompt and completion, messages, or conversations, got {list(row)} {'in ' + name if name else ''}".rstrip())
-    if unknown := sorted({role for role, _ in said} - set(ROLES)): raise ValueError(f"roles must be among {sorted(ROLES)}, got {unknown} {'in ' + name if name else ''}".rstrip())
+    elif {'instruction', 'output'} <= row.keys():
+        said = [('user',
+            '\n'.join(part for part in (row['instruction'], row.get('input')) if part)),
+            ('assistant', row['output'])]
+    elif {'prompt', 'completion'} <= row.keys():
+        said = [('user', row['prompt']), ('assistant', row['completion'])]
+    else: raise ValueError(
+        "a row needs the columns instruction and output, prompt and completion, messages, or "
+        f"conversations, got {list(row)} {'in ' + name if name else ''}".rstrip())
+    if unknown := sorted({role for role, _ in said} - set(ROLES)): raise ValueError(
+        f"roles must be among {sorted(ROLES)}, got {unknown} {'in ' + name if name else ''}".rstrip(
+        ))
     return [dict(role=ROLES[role], content=content or '') for role, content in said]
 
+# %% ../../nbs/data/30_instruct.ipynb #26ef6e44
 def has_answer(
     messages:list[dict], # a conversation
 )->bool:
-    "Whether somebody asks, and the assistant has the last word and says something."
-    return any(m['role'] == 'user' and m['content'].strip() for m in messages) and messages[-1]['role'] == 'assistant' and bool(messages[-1]['content'].strip())
+    "Check that somebody asks, and that the assistant has the last word and says something."
+    return any(m['role'] == 'user' and m['content'].strip()
+        for m in messages) and messages[-1]['role'] == 'assistant' and bool(
+        messages[-1]['content'].strip())
 
 # %% ../../nbs/data/30_instruct.ipynb #3e2f65bd
 @dataclass(frozen=True)
 class ChatCorpus(Corpus):
-    "Conversations of one source, in three parts; `train` and `validation` are lists of rows with 'messages'."
+    "Hold the conversations of one source, in three parts: lists of rows with 'messages'."
     unanswered:int = 0 # rows left out
 
     @property
-    def key(self): return hashlib.sha256(json.dumps([self.train, self.validation, self._test], ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+    def key(self):
+        return hashlib.sha256(json.dumps([self.train, self.validation, self._test],
+            ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
 
     def card(self)->dict: # ready for a record
-        "What this corpus is made of."
+        "Describe what this corpus is made of."
         parts = dict(train=self.train, validation=self.validation, test=self._test)
-        return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates, unanswered_dropped=self.unanswered, **{f'{name}_chats': len(part) for name, part in parts.items()})
+        return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
+            unanswered_dropped=self.unanswered,
+            **{f'{name}_chats': len(part) for name, part in parts.items()})
 
-def question(messages:list[dict])->str: # all that is said before the last answer
+def question(
+    messages:list[dict], # a conversation
+)->str: # what is said, joined by zero characters
+    "Collect all that is said before the last answer."
     return '\0'.join(m['content'] for m in messages[:-1])
 
+# %% ../../nbs/data/30_instruct.ipynb #27de28ec
 def split_chats(
     chats:list[dict], # rows with 'messages'
     held_out:float=.05, # share of validation and of test
@@ -68,28 +87,35 @@ def split_chats(
     order = sorted(set(of))
     n = max(1, round(held_out*len(order)))
     part = dict.fromkeys(order[:n], 'test') | dict.fromkeys(order[n:2*n], 'validation')
-    return {name: [chat for chat, key in zip(chats, of) if part.get(key, 'train') == name] for name in ('train', 'validation', 'test')}
+    return {name: [chat for chat, key in zip(chats, of) if part.get(key, 'train') == name]
+        for name in ('train', 'validation', 'test')}
 
 # %% ../../nbs/data/30_instruct.ipynb #e8ff6b33
 def rows_of(
     data:str, # a file, a folder, or a hub id
-)->Iterable[dict]:
-    "Rows of any source."
+)->Iterable[dict]: # of any shape that `as_messages` reads
+    "Read the rows of any source."
     path = Path(data).expanduser()
     if path.is_file(): return read_rows(path)
-    if path.is_dir(): return [row for f in sorted(path.rglob('*')) if f.is_file() and set(f.suffixes) & set(suffixes) for row in read_rows(f)]
+    if path.is_dir():
+        return [row for f in sorted(path.rglob('*')) if f.is_file()
+            and set(f.suffixes) & set(suffixes) for row in read_rows(f)]
     if '/' in data and not path.suffix: return hub_rows(data)
-    raise FileNotFoundError(f"data must be 'tasks', an existing file or folder, or a hub id 'owner/name', got {data!r}")
+    raise FileNotFoundError(
+        f"data must be 'tasks', an existing file or folder, or a hub id 'owner/name', got {data!r}")
 
+# %% ../../nbs/data/30_instruct.ipynb #f5b19369
 def load_chats(
     data:str='tasks', # 'tasks', a file, a folder, or a hub id
-    max_chats:int|None=None, # read no more rows; of the tasks: questions of each family; `None`: all, and 400
-)->ChatCorpus:
+    max_chats:int|None=None, # most rows (of 'tasks': of each family); `None`: all (400)
+)->ChatCorpus: # in three parts
     "Read, deduplicate and split a source of conversations."
     if data == 'tasks':
         from enigma_lab.data.tasks import task_rows
         sizes = dict(train=max_chats or 400, validation=20, test=50)
-        return ChatCorpus(data, *([dict(row, messages=as_messages(row)) for row in task_rows(split, n)] for split, n in sizes.items()))
+        return ChatCorpus(data,
+            *([dict(row, messages=as_messages(row)) for row in task_rows(split, n)]
+            for split, n in sizes.items()))
     chats, unanswered, seen, copies = [], 0, set(), 0
     for row in rows_of(data):
         messages = as_messages(row, data)
@@ -99,7 +125,9 @@ def load_chats(
         else: seen.add(key); chats.append(dict(row, messages=messages))
         if max_chats and len(chats) >= max_chats: break
     if len({question(chat['messages']) for chat in chats}) < 3:
-        raise ValueError(f"data must hold at least three different questions with answers, got {len(chats)} conversations ({unanswered} rows without an answer) in {data!r}")
+        raise ValueError(
+            f"data must hold at least three different questions with answers, got {len(chats)} "
+            f"conversations ({unanswered} rows without an answer) in {data!r}")
     parts = split_chats(chats)
     return ChatCorpus(data, parts['train'], parts['validation'], parts['test'], copies, unanswered)
 
@@ -109,10 +137,14 @@ IGNORED = -100 # what cross-entropy skips
 def role_tokens(
     tokenizer, # of `lm.tokenizer`
 )->dict[str,int]: # role -> row
-    "The rows that mark who speaks; a ValueError for a tokenizer that has none."
-    rows = {role: tokenizer.convert_tokens_to_ids(f'<|{role}|>') for role in ('system', 'user', 'assistant')}
-    if missing := [role for role, row in rows.items() if row is None or row == tokenizer.unk_token_id]:
-        raise ValueError(f"a conversation needs a tokenizer with tokens for its roles, got none for {missing}; train_char_tokenizer makes them")
+    "Find the rows that mark who speaks; raise a ValueError if the tokenizer has none."
+    rows = {role: tokenizer.convert_tokens_to_ids(f'<|{role}|>')
+        for role in ('system', 'user', 'assistant')}
+    if missing := [role
+        for role, row in rows.items() if row is None or row == tokenizer.unk_token_id]:
+        raise ValueError(
+            f"a conversation needs a tokenizer with tokens for its roles, got none for {missing}; "
+            "train_char_tokenizer makes them")
     return rows
 
 def encode_chat(
@@ -120,7 +152,7 @@ def encode_chat(
     messages:list[dict], # a conversation
     reply:bool=False, # end with the mark after which the assistant speaks
 )->tuple[list[int],list[int]]: # tokens; labels, -100 but for answers
-    "A conversation as tokens, and what of it is to be learned."
+    "Encode a conversation, and mark what of it is to be learned."
     marks, ids, labels = role_tokens(tokenizer), [], []
     for message, text in zip(messages, encode_texts(tokenizer, [m['content'] for m in messages])):
         text, learned = [*text, tokenizer.eos_token_id], message['role'] == 'assistant'
@@ -133,7 +165,7 @@ def pack(
     lengths:list[int], # tokens of each
     window:int, # tokens of a bin; none may be longer
 )->list[list[int]]: # indices, a list for each bin
-    "Best fit decreasing (Johnson, 1973)."
+    "Pack lengths into bins by best fit decreasing (Johnson, 1973)."
     bins, room = [], [] # room: sorted (tokens left, bin)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect.bisect_left(room, (lengths[i], -1))
@@ -145,7 +177,7 @@ def pack(
 
 # %% ../../nbs/data/30_instruct.ipynb #94e20fe9
 class ChatWindows(Dataset):
-    "Conversations as training windows."
+    "Pack conversations into training windows."
     def __init__(self,
         chats:list[dict], # rows with 'messages'
         tokenizer, # of `lm.tokenizer`
@@ -155,7 +187,9 @@ class ChatWindows(Dataset):
         encoded = [encode_chat(tokenizer, chat['messages']) for chat in chats]
         self.chats = [pair for pair in encoded if len(pair[0]) <= window]
         self.too_long = len(encoded) - len(self.chats) # left out
-        if not self.chats: raise ValueError(f"at least one conversation must fit into a window of {window} tokens, got {len(encoded)}, the shortest of {min((len(e[0]) for e in encoded), default=0)}")
+        if not self.chats: raise ValueError(
+            f"at least one conversation must fit into a window of {window} tokens, got "
+            f"{len(encoded)}, the shortest of {min((len(e[0]) for e in encoded), default=0)}")
         self.bins = pack([len(ids) for ids, _ in self.chats], window)
 
     def __len__(self): return len(self.bins)
@@ -163,14 +197,18 @@ class ChatWindows(Dataset):
     def __getitem__(self, i): # input_ids, labels, position_ids (T,) int64
         if not 0 <= i < len(self): raise IndexError(f"window must be in [0, {len(self)}), got {i}")
         chats = [self.chats[j] for j in self.bins[i]]
-        chats.append(([self.pad]*(n := self.window - sum(len(ids) for ids, _ in chats)), [IGNORED]*n))
+        chats.append(([self.pad]*(n := self.window - sum(len(ids) for ids, _ in chats)),
+            [IGNORED]*n))
         join = lambda part: torch.tensor([x for chat in chats for x in chat[part]])
-        return dict(input_ids=join(0), labels=join(1), position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in chats]))
+        return dict(input_ids=join(0), labels=join(1),
+            position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in chats]))
 
     def card(self)->dict: # ready for a record
-        "How full the windows are."
-        tokens, learned = (sum(len(ids) for ids, _ in self.chats), sum(label != IGNORED for _, labels in self.chats for label in labels))
-        return dict(windows=len(self), chats=len(self.chats), too_long_dropped=self.too_long, tokens=tokens, answer_tokens=learned, filled=tokens/(len(self)*self.window))
+        "Describe how full the windows are."
+        tokens, learned = (sum(len(ids) for ids, _ in self.chats),
+            sum(label != IGNORED for _, labels in self.chats for label in labels))
+        return dict(windows=len(self), chats=len(self.chats), too_long_dropped=self.too_long,
+            tokens=tokens, answer_tokens=learned, filled=tokens/(len(self)*self.window))
 
 # %% ../../nbs/data/30_instruct.ipynb #85873a0c
 def check_characters(
@@ -179,10 +217,14 @@ def check_characters(
     limit:float=.001, # share of characters that may be missing
 )->float: # the share that is
     "Raise a ValueError, with the list, where the vocabulary lacks too many of the characters."
-    counts = Counter(c for chat in chats for message in chat['messages'] for c in message['content'])
+    counts = Counter(c for chat in chats for message in chat['messages']
+        for c in message['content'])
     vocabulary = tokenizer.get_vocab()
     missing = {c: n for c, n in counts.most_common() if c not in vocabulary}
     share = sum(missing.values()) / max(1, counts.total())
     if share > limit:
-        raise ValueError(f"the base's vocabulary must hold {1 - limit:.1%} of the conversations' characters, got {1 - share:.1%}; missing are {''.join(missing)[:200]!r}: pretrain the base with them in its text")
+        raise ValueError(
+            f"the base's vocabulary must hold {1 - limit:.1%} of the conversations' characters, "
+            f"got {1 - share:.1%}; missing are {''.join(missing)[:200]!r}: pretrain the base with "
+            "them in its text")
     return share

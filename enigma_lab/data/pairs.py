@@ -22,7 +22,7 @@ from .text import Corpus
 def components(
     pairs:list[tuple[str,str]], # sentences that mean the same
 )->list[str]: # for each pair, the name of its component: its least sentence
-    "What hangs together (union-find with path halving)."
+    "Find what hangs together (union-find with path halving)."
     parent = {}
     def root(x):
         parent.setdefault(x, x)
@@ -42,46 +42,55 @@ def split_pairs(
     order = sorted(set(of), key=lambda name: hashlib.sha256(name.encode()).digest())
     n = max(1, round(held_out*len(order)))
     part = dict.fromkeys(order[:n], 'test') | dict.fromkeys(order[n:2*n], 'validation')
-    return {name: [pair for pair, key in zip(pairs, of) if part.get(key, 'train') == name] for name in ('train', 'validation', 'test')}
+    return {name: [pair for pair, key in zip(pairs, of) if part.get(key, 'train') == name]
+        for name in ('train', 'validation', 'test')}
 
 # %% ../../nbs/data/40_pairs.ipynb #00b289a2
-COLUMNS = ('sentence1', 'sentence2'), ('question1', 'question2'), ('source', 'target'), ('src', 'trg'), ('anchor', 'positive'), ('input', 'output'), ('complex', 'simple')
+COLUMNS = ('sentence1', 'sentence2'), ('question1', 'question2'), ('source', 'target'), ('src',
+    'trg'), ('anchor', 'positive'), ('input', 'output'), ('complex', 'simple')
 
 def as_pair(
     row:dict, # of any source
 )->tuple[str,str]|None: # two texts; `None`: they are not said to mean the same
-    "The two sides of a row."
+    "Read the two sides of a row."
     names = next(((a, b) for a, b in COLUMNS if a in row and b in row), None)
-    if names is None: raise ValueError(f"a pair needs two columns, one of {COLUMNS}, got {sorted(row)}")
+    if names is None: raise ValueError(
+        f"a pair needs two columns, one of {COLUMNS}, got {sorted(row)}")
     if str(row.get('is_duplicate', row.get('label', 1))).lower() in ('0', 'false'): return None
-    a, b = (' '.join(str(row[name] or '').replace('<::::>', ' ').split()) for name in names)              # WikiSplit's sign between two sentences
+    # WikiSplit's sign between two sentences
+    a, b = (' '.join(str(row[name] or '').replace('<::::>', ' ').split()) for name in names)
     return (a, b) if a and b and a != b else None
 
 # %% ../../nbs/data/40_pairs.ipynb #0f71f975
 @dataclass(frozen=True)
 class PairCorpus(Corpus):
-    "Pairs of one source, in three parts; `train` and `validation` are lists of pairs."
+    "Hold the pairs of one source, in three parts; `train` and `validation` are lists of pairs."
     left_out:int = 0 # rows that are no pair, or do not mean the same
 
     @property
-    def key(self): return hashlib.sha256(json.dumps([self.train, self.validation, self._test]).encode()).hexdigest()[:16]
+    def key(self):
+        return hashlib.sha256(
+            json.dumps([self.train, self.validation, self._test]).encode()).hexdigest()[:16]
 
     def card(self)->dict: # ready for a record
-        "What this corpus is made of."
+        "Describe what this corpus is made of."
         parts = dict(train=self.train, validation=self.validation, test=self._test)
-        return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates, left_out=self.left_out, **{f'{name}_pairs': len(part) for name, part in parts.items()})
+        return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
+            left_out=self.left_out, **{f'{name}_pairs': len(part) for name, part in parts.items()})
 
 # %% ../../nbs/data/40_pairs.ipynb #8370d485
 def load_pairs(
-    data:str='paraphrase', # 'paraphrase' (the grammar), a file, a folder with train, val and test files, or a hub id
+    data:str='paraphrase', # the grammar, a file, a folder with train, val and test, or a hub id
     max_pairs:int=0, # of training; 0: all
-)->PairCorpus:
-    "Sentences with a paraphrase, in three parts."
+)->PairCorpus: # in three parts
+    "Load sentences with a paraphrase, in three parts."
     if data == 'paraphrase':
         sizes = dict(train=min(12_000, max_pairs or 12_000), validation=300, test=500)
         return PairCorpus(data, *(paraphrase_pairs(split, n) for split, n in sizes.items()))
     try: rows = rows_of(data)
-    except FileNotFoundError: raise FileNotFoundError(f"data must be 'paraphrase', an existing file or folder with pairs, or a hub id 'owner/name', got {data!r}") from None
+    except FileNotFoundError: raise FileNotFoundError(
+        "data must be 'paraphrase', an existing file or folder with pairs, or a hub id "
+        f"'owner/name', got {data!r}") from None
     seen, left_out, copies = {}, 0, 0
     for row in rows:
         pair = as_pair(row)
@@ -89,57 +98,70 @@ def load_pairs(
         elif pair in seen or pair[::-1] in seen: copies += 1
         else: seen[pair] = None
     parts = split_pairs(list(seen)) if seen else {}
-    if not parts or not all(parts.values()): raise ValueError(f"data must hold pairs of three components at least, got {len(seen)} pairs in {data!r} ({left_out} rows left out)")
-    return PairCorpus(data, parts['train'][:max_pairs or None], parts['validation'], parts['test'], copies, left_out)
+    if not parts or not all(parts.values()): raise ValueError(
+        f"data must hold pairs of three components at least, got {len(seen)} pairs in {data!r} "
+        f"({left_out} rows left out)")
+    return PairCorpus(data, parts['train'][:max_pairs or None], parts['validation'], parts['test'],
+        copies, left_out)
 
 # %% ../../nbs/data/40_pairs.ipynb #15e907cf
 def both_sides(
     corpus:PairCorpus, # pairs in three parts
 )->Corpus: # sentences in the same parts, each once
-    "Every sentence of the pairs of a part."
-    return Corpus(corpus.source, *([*dict.fromkeys(text for pair in part for text in pair)] for part in (corpus.train, corpus.validation, corpus._test)), corpus.duplicates)
+    "Collect every sentence of the pairs of a part."
+    return Corpus(corpus.source,
+        *([*dict.fromkeys(text for pair in part for text in pair)]
+        for part in (corpus.train, corpus.validation, corpus._test)), corpus.duplicates)
 
 # %% ../../nbs/data/40_pairs.ipynb #d78016ff
 class WikipediaDataset(Dataset):
-    "Texts as rows of tokens, padded; short ones are left out."
+    "Encode texts as rows of tokens, padded; short ones are left out."
     def __init__(self,
         texts:list[str], # sentences
         tokenizer, # of transformers, with a padding token
         max_length:int=64, # tokens of a row
         min_length:int=3, # tokens that make a text long enough
     ):
-        if max_length < min_length: raise ValueError(f"max_length must be at least min_length={min_length}, got {max_length}")
-        rows = [row for row in tokenizer(list(texts))['input_ids'] if len(row) >= min_length] if texts else []
-        if not rows: raise ValueError(f"texts must hold one of {min_length} tokens at least, got {len(texts)} shorter ones")
+        if max_length < min_length: raise ValueError(
+            f"max_length must be at least min_length={min_length}, got {max_length}")
+        rows = [row for row in tokenizer(list(texts))['input_ids']
+            if len(row) >= min_length] if texts else []
+        if not rows: raise ValueError(
+            f"texts must hold one of {min_length} tokens at least, got {len(texts)} shorter ones")
         self.tokens = torch.full((len(rows), max_length), tokenizer.pad_token_id)
         for i, row in enumerate(rows): self.tokens[i, :len(row)] = torch.tensor(row[:max_length])
-        self.mask = torch.tensor([[1]*min(len(row), max_length) + [0]*(max_length - len(row)) for row in rows])
+        self.mask = torch.tensor([[1]*min(len(row), max_length) + [0]*(max_length - len(row))
+            for row in rows])
 
     def __len__(self): return len(self.tokens)
 
-    def __getitem__(self, i): return dict(input_ids=self.tokens[i], attention_mask=self.mask[i]) # (T,) each
+    def __getitem__(self, i):
+        return dict(input_ids=self.tokens[i], attention_mask=self.mask[i]) # (T,) each
 
 # %% ../../nbs/data/40_pairs.ipynb #163abac9
 class QQPDataset(Dataset):
-    "Pairs as two rows of tokens, padded."
+    "Encode pairs as two rows of tokens, padded."
     def __init__(self,
         pairs:list[tuple[str,str]], # source and target
         tokenizer, # of transformers, with a padding token
         max_length:int=64, # tokens of a row
     ):
-        self.sources, self.targets = (WikipediaDataset([pair[side] for pair in pairs], tokenizer, max_length, 1) for side in (0, 1))
+        self.sources, self.targets = (WikipediaDataset([pair[side] for pair in pairs], tokenizer,
+            max_length, 1) for side in (0, 1))
 
     def __len__(self): return len(self.sources)
 
-    def __getitem__(self, i): # input_ids, attention_mask of the source; labels (-100 beyond the end) of the target
+    def __getitem__(self, i):
+        # input_ids, attention_mask of the source; labels (-100 beyond the end) of the target
         target = self.targets[i]
-        return dict(self.sources[i], labels=target['input_ids'].masked_fill(target['attention_mask'] == 0, -100))
+        return dict(self.sources[i],
+            labels=target['input_ids'].masked_fill(target['attention_mask'] == 0, -100))
 
 def get_dataloader(
     dataset:Dataset, # of either kind
-    batch_size:int=32,
-    shuffle:bool=True,
+    batch_size:int=32, # rows
+    shuffle:bool=True, # False: in the order of the dataset
     seed:int=0, # of the order
-)->DataLoader:
-    "Batches, in an order that a seed gives; the last one may be smaller."
+)->DataLoader: # of batches
+    "Deal batches in an order that a seed gives; the last one may be smaller."
     return DataLoader(dataset, batch_size, shuffle, generator=torch.Generator().manual_seed(seed))

@@ -17,7 +17,7 @@ from functools import cached_property
 # %% ../../nbs/data/35_sentences.ipynb #e4350576
 @dataclass(frozen=True)
 class Grammar:
-    "Templates with slots, and the words that fill them."
+    "Hold templates with slots, and the words that fill them."
     name:str # of the grammar
     templates:tuple # of sentences; a slot is a class in braces
     words:dict # class -> words
@@ -28,23 +28,28 @@ class Grammar:
 
     @cached_property
     def bits(self): # of a sentence, for each template: the choice of the template counts
-        return [math.log2(len(self.templates)) + sum(math.log2(len(self.words[slot])) for slot in slots) for slots in self.slots]
+        return [math.log2(len(self.templates))
+            + sum(math.log2(len(self.words[slot])) for slot in slots) for slots in self.slots]
 
     @cached_property
     def patterns(self): # for each template, the regular expression of its sentences
-        return [re.compile(re.sub(r'{(\w+)}', lambda m: '(' + '|'.join(self.words[m[1]]) + ')', template)) for template in self.templates]
+        return [re.compile(re.sub(r'{(\w+)}', lambda m: '(' + '|'.join(self.words[m[1]]) + ')',
+            template)) for template in self.templates]
 
     def fill(self,
         template:int, # its number
         words, # one for each slot
     )->str: # a sentence
-        "The sentence of a template and its words."
+        "Make the sentence of a template and its words."
         words = iter(words)
         return re.sub(r'{\w+}', lambda _: next(words), self.templates[template])
 
-    def parse(self, text:str)->tuple[int,tuple]|None: # template and words; `None`: not a sentence of this grammar
-        "The inverse of `fill`."
-        return next(((k, m.groups()) for k, pattern in enumerate(self.patterns) if (m := pattern.fullmatch(text))), None)
+    def parse(self,
+        text:str, # perhaps a sentence
+    )->tuple[int,tuple]|None: # template and words; `None`: not a sentence of this grammar
+        "Invert `fill`."
+        return next(((k, m.groups())
+            for k, pattern in enumerate(self.patterns) if (m := pattern.fullmatch(text))), None)
 
 # %% ../../nbs/data/35_sentences.ipynb #54684ea1
 SPLITS = 'train', 'validation', 'test'
@@ -52,7 +57,7 @@ SPLITS = 'train', 'validation', 'test'
 def split_of(
     pair, # two neighbouring words
 )->str: # 'train' (8 of 10), 'validation' or 'test'
-    "Where a pair belongs: a property of its words alone."
+    "Tell where a pair belongs: a property of its words alone."
     digit = hashlib.sha256(' '.join(pair).encode()).digest()[0]
     return 'train' if digit < 205 else 'validation' if digit < 231 else 'test'
 
@@ -60,15 +65,15 @@ def pairs(
     template:str, # with slots
     words, # one for each slot
 )->list[tuple]: # the words of slots that stand side by side
-    "Neighbours that may be bound."
+    "List the neighbours that may be bound."
     side_by_side = [m[1] == ' ' for m in re.finditer(r'}([^{]*)(?={)', template)]
     return [pair for pair, near in zip(zip(words, words[1:]), side_by_side) if near]
 
 def part_of(
     template:str, # with slots
     words, # one for each slot
-)->str: # 'train', 'validation', 'test', or 'none' for a sentence with both kinds of held-out pairs
-    "Where a sentence belongs."
+)->str: # 'train', 'validation', 'test'; 'none': it has held-out pairs of both kinds
+    "Tell where a sentence belongs."
     held = {split_of(pair) for pair in pairs(template, words)} - {'train'}
     return 'none' if len(held) > 1 else held.pop() if held else 'train'
 
@@ -79,7 +84,7 @@ def draw_sentences(
     n:int, # sentences
     seed:int=0, # of the draw
 )->list[str]: # without repeats
-    "Sentences of one part; another seed draws others of the same part."
+    "Draw sentences of one part; another seed draws others of the same part."
     if split not in SPLITS: raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     rng, found, tries = random.Random(f'{grammar.name} {split} {seed}'), {}, 0
     while len(found) < n:
@@ -87,7 +92,9 @@ def draw_sentences(
         words = tuple(rng.choice(grammar.words[slot]) for slot in grammar.slots[k])
         if part_of(grammar.templates[k], words) == split: found.setdefault(grammar.fill(k, words))
         tries += 1
-        if tries > 100*n + 10_000: raise ValueError(f"a grammar must have {n} different sentences in its part {split!r}, found {len(found)} of {grammar.name}")
+        if tries > 100*n + 10_000: raise ValueError(
+            f"a grammar must have {n} different sentences in its part {split!r}, found "
+            f"{len(found)} of {grammar.name}")
     return list(found)
 
 # %% ../../nbs/data/35_sentences.ipynb #7488587f
@@ -105,14 +112,21 @@ hard = Grammar('hard', (
     'the {trait} {person} {says} that the {trait} {person} {verb} the {look} {thing}',
     '{trait} {person}s and {trait} {person}s {verb} the {look} {thing} {when}',
     '{where} the {look} {place} {number} {person}s {verb} {number} {look} {thing}s'), dict(
-    trait='shy proud clever gentle nervous cheerful stubborn honest tired brave curious greedy lonely patient polite rude sleepy wealthy wise young'.split(),
-    person='baker nurse clerk pilot farmer singer lawyer hunter poet waiter sailor teacher doctor painter soldier student tailor miner judge priest dancer butcher gardener barber'.split(),
-    verb='found sold cleaned dropped painted hid carried burned opened bought stole repaired borrowed broke admired moved washed built examined guarded'.split(),
-    look='rusty golden broken wooden yellow tiny heavy dusty frozen striped red blue green white black round ancient shiny fragile huge'.split(),
-    thing='anchor basket candle ladder mirror helmet violin kettle blanket trumpet lantern hammer carpet bottle suitcase ring statue chair umbrella wagon piano drum map coin'.split(),
-    place='harbour station market castle library forest bridge river garden church museum hospital theatre kitchen mountain island village tunnel stadium bakery'.split(),
+    trait='shy proud clever gentle nervous cheerful stubborn honest tired brave curious greedy '
+    'lonely patient polite rude sleepy wealthy wise young'.split(),
+    person='baker nurse clerk pilot farmer singer lawyer hunter poet waiter sailor teacher doctor '
+    'painter soldier student tailor miner judge priest dancer butcher gardener barber'.split(),
+    verb='found sold cleaned dropped painted hid carried burned opened bought stole repaired '
+    'borrowed broke admired moved washed built examined guarded'.split(),
+    look='rusty golden broken wooden yellow tiny heavy dusty frozen striped red blue green white '
+    'black round ancient shiny fragile huge'.split(),
+    thing='anchor basket candle ladder mirror helmet violin kettle blanket trumpet lantern hammer '
+    'carpet bottle suitcase ring statue chair umbrella wagon piano drum map coin'.split(),
+    place='harbour station market castle library forest bridge river garden church museum '
+    'hospital theatre kitchen mountain island village tunnel stadium bakery'.split(),
     where='near behind inside beside under above outside beyond'.split(),
-    when='yesterday today tonight recently|last winter|at dawn|at midnight|in april|on monday|after lunch|before sunset|this evening'.replace(' ', '|', 3).split('|'),
+    when='yesterday today tonight recently|last winter|at dawn|at midnight|in april|on '
+    'monday|after lunch|before sunset|this evening'.replace(' ', '|', 3).split('|'),
     manner='slowly quickly secretly carefully happily quietly suddenly never often again'.split(),
     says='said thought believed knew claimed hoped dreamed feared'.split(),
     number='two three four five six seven eight nine'.split()))
@@ -123,14 +137,15 @@ paraphrase = Grammar('paraphrase', (
     'the {look} {thing} was {verb} by the {trait} {person} {where} the {place}',
     '{where} the {place} it was the {trait} {person} who {verb} the {look} {thing}',
     'what the {trait} {person} {verb} {where} the {place} was the {look} {thing}'), dict(
-    {slot: hard.words[slot][:16] for slot in ('trait', 'person', 'look', 'thing', 'place')}, where=hard.words['where'],
+    {slot: hard.words[slot][:16] for slot in ('trait', 'person', 'look', 'thing', 'place')},
+    where=hard.words['where'],
     verb='found sold cleaned dropped painted carried burned opened bought repaired borrowed admired moved washed examined guarded'.split())) # past tense = participle
 
 def meaning(
     text:str, # perhaps a sentence of `grammar`
     grammar:Grammar=paraphrase, # with forms of the same slots
 )->dict|None: # slot -> word; `None`: not a sentence of this grammar
-    "What a sentence says, whatever its form."
+    "Extract what a sentence says, whatever its form."
     parsed = grammar.parse(text)
     return dict(zip(grammar.slots[parsed[0]], parsed[1])) if parsed else None
 
@@ -138,10 +153,12 @@ def forms(
     text:str, # a sentence of `grammar`
     grammar:Grammar=paraphrase, # with forms of the same slots
 )->list[str]: # every way to say it, itself among them
-    "All paraphrases of a sentence."
+    "List all paraphrases of a sentence."
     said = meaning(text, grammar)
-    if said is None: raise ValueError(f"a sentence must belong to the grammar {grammar.name!r}, got {text!r}")
-    return [grammar.fill(k, [said[slot] for slot in slots]) for k, slots in enumerate(grammar.slots)]
+    if said is None: raise ValueError(
+        f"a sentence must belong to the grammar {grammar.name!r}, got {text!r}")
+    return [grammar.fill(k, [said[slot] for slot in slots])
+        for k, slots in enumerate(grammar.slots)]
 
 # %% ../../nbs/data/35_sentences.ipynb #7726ccc7
 def paraphrase_pairs(
@@ -149,47 +166,56 @@ def paraphrase_pairs(
     n:int, # pairs
     seed:int=0, # of the draw
 )->list[tuple[str,str]]: # a sentence and another form of it
-    "Sentences with one of their paraphrases; all forms of a meaning belong to the same part."
+    "Draw sentences with a paraphrase; all forms of a meaning belong to the same part."
     rng, found = random.Random(f'paraphrase pairs {split} {seed}'), []
     for text in draw_sentences(paraphrase, split, 4*n + 100, seed):
         ways = forms(text)
-        if all(part_of(paraphrase.templates[k], paraphrase.parse(way)[1]) == split for k, way in enumerate(ways)):
+        if all(part_of(paraphrase.templates[k], paraphrase.parse(way)[1]) == split
+            for k, way in enumerate(ways)):
             found.append((text, rng.choice([way for way in ways if way != text])))
         if len(found) == n: return found
-    raise ValueError(f"the paraphrase grammar must have {n} pairs in its part {split!r}, found {len(found)}")
+    raise ValueError(
+        f"the paraphrase grammar must have {n} pairs in its part {split!r}, found {len(found)}")
 
 # %% ../../nbs/data/35_sentences.ipynb #6fdb89b1
 def prose(
     documents:list[str], # texts
     words:tuple=(3, 12), # how many, least and most
 )->list[str]: # in lower case, each once
-    "The plain sentences of some documents."
-    pieces = (' '.join(piece.split()) for d in documents for piece in re.split(r'(?<=[.!?])\s+|\n\s*\n', d))
-    plain = (p[:-1].lower() for p in pieces if re.fullmatch(r"[A-Z][a-z]*( [A-Za-z][a-z']*,?)+\.", p))
+    "Collect the plain sentences of some documents."
+    pieces = (' '.join(piece.split()) for d in documents
+        for piece in re.split(r'(?<=[.!?])\s+|\n\s*\n', d))
+    plain = (p[:-1].lower()
+        for p in pieces if re.fullmatch(r"[A-Z][a-z]*( [A-Za-z][a-z']*,?)+\.", p))
     return [s for s in dict.fromkeys(plain) if words[0] <= len(s.split()) <= words[1]]
 
 # %% ../../nbs/data/35_sentences.ipynb #7dc33b09
 GRAMMARS = dict(small=small, hard=hard, paraphrase=paraphrase)
-SIZES = dict(small=(6000, 500, 500), hard=(24_000, 500, 1000), paraphrase=(24_000, 500, 1000)) # train, validation, test
+# train, validation, test
+SIZES = dict(small=(6000, 500, 500), hard=(24_000, 500, 1000), paraphrase=(24_000, 500, 1000))
 
 def load_sentences(
-    data:str='hard', # 'small', 'hard', 'paraphrase', 'docs' (Python's documentation), a file, a folder, or a hub id of texts
+    data:str='hard', # a grammar, 'docs' (of Python), a file, a folder, or a hub id of texts
     max_sentences:int=0, # of training; 0: all
     words:tuple=(3, 12), # how many a sentence of natural text has, least and most
 ): # a `Corpus` of sentences
-    "Sentences of one source in three parts."
+    "Load the sentences of one source in three parts."
     from enigma_lab.data.text import Corpus, load_text
     if data in GRAMMARS:
         train, validation, test = SIZES[data]
         sizes = dict(zip(SPLITS, (min(train, max_sentences or train), validation, test)))
-        return Corpus(data, *(draw_sentences(GRAMMARS[data], split, n) for split, n in sizes.items()))
+        return Corpus(data,
+            *(draw_sentences(GRAMMARS[data], split, n) for split, n in sizes.items()))
     corpus = load_text('auto' if data == 'docs' else data)
-    train, validation, test = (prose(part, words) for part in (corpus.train, corpus.validation, corpus._test))
+    train, validation, test = (prose(part, words)
+        for part in (corpus.train, corpus.validation, corpus._test))
     held = {*validation, *test}
     train = [s for s in train if s not in held][:max_sentences or None]
     validation = [s for s in validation if s not in set(test)]
     if not (train and validation and test):
-        raise ValueError(f"data must hold sentences of {words[0]} to {words[1]} words for each part, got {len(train)}, {len(validation)}, {len(test)} from {data!r}")
+        raise ValueError(
+            f"data must hold sentences of {words[0]} to {words[1]} words for each part, got "
+            f"{len(train)}, {len(validation)}, {len(test)} from {data!r}")
     return Corpus(data, train, validation, test, corpus.duplicates)
 
 # %% ../../nbs/data/35_sentences.ipynb #ddf459f6
@@ -198,7 +224,10 @@ FROZEN = dict(small='05b4e5b7a589717e', hard='3947e12bd42824b5', paraphrase='75e
 def grammar_digest(
     name:str, # of `GRAMMARS`
 )->str: # 16 hexadecimal digits
-    "What identifies a grammar: a hash of its first thousand sentences of each part, and of their paraphrases."
-    text = '\n'.join(s for split, n in zip(SPLITS, (1000, 300, 300)) for s in draw_sentences(GRAMMARS[name], split, n))
-    if name == 'paraphrase': text += '\n'.join(' = '.join(pair) for split in SPLITS for pair in paraphrase_pairs(split, 200))
+    "Compute a hash of a grammar's first thousand sentences of each part, and their paraphrases."
+    text = '\n'.join(s for split, n in zip(SPLITS, (1000, 300, 300))
+        for s in draw_sentences(GRAMMARS[name], split, n))
+    if name == 'paraphrase':
+        text += '\n'.join(' = '.join(pair) for split in SPLITS
+            for pair in paraphrase_pairs(split, 200))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

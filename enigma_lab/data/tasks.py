@@ -22,26 +22,43 @@ SPLITS = 'train', 'validation', 'test', 'longer'
 def split_of(
     argument, # anything JSON can hold
 )->str: # 'train', 'validation' or 'test'
-    "Where a question belongs: a property of its argument alone."
-    digit = hashlib.sha256(json.dumps(argument, ensure_ascii=False, sort_keys=True).encode()).digest()[0]
+    "Tell where a question belongs: a property of its argument alone."
+    digit = hashlib.sha256(json.dumps(argument, ensure_ascii=False,
+        sort_keys=True).encode()).digest()[0]
     return 'train' if digit < 230 else 'validation' if digit < 243 else 'test'
 
 # %% ../../nbs/data/28_tasks.ipynb #13a01d19
 HANZI = '天地人山水火木金土日月星风云雨雪花草树鸟鱼马牛羊狗猫虎龙春夏秋冬东西南北上下左右前后大小多少红黄蓝白黑'
-DAYS = dict(en='Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split(), zh='星期一 星期二 星期三 星期四 星期五 星期六 星期日'.split())
+DAYS = dict(en='Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split(),
+    zh='星期一 星期二 星期三 星期四 星期五 星期六 星期日'.split())
 DIGITS = '零一二三四五六七八九'
 
-def word(rng:random.Random, n:int)->str: # n letters, consonants and vowels in turn
+def word(
+    rng:random.Random, # of the draw
+    n:int, # letters
+)->str: # small letters
+    "Draw a word of consonants and vowels in turn."
     return ''.join(rng.choice(('bcdfghjklmnpqrstvwxyz', 'aeiou')[i % 2]) for i in range(n))
 
-def letters_or_hanzi(rng:random.Random, n:int)->str: # a word, or every third time as many Chinese characters
+def letters_or_hanzi(
+    rng:random.Random, # of the draw
+    n:int, # letters or characters
+)->str: # text
+    "Draw a word, or every third time as many Chinese characters."
     return ''.join(rng.choices(HANZI, k=n)) if rng.random() < 1/3 else word(rng, n)
 
-def shift(text:str, n:int)->str: # small letters, n further in the alphabet
+def shift(
+    text:str, # small letters
+    n:int, # steps in the alphabet; after z comes a
+)->str: # small letters
+    "Move each letter on in the alphabet."
     return ''.join(chr((ord(c) - ord('a') + n) % 26 + ord('a')) for c in text)
 
-def numeral(n:int)->str: # 0 … 9999
-    "A number in Chinese numerals, as it is read."
+# %% ../../nbs/data/28_tasks.ipynb #c5f38567
+def numeral(
+    n:int, # 0 … 9999
+)->str: # Chinese characters
+    "Write a number in Chinese numerals, as it is read."
     if n < 10: return DIGITS[n]
     found, gap = '', False
     for value, unit in ((1000, '千'), (100, '百'), (10, '十'), (1, '')):
@@ -53,7 +70,7 @@ def numeral(n:int)->str: # 0 … 9999
 # %% ../../nbs/data/28_tasks.ipynb #0355508d
 @dataclass(frozen=True)
 class Family:
-    "Questions of one kind."
+    "Describe questions of one kind."
     name:str # of the family
     tier:str # 'easy', 'medium' or 'hard'
     wordings:dict[str,tuple] # language -> instructions, with fields in braces
@@ -73,98 +90,282 @@ def questions(
     return declare
 
 # %% ../../nbs/data/28_tasks.ipynb #fd37164e
-@questions('easy', ('Repeat the word.', 'Write this word again.', 'Copy what follows.'), ('重复这个词。', '把这个词再写一遍。', '照抄下面的内容。'))
-def copy(rng, n): w = letters_or_hanzi(rng, n); return w, w
+@questions('easy', ('Repeat the word.', 'Write this word again.', 'Copy what follows.'),
+    ('重复这个词。', '把这个词再写一遍。', '照抄下面的内容。'))
+def copy(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word to copy."
+    w = letters_or_hanzi(rng, n)
+    return w, w
 
 @questions('easy', ('Write the word twice.', 'Say it two times.'), ('把这个词写两遍。', '连写两次。'))
-def double(rng, n): w = letters_or_hanzi(rng, n); return w, w + w
+def double(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word to write twice."
+    w = letters_or_hanzi(rng, n)
+    return w, w + w
 
-@questions('easy', ('Write it in capital letters.', 'Change to upper case.'), ('改成大写字母。', '用大写写出来。'))
-def upper(rng, n): w = word(rng, n); return w, w.upper()
+# %% ../../nbs/data/28_tasks.ipynb #5aafdc98
+@questions('easy', ('Write it in capital letters.', 'Change to upper case.'),
+    ('改成大写字母。', '用大写写出来。'))
+def upper(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word to write in capital letters."
+    w = word(rng, n)
+    return w, w.upper()
 
 @questions('easy', ('Write it in small letters.', 'Change to lower case.'), ('改成小写字母。', '用小写写出来。'))
-def lower(rng, n): w = word(rng, n); return w.upper(), w
+def lower(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word to write in small letters."
+    w = word(rng, n)
+    return w.upper(), w
 
-@questions('easy', ('What is the first letter?', 'Give the first character.'), ('第一个字是什么？', '写出第一个字符。'))
-def first(rng, n): w = letters_or_hanzi(rng, n); return w, w[0]
+# %% ../../nbs/data/28_tasks.ipynb #ee0a938b
+@questions('easy', ('What is the first letter?', 'Give the first character.'),
+    ('第一个字是什么？', '写出第一个字符。'))
+def first(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word whose first letter is asked."
+    w = letters_or_hanzi(rng, n)
+    return w, w[0]
 
-@questions('easy', ('What is the last letter?', 'Give the last character.'), ('最后一个字是什么？', '写出最后一个字符。'))
-def last(rng, n): w = letters_or_hanzi(rng, n); return w, w[-1]
+@questions('easy', ('What is the last letter?', 'Give the last character.'),
+    ('最后一个字是什么？', '写出最后一个字符。'))
+def last(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word whose last letter is asked."
+    w = letters_or_hanzi(rng, n)
+    return w, w[-1]
 
-@questions('easy', ('Spell the word.', 'Put a hyphen between the letters.'), ('拼写这个词。', '用连字符隔开每个字。'))
-def spell(rng, n): w = letters_or_hanzi(rng, n); return w, '-'.join(w)
+# %% ../../nbs/data/28_tasks.ipynb #7141b371
+@questions('easy', ('Spell the word.', 'Put a hyphen between the letters.'),
+    ('拼写这个词。', '用连字符隔开每个字。'))
+def spell(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word to spell with hyphens."
+    w = letters_or_hanzi(rng, n)
+    return w, '-'.join(w)
 
-@questions('easy', ('Write each digit in Chinese.', 'Turn the digits into Chinese characters.'), ('用汉字写出每个数字。', '把数字逐个换成汉字。'))
-def to_hanzi(rng, n): d = ''.join(rng.choices('0123456789', k=n)); return d, ''.join(DIGITS[int(c)] for c in d)
+# %% ../../nbs/data/28_tasks.ipynb #6257b42f
+@questions('easy', ('Write each digit in Chinese.', 'Turn the digits into Chinese characters.'),
+    ('用汉字写出每个数字。', '把数字逐个换成汉字。'))
+def to_hanzi(
+    rng:random.Random, # of the draw
+    n:int, # digits
+)->tuple: # input, output
+    "Draw digits to write in Chinese."
+    d = ''.join(rng.choices('0123456789', k=n))
+    return d, ''.join(DIGITS[int(c)] for c in d)
 
-@questions('easy', ('Write each character as a digit.', 'Turn the Chinese characters into digits.'), ('用数字写出每个字。', '把汉字逐个换成数字。'))
-def to_digits(rng, n): d = ''.join(rng.choices('0123456789', k=n)); return ''.join(DIGITS[int(c)] for c in d), d
+@questions('easy', ('Write each character as a digit.', 'Turn the Chinese characters into digits.'),
+    ('用数字写出每个字。', '把汉字逐个换成数字。'))
+def to_digits(
+    rng:random.Random, # of the draw
+    n:int, # digits
+)->tuple: # input, output
+    "Draw Chinese digits to write as ours."
+    d = ''.join(rng.choices('0123456789', k=n))
+    return ''.join(DIGITS[int(c)] for c in d), d
 
-@questions('easy', ('Look it up: what belongs to {key}?', 'Which number has {key}?'), ('查一查：{key}对应什么？', '{key}的数字是几？'))
-def lookup(rng, n):
+# %% ../../nbs/data/28_tasks.ipynb #cf704df3
+@questions('easy', ('Look it up: what belongs to {key}?', 'Which number has {key}?'),
+    ('查一查：{key}对应什么？', '{key}的数字是几？'))
+def lookup(
+    rng:random.Random, # of the draw
+    n:int, # length; above 5 the table has a third word
+)->tuple: # input, output, fields
+    "Draw a table of words and numbers, and a word to look up."
     keys = [word(rng, 3) for _ in range(2 + (n > 5))]
     numbers = [str(rng.randrange(10, 100)) for _ in keys]
     asked = rng.randrange(len(keys))
-    return ', '.join(f'{k}={v}' for k, v in zip(keys, numbers)), numbers[keys.index(keys[asked])], dict(key=keys[asked])
+    return ', '.join(f'{k}={v}'
+        for k, v in zip(keys, numbers)), numbers[keys.index(keys[asked])], dict(key=keys[asked])
 
 # %% ../../nbs/data/28_tasks.ipynb #e21fb113
 @questions('medium', ('Write it backwards.', 'Reverse the word.'), ('倒着写。', '把这个词反过来。'))
-def reverse(rng, n): w = letters_or_hanzi(rng, n); return w, w[::-1]
+def reverse(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word to write backwards."
+    w = letters_or_hanzi(rng, n)
+    return w, w[::-1]
 
-@questions('medium', ('How many letters are there?', 'Count the characters.'), ('有几个字？', '数一数有多少个字符。'))
-def length(rng, n): w = letters_or_hanzi(rng, n); return w, str(len(w))
+@questions('medium', ('How many letters are there?', 'Count the characters.'),
+    ('有几个字？', '数一数有多少个字符。'))
+def length(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word whose letters are counted."
+    w = letters_or_hanzi(rng, n)
+    return w, str(len(w))
 
-@questions('medium', ('Keep the vowels only.', 'Write only a, e, i, o and u.'), ('只保留元音。', '只写出元音字母。'))
-def vowels(rng, n): w = word(rng, n); return w, ''.join(c for c in w if c in 'aeiou')
+# %% ../../nbs/data/28_tasks.ipynb #7dea24bf
+@questions('medium', ('Keep the vowels only.', 'Write only a, e, i, o and u.'),
+    ('只保留元音。', '只写出元音字母。'))
+def vowels(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word of which the vowels stay."
+    w = word(rng, n)
+    return w, ''.join(c for c in w if c in 'aeiou')
 
-@questions('medium', ('Replace every {old} by {new}.', 'Write {new} instead of {old}.'), ('把每个{old}换成{new}。', '用{new}代替{old}。'))
-def replace(rng, n):
+@questions('medium', ('Replace every {old} by {new}.', 'Write {new} instead of {old}.'),
+    ('把每个{old}换成{new}。', '用{new}代替{old}。'))
+def replace(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output, fields
+    "Draw a word of which one letter is replaced."
     w, new = word(rng, n), rng.choice('aeiou')
     old = rng.choice(w)
     return w, w.replace(old, new), dict(old=old, new=new)
 
-@questions('medium', ('Give the next letter for each letter.', 'Move each letter on by one.'), ('写出每个字母的下一个字母。', '每个字母往后移一位。'))
-def successor(rng, n): w = word(rng, n); return w, shift(w, 1)
+# %% ../../nbs/data/28_tasks.ipynb #f19eec95
+@questions('medium', ('Give the next letter for each letter.', 'Move each letter on by one.'),
+    ('写出每个字母的下一个字母。', '每个字母往后移一位。'))
+def successor(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word whose letters move on by one."
+    w = word(rng, n)
+    return w, shift(w, 1)
 
-@questions('medium', ('Which day comes {k} days after this one?', 'What day is it {k} days later?'), ('这一天之后{k}天是星期几？', '再过{k}天是星期几？'))
-def day_after(rng, n):
+# %% ../../nbs/data/28_tasks.ipynb #29805d6c
+@questions('medium', ('Which day comes {k} days after this one?', 'What day is it {k} days later?'),
+    ('这一天之后{k}天是星期几？', '再过{k}天是星期几？'))
+def day_after(
+    rng:random.Random, # of the draw
+    n:int, # length; the days are fewer than ten times as many
+)->tuple: # input, output, fields
+    "Draw a day of the week and a number of days to go on."
     day, k = rng.randrange(7), rng.randrange(1, 10*n)
-    return {lang: names[day] for lang, names in DAYS.items()}, {lang: names[(day + k) % 7] for lang, names in DAYS.items()}, dict(k=k)
+    return {lang: names[day] for lang, names in DAYS.items()}, {lang: names[(day + k) % 7]
+        for lang, names in DAYS.items()}, dict(k=k)
 
 @questions('medium', ('Add the numbers.', 'What is the sum?'), ('把这两个数相加。', '和是多少？'))
-def add(rng, n): a, b = rng.randrange(100), rng.randrange(100); return f'{a} + {b}', str(a + b)
+def add(
+    rng:random.Random, # of the draw
+    n:int, # length; of no use here
+)->tuple: # input, output
+    "Draw two numbers to add."
+    a, b = rng.randrange(100), rng.randrange(100)
+    return f'{a} + {b}', str(a + b)
 
+# %% ../../nbs/data/28_tasks.ipynb #59055877
 @questions('medium', ('Which number is larger?', 'Give the greater number.'), ('哪个数更大？', '写出较大的数。'))
-def larger(rng, n): a, b = rng.sample(range(1000), 2); return f'{a}, {b}', str(max(a, b))
+def larger(
+    rng:random.Random, # of the draw
+    n:int, # length; of no use here
+)->tuple: # input, output
+    "Draw two numbers, the larger of which is asked."
+    a, b = rng.sample(range(1000), 2)
+    return f'{a}, {b}', str(max(a, b))
 
-@questions('medium', ('Write the number in Chinese numerals.', 'How is this number read in Chinese?'), ('用中文数字写出这个数。', '这个数怎么读？'))
-def to_numeral(rng, n): k = rng.randrange(1000); return str(k), numeral(k)
+@questions('medium',
+    ('Write the number in Chinese numerals.', 'How is this number read in Chinese?'),
+    ('用中文数字写出这个数。', '这个数怎么读？'))
+def to_numeral(
+    rng:random.Random, # of the draw
+    n:int, # length; of no use here
+)->tuple: # input, output
+    "Draw a number to write in Chinese."
+    k = rng.randrange(1000)
+    return str(k), numeral(k)
 
 # %% ../../nbs/data/28_tasks.ipynb #492e68ed
-@questions('hard', ('Sort the letters.', 'Put the letters in alphabetical order.'), ('把字母排序。', '按字母顺序排列。'))
-def sort(rng, n): w = word(rng, n); return w, ''.join(sorted(w))
+@questions('hard', ('Sort the letters.', 'Put the letters in alphabetical order.'),
+    ('把字母排序。', '按字母顺序排列。'))
+def sort(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word whose letters are to sort."
+    w = word(rng, n)
+    return w, ''.join(sorted(w))
 
-@questions('hard', ('Subtract the second number from the first.', 'What is the difference?'), ('用第一个数减去第二个数。', '差是多少？'))
-def subtract(rng, n): a, b = sorted((rng.randrange(1000), rng.randrange(1000)), reverse=True); return f'{a} - {b}', str(a - b)
+@questions('hard', ('Subtract the second number from the first.', 'What is the difference?'),
+    ('用第一个数减去第二个数。', '差是多少？'))
+def subtract(
+    rng:random.Random, # of the draw
+    n:int, # length; of no use here
+)->tuple: # input, output
+    "Draw two numbers, the larger first, to subtract."
+    a, b = sorted((rng.randrange(1000), rng.randrange(1000)), reverse=True)
+    return f'{a} - {b}', str(a - b)
 
-@questions('hard', ('Write the Chinese numeral in digits.', 'Which number is this?'), ('用阿拉伯数字写出这个数。', '这是哪个数？'))
-def from_numeral(rng, n): k = rng.randrange(10_000); return numeral(k), str(k)
+# %% ../../nbs/data/28_tasks.ipynb #28f52911
+@questions('hard', ('Write the Chinese numeral in digits.', 'Which number is this?'),
+    ('用阿拉伯数字写出这个数。', '这是哪个数？'))
+def from_numeral(
+    rng:random.Random, # of the draw
+    n:int, # length; of no use here
+)->tuple: # input, output
+    "Draw a Chinese numeral to write in digits."
+    k = rng.randrange(10_000)
+    return numeral(k), str(k)
 
-@questions('hard', ('How often does {letter} occur?', 'Count the letter {letter}.'), ('{letter}出现了几次？', '数一数有几个{letter}。'))
-def count(rng, n): w = word(rng, 2*n); letter = rng.choice(w); return w, str(w.count(letter)), dict(letter=letter)
+@questions('hard', ('How often does {letter} occur?', 'Count the letter {letter}.'),
+    ('{letter}出现了几次？', '数一数有几个{letter}。'))
+def count(
+    rng:random.Random, # of the draw
+    n:int, # length; the word has twice as many letters
+)->tuple: # input, output, fields
+    "Draw a word and a letter in it to count."
+    w = word(rng, 2*n)
+    letter = rng.choice(w)
+    return w, str(w.count(letter)), dict(letter=letter)
 
-@questions('hard', ('Is it a palindrome?', 'Does it read the same backwards?'), ('这是回文吗？', '倒着读一样吗？'))
-def palindrome(rng, n):
+# %% ../../nbs/data/28_tasks.ipynb #b7ad43ab
+@questions('hard', ('Is it a palindrome?', 'Does it read the same backwards?'),
+    ('这是回文吗？', '倒着读一样吗？'))
+def palindrome(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output
+    "Draw a word that is a palindrome half the time."
     w, half = word(rng, n), rng.random() < .5
     if half: w = w[:(n + 1)//2] + w[:n//2][::-1]
     return w, dict(en='yes', zh='是') if w == w[::-1] else dict(en='no', zh='不是')
 
-@questions('hard', ('Encipher with Caesar, shift {k}.', "Caesar's cipher with key {k}."), ('用凯撒密码加密，位移{k}。', '凯撒密码，密钥{k}。'))
-def caesar(rng, n): w, k = word(rng, n), rng.randrange(2, 26); return w, shift(w, k), dict(k=k)
+# %% ../../nbs/data/28_tasks.ipynb #545caf06
+@questions('hard', ('Encipher with Caesar, shift {k}.', "Caesar's cipher with key {k}."),
+    ('用凯撒密码加密，位移{k}。', '凯撒密码，密钥{k}。'))
+def caesar(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output, fields
+    "Draw a word and a shift for the Caesar cipher."
+    w, k = word(rng, n), rng.randrange(2, 26)
+    return w, shift(w, k), dict(k=k)
 
-@questions('hard', ('Encipher with the Enigma, wheels I II III, reflector B, positions {start}.', 'Enigma I II III, B, start {start}.'),
+@questions('hard',
+    ('Encipher with the Enigma, wheels I II III, reflector B, positions {start}.',
+    'Enigma I II III, B, start {start}.'),
     ('用恩尼格玛加密，转子 I II III，反射器 B，起始位置 {start}。', '恩尼格玛 I II III，B，起始 {start}。'))
-def enigma(rng, n):
+def enigma(
+    rng:random.Random, # of the draw
+    n:int, # length of the word
+)->tuple: # input, output, fields
+    "Draw a word and positions for the Enigma."
     from enigma_lab.machine.history import EnigmaMachine # letters and wires, no network
     w, start = word(rng, 3).upper(), 'AA' + rng.choice('ABCD')
     return w, EnigmaMachine('I II III', positions=start).encipher(w), dict(start=start)
@@ -183,37 +384,45 @@ def draw_one(
     language = rng.choice(['en', 'zh'])
     say = lambda t: t[language] if isinstance(t, dict) else t
     instruction = rng.choice(kind.wordings[language]).format(**(fields[0] if fields else {}))
-    return dict(instruction=instruction, input=say(text), output=say(answer), family=kind.name, tier=kind.tier, language=language)
+    return dict(instruction=instruction, input=say(text), output=say(answer), family=kind.name,
+        tier=kind.tier, language=language)
 
+# %% ../../nbs/data/28_tasks.ipynb #8ebe5fc6
 def task_rows(
     split:str='train', # 'train', 'validation', 'test' or 'longer'
     per_family:int=100, # questions of each family
     seed:int=0, # of the draws, not of the split
     families=None, # names; `None`: all
 )->list[dict]: # the families in turn
-    "Questions and their answers."
+    "Draw questions and their answers."
     if split not in SPLITS: raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
     names = list(FAMILIES if families is None else families)
-    if unknown := set(names) - set(FAMILIES): raise ValueError(f"families must be among {list(FAMILIES)}, got {sorted(unknown)}")
+    if unknown := set(names) - set(FAMILIES): raise ValueError(
+        f"families must be among {list(FAMILIES)}, got {sorted(unknown)}")
     streams = {name: random.Random(f'{seed} {split} {name}') for name in names}
-    return [draw_one(FAMILIES[name], rng, split) for _ in range(per_family) for name, rng in streams.items()]
+    return [draw_one(FAMILIES[name], rng, split) for _ in range(per_family)
+        for name, rng in streams.items()]
 
 # %% ../../nbs/data/28_tasks.ipynb #e274976d
 def exact_match(
     rows:list[dict], # questions
     replies:list[str], # what a model said to each
 )->dict: # {'family': {...}, 'tier': {...}, 'all': share}, shares between 0 and 1
-    "The share of replies that are the answer, blanks at their ends aside."
-    if len(rows) != len(replies): raise ValueError(f"each question has one reply, got {len(replies)} for {len(rows)} questions")
+    "Compute the share of replies that are the answer, blanks at their ends aside."
+    if len(rows) != len(replies): raise ValueError(
+        f"each question has one reply, got {len(replies)} for {len(rows)} questions")
     found = {'family': {}, 'tier': {}, 'all': {'': []}}
     for row, reply in zip(rows, replies):
         right = reply.strip() == row['output']
-        for group, key in (('family', row['family']), ('tier', row['tier']), ('all', '')): found[group].setdefault(key, []).append(right)
+        for group, key in (('family', row['family']), ('tier', row['tier']), ('all', '')):
+            found[group].setdefault(key, []).append(right)
     share = lambda group: {key: sum(right)/len(right) for key, right in found[group].items()}
-    return dict(family=share('family'), tier=share('tier'), all=share('all').get('') if rows else None)
+    return dict(family=share('family'), tier=share('tier'),
+        all=share('all').get('') if rows else None)
 
 # %% ../../nbs/data/28_tasks.ipynb #d5ad090f
 def tasks_digest()->str: # 16 hexadecimal digits
-    "What is drawn, in all splits, as one number."
+    "Compute a digest of what is drawn, in all splits."
     rows = [task_rows(split, 20, seed) for split in SPLITS for seed in (0, 1)]
-    return hashlib.sha256(json.dumps(rows, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False,
+        sort_keys=True).encode()).hexdigest()[:16]

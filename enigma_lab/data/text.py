@@ -24,14 +24,15 @@ from torch.utils.data import Dataset
 def docstrings(
     source:str, # of a Python module
 )->list[str]: # in the order of a walk through the tree
-    "The docstrings of a module, its classes and its functions."
+    "Collect the docstrings of a module, its classes and its functions."
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    found = [ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    found = [ast.get_docstring(node)
+        for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
     return [text for text in found if text]
 
 @lru_cache
 def builtin_documents()->tuple[str]: # about 8,000 documents, 2 MB
-    "English prose that ships with Python: pydoc's help topics and the standard library's docstrings."
+    "Read the English prose of Python: pydoc's help topics and the library's docstrings."
     from pydoc_data.topics import topics
     library = Path(sysconfig.get_paths()['stdlib'])
     skip = {'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'idle_test', 'lib2to3'}
@@ -39,7 +40,8 @@ def builtin_documents()->tuple[str]: # about 8,000 documents, 2 MB
     for path in sorted(library.rglob('*.py')):
         if skip & set(path.relative_to(library).parts): continue
         try: documents += docstrings(path.read_text(encoding='utf-8'))
-        except (SyntaxError, UnicodeDecodeError): continue  # templates that are not meant to be modules
+        # templates that are not meant to be modules
+        except (SyntaxError, UnicodeDecodeError): continue
     return tuple(documents)
 
 # %% ../../nbs/data/10_text.ipynb #2b286d87
@@ -50,7 +52,8 @@ def read_bytes(
     suffix, data = path.suffix.lower(), path.read_bytes()
     if suffix == '.zst':
         try: import zstandard
-        except ImportError: raise ImportError("reading .zst needs zstandard: pip install 'enigma_lab[lm]'") from None
+        except ImportError: raise ImportError(
+            "reading .zst needs zstandard: pip install 'enigma_lab[lm]'") from None
         data = zstandard.ZstdDecompressor().stream_reader(data).read()
     unpack = {'.gz': gzip.decompress, '.bz2': bz2.decompress, '.xz': lzma.decompress}.get(suffix)
     if unpack: data = unpack(data)
@@ -62,69 +65,96 @@ def as_text(
 )->str: # decoded
     "Decode UTF-8, or say where it is none."
     try: text = data.decode('utf-8-sig')
-    except UnicodeDecodeError as e: raise ValueError(f"text must be UTF-8, got byte 0x{data[e.start]:02x} at {e.start} of {name}") from None
-    if '\0' in text: raise ValueError(f"text must not be binary, got a zero byte at {text.index(chr(0))} of {name}")
+    except UnicodeDecodeError as e: raise ValueError(
+        f"text must be UTF-8, got byte 0x{data[e.start]:02x} at {e.start} of {name}") from None
+    if '\0' in text: raise ValueError(
+        f"text must not be binary, got a zero byte at {text.index(chr(0))} of {name}")
     return text.replace('\r\n', '\n')
 
+# %% ../../nbs/data/10_text.ipynb #2fa60625
 def text_column(
     row:dict, # the first row of a table
     name:str, # of the file, for the error
 )->str: # the column to read
-    "The column `text`, else the only one that holds strings."
+    "Find the column `text`, else the only one that holds strings."
     strings = [c for c, value in row.items() if isinstance(value, str)]
     if 'text' in row: return 'text'
-    if len(strings) != 1: raise ValueError(f"a table needs a column 'text' or exactly one column of strings, got {list(row)} in {name}")
+    if len(strings) != 1: raise ValueError(
+        f"a table needs a column 'text' or exactly one column of strings, got {list(row)} in "
+        f"{name}")
     return strings[0]
 
-def pick_text(rows:Iterable[dict], name:str)->Iterator[str]:
-    "The text of each row."
+def pick_text(
+    rows:Iterable[dict], # of one source
+    name:str, # of the source, for the error
+)->Iterator[str]: # one text a row
+    "Pick the text of each row."
     column = None
     for row in rows:
         column = column or text_column(row, name)
         if isinstance(row.get(column), str): yield row[column]
 
 # %% ../../nbs/data/10_text.ipynb #9d3b5fd0
-def parquet_rows(data:bytes, name:str)->list[dict]:
-    "Rows of a parquet file."
+def parquet_rows(
+    data:bytes, # of a file
+    name:str, # of the file, for errors
+)->list[dict]: # column -> value
+    "Read the rows of a parquet file."
     try: import pyarrow.parquet as pq
-    except ImportError: raise ImportError("reading .parquet needs pyarrow: pip install 'enigma_lab[lm]'") from None
+    except ImportError: raise ImportError(
+        "reading .parquet needs pyarrow: pip install 'enigma_lab[lm]'") from None
     return pq.read_table(io.BytesIO(data)).to_pylist()
 
-def json_rows(data:bytes, name:str)->list[dict]:
-    "Rows of JSON: a list of objects, or of strings."
+def json_rows(
+    data:bytes, # of a file
+    name:str, # of the file, for errors
+)->list[dict]: # key -> value
+    "Read the rows of JSON: a list of objects, or of strings."
     rows = json.loads(as_text(data, name))
-    return [row if isinstance(row, dict) else dict(text=row) for row in (rows if isinstance(rows, list) else [rows])]
+    return [row if isinstance(row, dict) else dict(text=row)
+        for row in (rows if isinstance(rows, list) else [rows])]
 
-def tsv_rows(data:bytes, name:str)->list[dict]:
-    "Rows of a table with tabs; one or two columns may be without names."
+# %% ../../nbs/data/10_text.ipynb #d62d8394
+def tsv_rows(
+    data:bytes, # of a file
+    name:str, # of the file, for errors
+)->list[dict]: # column -> text
+    "Read the rows of a table with tabs; one or two columns may be without names."
     text = as_text(data, name)
     head, *_ = rows = [line.split('\t') for line in text.split('\n') if line.strip()] or [['text']]
-    if all(cell.isidentifier() for cell in head): return list(csv.DictReader(io.StringIO(text), delimiter='\t'))
+    if all(cell.isidentifier() for cell in head):
+        return list(csv.DictReader(io.StringIO(text), delimiter='\t'))
     names = ('text',) if len(head) == 1 else ('source', 'target')
     if odd := next((row for row in rows if len(row) != len(names)), None):
-        raise ValueError(f"a table without names of columns must have one or two in each row, got {len(odd)} in {name}: {odd[0][:40]!r} …")
+        raise ValueError(
+            f"a table without names of columns must have one or two in each row, got {len(odd)} "
+            f"in {name}: {odd[0][:40]!r} …")
     return [dict(zip(names, row)) for row in rows]
 
 readers = {
     '.txt': lambda data, name: [dict(text=as_text(data, name))],
-    '.jsonl': lambda data, name: [row for line in as_text(data, name).split('\n') if line.strip() for row in json_rows(line.encode(), name)],
+    '.jsonl': lambda data, name: [row for line in as_text(data, name).split('\n') if line.strip()
+    for row in json_rows(line.encode(), name)],
     '.json': json_rows, '.parquet': parquet_rows, '.tsv': tsv_rows,
     '.csv': lambda data, name: list(csv.DictReader(io.StringIO(as_text(data, name))))}
 suffixes = sorted(readers)
 
+# %% ../../nbs/data/10_text.ipynb #1cfa0857
 def read_rows(
     path:str|Path, # .txt .jsonl .json .csv .tsv .parquet, also .gz .bz2 .xz .zst
 )->list[dict]: # the whole .txt as one row, each row of the others
-    "Rows of one file."
+    "Read the rows of one file."
     data, suffix = read_bytes(Path(path))
-    if suffix not in readers: raise ValueError(f"a data file must end in one of {suffixes}, perhaps compressed, got {Path(path).name}")
+    if suffix not in readers: raise ValueError(
+        f"a data file must end in one of {suffixes}, perhaps compressed, got {Path(path).name}")
     try: return readers[suffix](data, Path(path).name)
-    except json.JSONDecodeError as e: raise ValueError(f"{Path(path).name} must hold JSON, got {e}") from None
+    except json.JSONDecodeError as e: raise ValueError(
+        f"{Path(path).name} must hold JSON, got {e}") from None
 
 def read_file(
     path:str|Path, # as for `read_rows`
 )->list[str]: # documents
-    "Documents of one file."
+    "Read the documents of one file."
     return list(pick_text(read_rows(path), Path(path).name))
 
 # %% ../../nbs/data/10_text.ipynb #4a1f6198
@@ -134,11 +164,14 @@ def hub_rows(
 )->Iterator[dict]: # one at a time
     "Stream the rows of a dataset on the hub."
     try: from datasets import load_dataset
-    except ImportError: raise ImportError("hub data needs the datasets library: pip install 'enigma_lab[lm]'") from None
+    except ImportError: raise ImportError(
+        "hub data needs the datasets library: pip install 'enigma_lab[lm]'") from None
     dataset, _, config = name.partition(':')
     try: yield from load_dataset(dataset, config or None, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as e:
-        raise ConnectionError(f"data must be 'auto', 'tasks', a file, a folder, or a dataset the hub can deliver, got {name!r}: {type(e).__name__}: {str(e)[:200]}") from e
+        raise ConnectionError(
+            "data must be 'auto', 'tasks', a file, a folder, or a dataset the hub can deliver, "
+            f"got {name!r}: {type(e).__name__}: {str(e)[:200]}") from e
 
 def hub_documents(
     name:str, # as for `hub_rows`
@@ -148,42 +181,55 @@ def hub_documents(
 
 # %% ../../nbs/data/10_text.ipynb #637c2836
 def task_documents()->dict[str,list[str]]: # split -> documents
-    "The built-in documents, and every question of the tasks with its answer."
+    "Gather the built-in documents, and every question of the tasks with its answer."
     from enigma_lab.data.tasks import task_rows
     parts = split_documents(drop_duplicates(builtin_documents())[0])
-    tasks = {split: ['\n'.join((row['instruction'], row['input'], row['output'])) for row in task_rows(split, 3000 if split == 'train' else 40)] for split in parts}
-    return {split: sorted(documents + tasks[split], key=digest) for split, documents in parts.items()} # mixed, in an order that means nothing
+    tasks = {split: ['\n'.join((row['instruction'], row['input'], row['output']))
+        for row in task_rows(split, 3000 if split == 'train' else 40)] for split in parts}
+    # mixed, in an order that means nothing
+    return {split: sorted(documents + tasks[split], key=digest)
+        for split, documents in parts.items()}
 
 def disk_documents(
     path:Path, # a folder made by datasets' save_to_disk
 )->dict[str,list[str]]: # split -> documents; '' when it has none
-    "Documents of a saved dataset, in its own splits."
+    "Read the documents of a saved dataset, in its own splits."
     try: from datasets import load_from_disk
-    except ImportError: raise ImportError("a saved dataset needs the datasets library: pip install 'enigma_lab[lm]'") from None
+    except ImportError: raise ImportError(
+        "a saved dataset needs the datasets library: pip install 'enigma_lab[lm]'") from None
     saved = load_from_disk(str(path))
-    return {split: list(pick_text(rows, path.name)) for split, rows in (saved.items() if hasattr(saved, 'items') else [('', saved)])}
+    return {split: list(pick_text(rows, path.name))
+        for split, rows in (saved.items() if hasattr(saved, 'items') else [('', saved)])}
 
 # %% ../../nbs/data/10_text.ipynb #6565f40b
 def read_source(
     data:str, # 'auto', 'tasks', a file, a folder, or a hub id
 )->dict[str,Iterable[str]]: # split -> documents; the key '' for documents yet to be split
-    "Documents of any source, in the order found."
+    "Read the documents of any source, in the order found."
     path = Path(data).expanduser()
     if data == 'auto': return {'': builtin_documents()}
     if data == 'tasks': return task_documents()
     if path.is_file(): return {'': read_file(path)}
-    if (path/'dataset_dict.json').is_file() or (path/'dataset_info.json').is_file(): return disk_documents(path)
+    if (path/'dataset_dict.json').is_file() or (path/'dataset_info.json').is_file():
+        return disk_documents(path)
     if path.is_dir():
-        files = [f for f in sorted(path.rglob('*')) if f.is_file() and set(f.suffixes) & set(suffixes)]
-        if not files: raise FileNotFoundError(f"a data folder must hold files ending in one of {suffixes}, got none in {path}")
+        files = [f for f in sorted(path.rglob('*')) if f.is_file()
+            and set(f.suffixes) & set(suffixes)]
+        if not files: raise FileNotFoundError(
+            f"a data folder must hold files ending in one of {suffixes}, got none in {path}")
         return {'': [document for f in files for document in read_file(f)]}
-    if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?', data) and not set(path.suffixes) & {*suffixes, '.gz', '.xz', '.zst', '.bz2'}:
+    if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?',
+        data) and not set(path.suffixes) & {*suffixes, '.gz', '.xz', '.zst', '.bz2'}:
         return {'': hub_documents(data)}
-    raise FileNotFoundError(f"data must be 'auto', 'tasks', an existing file or folder, or a hub id 'owner/name', got {data!r}")
+    raise FileNotFoundError(
+        "data must be 'auto', 'tasks', an existing file or folder, or a hub id 'owner/name', got "
+        f"{data!r}")
 
 # %% ../../nbs/data/10_text.ipynb #fdbd2329
-def digest(text:str)->str:
-    "SHA-256 of a text."
+def digest(
+    text:str, # any, lone surrogates too
+)->str: # 64 hexadecimal digits
+    "Compute the SHA-256 of a text."
     return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
 
 def drop_duplicates(
@@ -199,10 +245,13 @@ def split_text(
     held_out:float=.05, # share of validation and of test
 )->dict[str,list[str]]: # 'train', 'validation', 'test', one piece each
     "Cut a text at paragraph ends: the beginning to train, the end to test."
-    ends = [m.end() for m in re.finditer(r'\n\s*\n', text)] or [m.end() for m in re.finditer(r'\s', text)]
-    a, b = (min(ends, key=lambda e: abs(e - share*len(text)), default=0) for share in (1 - 2*held_out, 1 - held_out))
+    ends = [m.end() for m in re.finditer(r'\n\s*\n', text)] or [m.end()
+        for m in re.finditer(r'\s', text)]
+    a, b = (min(ends, key=lambda e: abs(e - share*len(text)), default=0)
+        for share in (1 - 2*held_out, 1 - held_out))
     return dict(train=[text[:a]], validation=[text[a:b]], test=[text[b:]])
 
+# %% ../../nbs/data/10_text.ipynb #54dd8a74
 def split_documents(
     documents:list[str], # without duplicates
     held_out:float=.05, # share of validation and of test
@@ -212,12 +261,13 @@ def split_documents(
     order = sorted(range(len(documents)), key=lambda i: digest(documents[i]))
     n = max(1, round(held_out*len(documents)))
     part = {i: 'test' for i in order[:n]} | {i: 'validation' for i in order[n:2*n]}
-    return {name: [d for i, d in enumerate(documents) if part.get(i, 'train') == name] for name in ('train', 'validation', 'test')}
+    return {name: [d for i, d in enumerate(documents) if part.get(i, 'train') == name]
+        for name in ('train', 'validation', 'test')}
 
 # %% ../../nbs/data/10_text.ipynb #495071cd
 @dataclass(frozen=True)
 class Corpus:
-    "Documents of one source, in three parts."
+    "Hold the documents of one source, in three parts."
     source:str # what was asked for
     train:list[str] # to learn from
     validation:list[str] # to choose by
@@ -225,27 +275,32 @@ class Corpus:
     duplicates:int = 0 # copies dropped before the split
 
     @property
-    def key(self): return digest('\0'.join(digest('\0'.join(part)) for part in (self.train, self.validation, self._test)))[:16]
+    def key(self):
+        return digest('\0'.join(digest('\0'.join(part))
+            for part in (self.train, self.validation, self._test)))[:16]
 
     def read_test(self,
         run, # the `Run` for which it is read; the read is entered in its history
     )->list[str]: # test documents
         "Hand out the test documents, for the record."
-        run.log(test_read=time.strftime('%Y-%m-%dT%H:%M:%S'), data_key=self.key, documents=len(self._test))
+        run.log(test_read=time.strftime('%Y-%m-%dT%H:%M:%S'), data_key=self.key,
+            documents=len(self._test))
         return self._test
 
     def card(self)->dict: # ready for a record
-        "What this corpus is made of."
+        "Describe what this corpus is made of."
         parts = dict(train=self.train, validation=self.validation, test=self._test)
-        sizes = {f'{name}_{what}': n for name, part in parts.items() for what, n in dict(documents=len(part), characters=sum(map(len, part))).items()}
-        return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates, python=sys.version.split()[0], **sizes)
+        sizes = {f'{name}_{what}': n for name, part in parts.items()
+            for what, n in dict(documents=len(part), characters=sum(map(len, part))).items()}
+        return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
+            python=sys.version.split()[0], **sizes)
 
 # %% ../../nbs/data/10_text.ipynb #86cb61fa
 def up_to(
     documents:Iterable[str], # perhaps a stream
     max_chars:int|None, # stop after so many characters; `None`: read all
 )->Iterator[str]: # the first of them
-    "The documents that fit into a number of characters."
+    "Read the documents that fit into a number of characters."
     total = 0
     for document in documents:
         yield document
@@ -254,7 +309,7 @@ def up_to(
 
 def load_text(
     data:str='auto', # 'auto', 'tasks', a file, a folder, or a hub id
-    max_chars:int|None=None, # read no more than this; `None`: everything (a hub stream: 200 million)
+    max_chars:int|None=None, # the most to read; `None`: all (of a hub stream 200 million)
 )->Corpus: # without exact duplicates, split by document
     "Read, deduplicate and split a text source."
     parts = read_source(str(data))
@@ -264,7 +319,9 @@ def load_text(
         parts = split_documents(documents) if documents else {}
     else: parts, dropped = keep_splits(parts, limit)
     if not parts or not all(parts.values()) or not all(map(len, map(''.join, parts.values()))):
-        raise ValueError(f"data must hold text for train, validation and test, got {({k: len(v) for k, v in parts.items()})} documents in {str(data)!r}; "
+        raise ValueError(
+            "data must hold text for train, validation and test, got "
+            f"{({k: len(v) for k, v in parts.items()})} documents in {str(data)!r}; "
             "give a longer text or at least three documents")
     return Corpus(str(data), parts['train'], parts['validation'], parts['test'], dropped)
 
@@ -273,13 +330,17 @@ def keep_splits(
     parts:dict[str,Iterable[str]], # a dataset's own splits
     limit:int|None, # characters of each
 )->tuple[dict[str,list[str]],int]: # 'train', 'validation', 'test'; copies dropped
-    "Keep a dataset's own splits, fill in what is missing from train, and drop from train what the others hold."
-    names = dict(train='train', validation='validation', valid='validation', val='validation', dev='validation', test='test')
+    "Keep a dataset's splits, cut missing ones from train, drop from train what the others hold."
+    names = dict(train='train', validation='validation', valid='validation', val='validation',
+        dev='validation', test='test')
     parts = {names[k]: drop_duplicates(up_to(v, limit)) for k, v in parts.items() if k in names}
-    if 'train' not in parts: raise ValueError(f"a dataset with splits needs one called 'train', got {sorted(parts)}")
+    if 'train' not in parts: raise ValueError(
+        f"a dataset with splits needs one called 'train', got {sorted(parts)}")
     dropped = sum(n for _, n in parts.values())
     parts = {k: v for k, (v, _) in parts.items()}
-    if len(parts) < 3: parts = {**split_documents(parts['train']), **{k: v for k, v in parts.items() if k != 'train'}}
+    if len(parts) < 3:
+        parts = {**split_documents(parts['train']),
+            **{k: v for k, v in parts.items() if k != 'train'}}
     kept_back = {*parts['validation'], *parts['test']}
     train = [d for d in parts['train'] if d not in kept_back]
     return dict(parts, train=train), dropped + len(parts['train']) - len(train)
@@ -291,33 +352,39 @@ def encode_texts(
 )->list[list[int]]: # one list of rows for each
     "Encode plain text: no special token is added, and none is read out of the text."
     if not texts: return []
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False).input_ids
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True,
+        return_attention_mask=False).input_ids
 
-def cache_dir()->Path:
-    "Where encoded texts are kept: `$ENIGMA_CACHE`, else `~/.cache/enigma_lab`."
+def cache_dir()->Path: # it need not exist
+    "Name the folder of encoded texts: `$ENIGMA_CACHE`, else `~/.cache/enigma_lab`."
     return Path(os.environ.get('ENIGMA_CACHE') or Path.home()/'.cache'/'enigma_lab')
 
+# %% ../../nbs/data/10_text.ipynb #dc6ed9c1
 def encode_documents(
     documents:list[str], # any number
     tokenizer, # with an end-of-text token
     window:int, # T, part of the key
-)->np.ndarray: # (N,) int32, memory-mapped: documents end to end, each closed by the end-of-text token
+)->np.ndarray: # (N,) int32, memory-mapped: each document, then the end-of-text token
     "Encode documents once; the second time read the cache."
-    if tokenizer.eos_token_id is None: raise ValueError("documents need an end-of-text token between them, got a tokenizer without eos_token")
-    key = digest(json.dumps([digest('\0'.join(documents)), len(documents), digest(tokenizer.backend_tokenizer.to_str()), window]))[:24]
+    if tokenizer.eos_token_id is None: raise ValueError(
+        "documents need an end-of-text token between them, got a tokenizer without eos_token")
+    key = digest(
+        json.dumps([digest('\0'.join(documents)), len(documents),
+        digest(tokenizer.backend_tokenizer.to_str()), window]))[:24]
     path = cache_dir()/'tokens'/f'{key}.i32'
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f'{path.name}.{os.getpid()}.part')
         with open(part, 'wb') as f:
             for i in range(0, len(documents), 1000):
-                for ids in encode_texts(tokenizer, documents[i:i+1000]): np.array([*ids, tokenizer.eos_token_id], dtype=np.int32).tofile(f)
+                for ids in encode_texts(tokenizer, documents[i:i+1000]):
+                    np.array([*ids, tokenizer.eos_token_id], dtype=np.int32).tofile(f)
         os.replace(part, path)
     return np.memmap(path, dtype=np.int32, mode='r')
 
 # %% ../../nbs/data/10_text.ipynb #bf0d5a54
 class Windows(Dataset):
-    "Documents as training windows, packed full."
+    "Cut documents into training windows, packed full."
     def __init__(self,
         documents:list[str], # of one split
         tokenizer, # with an end-of-text token
@@ -327,20 +394,25 @@ class Windows(Dataset):
         self.window, self.isolate, self.eos = window, isolate, tokenizer.eos_token_id
         self.tokens = encode_documents(documents, tokenizer, window)
         if len(self.tokens) < window:
-            raise ValueError(f"a split must fill at least one window of {window} tokens, got {len(self.tokens)} tokens; give more text or a shorter window")
+            raise ValueError(
+                f"a split must fill at least one window of {window} tokens, got "
+                f"{len(self.tokens)} tokens; give more text or a shorter window")
 
     def __len__(self): return len(self.tokens) // self.window
 
     def __getitem__(self, i): # input_ids and labels (T,) int64; position_ids when isolated
         if not 0 <= i < len(self): raise IndexError(f"window must be in [0, {len(self)}), got {i}")
         ids = torch.from_numpy(self.tokens[i*self.window:(i+1)*self.window].astype(np.int64))
-        return dict(input_ids=ids, labels=ids.clone()) | (dict(position_ids=restarting_positions(ids, self.eos)) if self.isolate else {})
+        return dict(input_ids=ids,
+            labels=ids.clone()) | (dict(position_ids=restarting_positions(ids, self.eos))
+            if self.isolate else {})
 
+# %% ../../nbs/data/10_text.ipynb #ce01abda
 def restarting_positions(
     ids:torch.Tensor, # (T,) int64
     eos:int, # the token that closes a document
 )->torch.Tensor: # (T,) int64, 0 at the window's start and after each end
-    "Positions that begin again with each document."
+    "Count positions that begin again with each document."
     t = torch.arange(len(ids))
     begins = torch.cat([torch.tensor([True]), ids[:-1] == eos])
     return t - torch.where(begins, t, 0).cummax(0).values

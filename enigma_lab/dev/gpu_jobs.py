@@ -26,13 +26,15 @@ def prepare_texts(
 )->dict[str,Path]: # name -> file; only those that exist
     "Unpack the texts; a byte of enwik8 becomes the character of its number."
     found = {}
-    for name, pattern, encoding in (('enwik8', 'enwik8/*.bin.xz', 'latin-1'), ('chinese', 'zh_text/classic_*.txt.xz', 'utf-8')):
+    for name, pattern, encoding in (('enwik8', 'enwik8/*.bin.xz', 'latin-1'),
+        ('chinese', 'zh_text/classic_*.txt.xz', 'utf-8')):
         files = sorted(source.glob(pattern))
         if not files: continue
         target.mkdir(parents=True, exist_ok=True)
         text = '\n\n'.join(lzma.open(file).read().decode(encoding) for file in files)
         found[name] = target/f'{name}.txt'
-        found[name].write_text(text[:characters or None].replace('\r', '\n').replace('\0', ' '), encoding='utf-8')
+        found[name].write_text(text[:characters or None].replace('\r', '\n').replace('\0', ' '),
+            encoding='utf-8')
     return found
 
 # %% ../../nbs/dev/30_gpu_jobs.ipynb #b2462e38
@@ -49,7 +51,9 @@ def training(name:str, folder:Path, minutes:float, **config)->Job:
     file = folder/f'{name}.json'
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(config, minutes=minutes, resume='auto'))
-    return Job(name, [sys.executable, '-m', 'enigma_lab.lm.train', '--config', str(file), '--note', name], minutes + 4)
+    return Job(name,
+        [sys.executable, '-m', 'enigma_lab.lm.train', '--config', str(file), '--note', name],
+        minutes + 4)
 
 # %% ../../nbs/dev/30_gpu_jobs.ipynb #22da9348
 def jobs(
@@ -59,13 +63,19 @@ def jobs(
 )->list[Job]: # in the order of their worth
     "What there is to do."
     texts = prepare_texts(source, folder/'texts', 60_000 if small else 0)
-    size = dict(preset='smoke', gpus=0, max_steps=10) if small else dict(preset='base', gpus=1, precision='bf16', batch_size=32)
-    found = [training(name, folder, 0 if small else 6, data=str(path), **size) for name, path in texts.items()]
-    found += [training(f'base-{precision}', folder, 0 if small else 1, data='auto', **dict(size, precision='fp32' if small else precision)) for precision in ('fp32', 'fp16')]
-    compare = [sys.executable, '-m', 'enigma_lab.bench.lm', *(['--small'] if small else ['--device', 'cuda'])]
+    size = dict(preset='smoke', gpus=0, max_steps=10) if small else dict(preset='base', gpus=1,
+        precision='bf16', batch_size=32)
+    found = [training(name, folder, 0 if small else 6, data=str(path), **size)
+        for name, path in texts.items()]
+    found += [training(f'base-{precision}', folder, 0 if small else 1, data='auto',
+        **dict(size, precision='fp32' if small else precision)) for precision in ('fp32', 'fp16')]
+    compare = [sys.executable, '-m', 'enigma_lab.bench.lm',
+        *(['--small'] if small else ['--device', 'cuda'])]
     many = torch.cuda.device_count() + 4
     refused = training('too-many-gpus', folder, 1, data='auto', preset='smoke', gpus=many)
-    return [*found, Job('bench-lm', compare, 20), replace(refused, fails=f'gpus={many} asked, this machine has {torch.cuda.device_count()} CUDA device(s)')]
+    return [*found, Job('bench-lm', compare, 20),
+        replace(refused,
+        fails=f'gpus={many} asked, this machine has {torch.cuda.device_count()} CUDA device(s)')]
 
 # %% ../../nbs/dev/30_gpu_jobs.ipynb #f8d72b47
 def calling(
@@ -95,12 +105,19 @@ def more_jobs(
     "What there is to do for sentences and masks."
     here, images = 'enigma_lab.dev.gpu_jobs:', source/'cifar10'/'cifar10_raw_train5085_val517.npz'
     gpu = dict(gpus=0) if small else dict(gpus=1)
-    decoder = dict(preset='smoke', max_steps=10) if small else dict(data='docs', size='base', num_vectors=4, minutes=20, batch_size=512, learning_rate=1e-3, optimizer='adamw', max_words=24, precision='bf16')
-    pictures = dict(preset='smoke', max_steps=10) if small else dict(preset='gpu-cifar10', data=str(images), minutes=15, precision='bf16')
-    masks = dict(preset='smoke') if small else dict(dataset=str(images), budget=12_000, batch_size=128, num_samples=2000)
-    speed = [sys.executable, '-m', 'enigma_lab.maskpro.sparse', *['--small']*small, '--to', str(folder/'maskpro-export.json')]
-    return [calling('sgdd-natural', here + 'train_sgdd', 28, resume='auto', **decoder, **gpu), calling('ddpm-cifar10', here + 'train_ddpm', 20, resume='auto', **pictures, **gpu),
-        calling('maskpro-cifar10', 'enigma_lab.maskpro.train:train_maskpro', 15, **masks, **gpu), Job('maskpro-export', speed, 5)]
+    decoder = dict(preset='smoke', max_steps=10) if small else dict(data='docs', size='base',
+        num_vectors=4, minutes=20, batch_size=512, learning_rate=1e-3, optimizer='adamw',
+        max_words=24, precision='bf16')
+    pictures = dict(preset='smoke', max_steps=10) if small else dict(preset='gpu-cifar10',
+        data=str(images), minutes=15, precision='bf16')
+    masks = dict(preset='smoke') if small else dict(dataset=str(images), budget=12_000,
+        batch_size=128, num_samples=2000)
+    speed = [sys.executable, '-m', 'enigma_lab.maskpro.sparse', *['--small']*small, '--to',
+        str(folder/'maskpro-export.json')]
+    return [calling('sgdd-natural', here + 'train_sgdd', 28, resume='auto', **decoder, **gpu),
+        calling('ddpm-cifar10', here + 'train_ddpm', 20, resume='auto', **pictures, **gpu),
+        calling('maskpro-cifar10', 'enigma_lab.maskpro.train:train_maskpro', 15, **masks, **gpu),
+        Job('maskpro-export', speed, 5)]
 
 # %% ../../nbs/dev/30_gpu_jobs.ipynb #a19df1fc
 def do(
@@ -110,11 +127,14 @@ def do(
     "Run a job and write down how it ended."
     with open(folder/f'{job.name}.log', 'a') as log:
         begin = time.monotonic()
-        try: code = subprocess.run(job.words, stdout=log, stderr=subprocess.STDOUT, timeout=60*job.minutes).returncode
+        try:
+            code = subprocess.run(job.words, stdout=log, stderr=subprocess.STDOUT,
+                timeout=60*job.minutes).returncode
         except subprocess.TimeoutExpired: code = 'time is up'
     said = (folder/f'{job.name}.log').read_text(errors='replace')
     fine = job.fails in said and code not in (0, 'time is up') if job.fails else code == 0
-    result = dict(name=job.name, done=fine, code=code, wall_s=round(time.monotonic() - begin, 1), said=said.strip().splitlines()[-1:] )
+    result = dict(name=job.name, done=fine, code=code, wall_s=round(time.monotonic() - begin, 1),
+        said=said.strip().splitlines()[-1:] )
     if fine: write_json(folder/f'{job.name}.result.json', result)
     return result
 
@@ -122,16 +142,19 @@ def do(
 def main(arguments:list[str]=()):
     "Do what has not been done yet."
     parser = argparse.ArgumentParser('python -m enigma_lab.dev.gpu_jobs', description=main.__doc__)
-    parser.add_argument('--source', default='../shared/data', help='where enwik8/ and zh_text/ lie, relative to the checkout')
+    parser.add_argument('--source', default='../shared/data',
+        help='where enwik8/ and zh_text/ lie, relative to the checkout')
     parser.add_argument('--only', nargs='+', help='names of jobs')
     parser.add_argument('--small', action='store_true', help='toy size, on the CPU')
     given = parser.parse_args(arguments)
     folder = runs_root()/'gpu'
     source = (checkout() or Path('.'))/given.source
-    todo = [job for job in jobs(folder, source, given.small) + more_jobs(folder, source, given.small) if given.only is None or job.name in given.only]
+    todo = [job for job in jobs(folder, source, given.small)
+        + more_jobs(folder, source, given.small) if given.only is None or job.name in given.only]
     if not todo: raise ValueError(f"--only takes names of jobs, got {given.only}")
     for job in todo:
-        if read_json(folder/f'{job.name}.result.json'): print(f'{job.name}: done before', flush=True)
+        if read_json(folder/f'{job.name}.result.json'):
+            print(f'{job.name}: done before', flush=True)
         else: print(do(job, folder), flush=True)
 
 # %% ../../nbs/dev/30_gpu_jobs.ipynb #4a863d0e
@@ -141,10 +164,13 @@ def trainings()->list[dict]: # one row for each finished training on a GPU
     for run in list_runs('train_enigma'):
         if not (run.finished and run.config.get('gpus')): continue
         m, device = run.metrics, run.env['devices'][0]
-        shape = EnigmaConfig.preset(run.config['preset'], vocab_size=m['vocabulary'], machine=run.config['machine'], rotor=run.config['rotor'])
+        shape = EnigmaConfig.preset(run.config['preset'], vocab_size=m['vocabulary'],
+            machine=run.config['machine'], rotor=run.config['rotor'])
         speed = m['train_tokens'] / m['train_wall_s']
-        rows.append(dict(run=run.path.name, device=device, text=Path(run.config['data']).stem, precision=run.config['precision'], million_tokens=m['train_tokens']/1e6,
-            bits_per_character=m['test_bits_per_char'], tokens_per_s=speed, mfu=mfu(speed, shape, device), peak_gib=m['peak_mib']/1024))
+        rows.append(dict(run=run.path.name, device=device, text=Path(run.config['data']).stem,
+            precision=run.config['precision'], million_tokens=m['train_tokens']/1e6,
+            bits_per_character=m['test_bits_per_char'], tokens_per_s=speed,
+            mfu=mfu(speed, shape, device), peak_gib=m['peak_mib']/1024))
     return rows
 
 if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1:])

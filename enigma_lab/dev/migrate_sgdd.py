@@ -18,13 +18,22 @@ def find_test(
     words:str, # of the test
 )->str: # its source
     "The one test of a page or a file that holds these words."
-    path = (checkout() or checkout(Path(enigma_lab.__file__).parent))/(where if where.endswith('.py') else f'nbs/{where}.ipynb')
-    if not path.is_file(): raise FileNotFoundError(f"a test must be on a page or in a file, and there is no {where}")
+    path = (checkout() or checkout(Path(enigma_lab.__file__).parent))/(where
+        if where.endswith('.py') else f'nbs/{where}.ipynb')
+    if not path.is_file(): raise FileNotFoundError(
+        f"a test must be on a page or in a file, and there is no {where}")
     text = path.read_text(encoding='utf-8')
-    if path.suffix == '.py': parts = ['\n'.join(text.splitlines()[f.lineno - 1:f.end_lineno]) for f in ast.parse(text).body if isinstance(f, ast.FunctionDef)]
-    else: parts = [''.join(cell['source']) for cell in json.loads(text)['cells'] if cell['cell_type'] == 'code']
-    found = [part for part in parts if words in part and f'{where}: {words}' not in part and not part.startswith('#| export') and re.search(r'\bassert\b|\btest_\w+\(', part)]
-    if len(found) != 1: raise ValueError(f"a test must be found once, got {len(found)} that hold {words!r} in {where}")
+    if path.suffix == '.py':
+        parts = ['\n'.join(text.splitlines()[f.lineno - 1:f.end_lineno])
+            for f in ast.parse(text).body if isinstance(f, ast.FunctionDef)]
+    else:
+        parts = [''.join(cell['source'])
+            for cell in json.loads(text)['cells'] if cell['cell_type'] == 'code']
+    found = [part
+        for part in parts if words in part and f'{where}: {words}' not in part
+        and not part.startswith('#| export') and re.search(r'\bassert\b|\btest_\w+\(', part)]
+    if len(found) != 1: raise ValueError(
+        f"a test must be found once, got {len(found)} that hold {words!r} in {where}")
     return found[0]
 
 def tests_of(
@@ -34,52 +43,113 @@ def tests_of(
 
 # %% ../../nbs/dev/22_migrate_sgdd.ipynb #2100dc66
 BUGS = { # of 004, in its order: (what went wrong, the cure here, tests)
-    1: ('an imported name does not exist', 'every name is looked up, every module imported', 'dev/22_migrate_sgdd: # bug 1: every name', 'tests/test_imports.py: def test_all_modules_import'),
-    2: ('`batch_size` passed twice to the loader', 'the loader takes a data set and says each thing once', 'dev/22_migrate_sgdd: # bug 2: the snippet'),
-    3: ('deprecated names of mixed precision', '`torch.amp`; such a warning is an error', 'dev/22_migrate_sgdd: # bug 3: no deprecated name'),
-    4: ('the schedule stays on the CPU', 'a function of time instead of a table', 'dev/22_migrate_sgdd: # bug 4: noise'),
-    5: ('evaluation calls methods that are not there, and not each epoch', 'the method exists, evaluation writes sentences, validation by updates',
-        'sgdd/10_encoder: encoder.encode_from_tokens(', "sgdd/60_metrics: test_eq(found['exact_match'], exact_match_score(", 'lab/30_trainer: # 1. it learns')}
+    1: ('an imported name does not exist', 'every name is looked up, every module imported',
+    'dev/22_migrate_sgdd: # bug 1: every name',
+    'tests/test_imports.py: def test_all_modules_import'),
+    2: ('`batch_size` passed twice to the loader',
+    'the loader takes a data set and says each thing once',
+    'dev/22_migrate_sgdd: # bug 2: the snippet'),
+    3: ('deprecated names of mixed precision', '`torch.amp`; such a warning is an error',
+    'dev/22_migrate_sgdd: # bug 3: no deprecated name'),
+    4: ('the schedule stays on the CPU', 'a function of time instead of a table',
+    'dev/22_migrate_sgdd: # bug 4: noise'),
+    5: ('evaluation calls methods that are not there, and not each epoch',
+    'the method exists, evaluation writes sentences, validation by updates',
+        'sgdd/10_encoder: encoder.encode_from_tokens(',
+        "sgdd/60_metrics: test_eq(found['exact_match'], exact_match_score(",
+        'lab/30_trainer: # 1. it learns')}
 
 # %% ../../nbs/dev/22_migrate_sgdd.ipynb #018c24fb
 BUGS |= { # in the training loop
-    6: ('gradients cleared in each batch, the loss not divided', 'the Trainer; an update of three batches is one of a batch three times as large', 'dev/22_migrate_sgdd: # bugs 6, 7, 12, 14, 15', 'lab/25_train_loop: # 4. one update of six = three of two'),
-    7: ('a schedule of 1,000 steps an epoch', 'length from the data', 'dev/22_migrate_sgdd: # bugs 7 and 12: updates', 'tests/test_sgdd.py: # every sentence once, the last batch smaller'),
-    8: ('a name that sounds like "never the vector"', '`null_share`', 'dev/22_migrate_sgdd: # bug 8: about a tenth'),
-    9: ('the best model by a key that is not there', "the Trainer's `eval_loss`", 'lab/25_train_loop: (the Trainer keeps the best by validation)', 'dev/22_migrate_sgdd: # bug 13: the lowest'),
-    10: ('`vocab_size` written into the code', "the tokenizer's length", 'dev/22_migrate_sgdd: # bug 10: as many'),
+    6: ('gradients cleared in each batch, the loss not divided',
+    'the Trainer; an update of three batches is one of a batch three times as large',
+    'dev/22_migrate_sgdd: # bugs 6, 7, 12, 14, 15',
+    'lab/25_train_loop: # 4. one update of six = three of two'),
+    7: ('a schedule of 1,000 steps an epoch', 'length from the data',
+    'dev/22_migrate_sgdd: # bugs 7 and 12: updates',
+    'tests/test_sgdd.py: # every sentence once, the last batch smaller'),
+    8: ('a name that sounds like "never the vector"', '`null_share`',
+    'dev/22_migrate_sgdd: # bug 8: about a tenth'),
+    9: ('the best model by a key that is not there', "the Trainer's `eval_loss`",
+    'lab/25_train_loop: (the Trainer keeps the best by validation)',
+    'dev/22_migrate_sgdd: # bug 13: the lowest'),
+    10: ('`vocab_size` written into the code', "the tokenizer's length",
+    'dev/22_migrate_sgdd: # bug 10: as many'),
     11: ('half a batch in validation', 'twice a batch', 'dev/22_migrate_sgdd: # bug 11: twice'),
-    12: ('the schedule counts batches, it steps by updates', 'a schedule of updates, and of all of them', 'dev/22_migrate_sgdd: # bugs 7 and 12: updates', 'lab/25_train_loop: # 2. weights, to the last bit'),
-    13: ('the best loss begins at 0', 'at infinity', 'dev/22_migrate_sgdd: # bug 13: the lowest', 'sgdd/40_model: test_eq((best, kept), (4., [5., 5., 4., 4., 4.]))'),
-    14: ('the last batches of an epoch are lost', 'a smaller group is an update, too, divided by its own size', 'lab/25_train_loop: # 5. the last group is an update too', 'dev/22_migrate_sgdd: # bugs 6, 7, 12, 14, 15'),
-    15: ('clipping in each batch', 'once, on the whole gradient', 'dev/22_migrate_sgdd: # bugs 6, 7, 12, 14, 15', 'lab/25_train_loop: # 2. weights, to the last bit'),
-    16: ('`global_step` begins at 0 after resuming', 'weights, optimizer, step and random state', 'dev/22_migrate_sgdd: # bug 16: resumed', 'lab/30_trainer: # 3. bit-equal', 'tests/test_train.py: def test_kill_and_resume'),
-    17: ('the same forty lines twice, with and without fp16', 'one path', 'dev/22_migrate_sgdd: # bug 17: one path', 'lab/25_train_loop: # 7. half precision learns the same')}
+    12: ('the schedule counts batches, it steps by updates',
+    'a schedule of updates, and of all of them', 'dev/22_migrate_sgdd: # bugs 7 and 12: updates',
+    'lab/25_train_loop: # 2. weights, to the last bit'),
+    13: ('the best loss begins at 0', 'at infinity', 'dev/22_migrate_sgdd: # bug 13: the lowest',
+    'sgdd/40_model: test_eq((best, kept), (4., [5., 5., 4., 4., 4.]))'),
+    14: ('the last batches of an epoch are lost',
+    'a smaller group is an update, too, divided by its own size',
+    'lab/25_train_loop: # 5. the last group is an update too',
+    'dev/22_migrate_sgdd: # bugs 6, 7, 12, 14, 15'),
+    15: ('clipping in each batch', 'once, on the whole gradient',
+    'dev/22_migrate_sgdd: # bugs 6, 7, 12, 14, 15',
+    'lab/25_train_loop: # 2. weights, to the last bit'),
+    16: ('`global_step` begins at 0 after resuming', 'weights, optimizer, step and random state',
+    'dev/22_migrate_sgdd: # bug 16: resumed', 'lab/30_trainer: # 3. bit-equal',
+    'tests/test_train.py: def test_kill_and_resume'),
+    17: ('the same forty lines twice, with and without fp16', 'one path',
+    'dev/22_migrate_sgdd: # bug 17: one path',
+    'lab/25_train_loop: # 7. half precision learns the same')}
 
 # %% ../../nbs/dev/22_migrate_sgdd.ipynb #0e65d6fe
 FLAWS = { # of the original's code: (what it does, the cure here, tests)
-    1: ('rotary positions are made and not applied: no word order', 'applied, and absolute positions', "sgdd/30_decoder: # transformers'", 'sgdd/30_decoder: # a fresh default decoder, too, tells its places apart'),
-    2: ('an empty canvas is symmetric: one word everywhere', 'absolute positions', 'sgdd/30_decoder: # a fresh default decoder, too, tells its places apart', 'tests/test_sgdd.py: def test_a_collapse_is_seen'),
-    3: ('random tokens in training, masks in sampling', 'masks in both', 'dev/22_migrate_sgdd: # flaw 3: where training'),
-    4: ('the time runs backwards in sampling', 'the share that is hidden', 'dev/22_migrate_sgdd: # flaw 4: the time that'),
-    5: ('a "cosine" that fills half of the canvas in the first call', 'the cosine, and none left at the end', 'sgdd/50_sampling: assert left[0] == n and left[-1] == 0'),
-    6: ('a second sampler that fills all at once', 'one sampler, against enumeration', 'sgdd/50_sampling: drawn = fill(Toy(), torch.zeros(20_000, 1), empty, everywhere, steps=T, order='),
-    7: ('guidance on probabilities leaves the simplex', 'on log-probabilities', 'sgdd/50_sampling: test_close(guided(a, b, 2.).exp()'),
-    8: ('confidence of the favourite, not of the token drawn', "the drawn token's own", 'sgdd/50_sampling: # by confidence, one token a call: the surest place first, whatever was drawn there'),
-    9: ('padding in the loss', 'none: a length head, and content alone is reported', 'sgdd/40_model: # padding plays no part'),
-    10: ('places beyond the end are never learned, and written', 'the canvas ends where the sentence does', 'sgdd/50_sampling: padding is never touched'),
-    11: ('validation shows the answer', 'hidden once, by a fixed seed', 'dev/22_migrate_sgdd: # flaw 11: validation hides')}
+    1: ('rotary positions are made and not applied: no word order',
+    'applied, and absolute positions', "sgdd/30_decoder: # transformers'",
+    'sgdd/30_decoder: # a fresh default decoder, too, tells its places apart'),
+    2: ('an empty canvas is symmetric: one word everywhere', 'absolute positions',
+    'sgdd/30_decoder: # a fresh default decoder, too, tells its places apart',
+    'tests/test_sgdd.py: def test_a_collapse_is_seen'),
+    3: ('random tokens in training, masks in sampling', 'masks in both',
+    'dev/22_migrate_sgdd: # flaw 3: where training'),
+    4: ('the time runs backwards in sampling', 'the share that is hidden',
+    'dev/22_migrate_sgdd: # flaw 4: the time that'),
+    5: ('a "cosine" that fills half of the canvas in the first call',
+    'the cosine, and none left at the end',
+    'sgdd/50_sampling: assert left[0] == n and left[-1] == 0'),
+    6: ('a second sampler that fills all at once', 'one sampler, against enumeration',
+    'sgdd/50_sampling: drawn = fill(Toy(), torch.zeros(20_000, 1), empty, everywhere, steps=T, '
+    'order='),
+    7: ('guidance on probabilities leaves the simplex', 'on log-probabilities',
+    'sgdd/50_sampling: test_close(guided(a, b, 2.).exp()'),
+    8: ('confidence of the favourite, not of the token drawn', "the drawn token's own",
+    'sgdd/50_sampling: # by confidence, one token a call: the surest place first, whatever was '
+    'drawn there'),
+    9: ('padding in the loss', 'none: a length head, and content alone is reported',
+    'sgdd/40_model: # padding plays no part'),
+    10: ('places beyond the end are never learned, and written',
+    'the canvas ends where the sentence does', 'sgdd/50_sampling: padding is never touched'),
+    11: ('validation shows the answer', 'hidden once, by a fixed seed',
+    'dev/22_migrate_sgdd: # flaw 11: validation hides')}
 
 # %% ../../nbs/dev/22_migrate_sgdd.ipynb #3acf3067
 FLAWS |= {
-    12: ('BLEU without a brevity penalty', "sacrebleu's", "sgdd/60_metrics: test_close(compute_bleu(a, b)['bleu'], by_hand(a, b)"),
-    13: ('embeddings are the first 512 of 768 columns', 'singular vectors', 'sgdd/30_decoder: assert lost < .01 < first'),
-    14: ('the time signal drowns the token', 'both scaled, or no time at all', 'dev/22_migrate_sgdd: # flaw 14: the time is no'),
-    15: ('norm after the sum, fp16, single-precision noise', 'norm before, bf16, noise in double', "sgdd/50_sampling: assert found['double'] > .01 and found['single'] < .01", 'lab/25_train_loop: # 7. half precision learns the same'),
-    16: ('zero stands for "no vector", and is one', 'a learned vector', 'sgdd/40_model: assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())'),
-    17: ('most of a vector is a common offset', 'standardised by the training set', 'sgdd/40_model: test_close(v.mean(0), torch.zeros(384)'),
-    18: ('a bottleneck against 17 takes the words away', 'none; what a vector tells is measured', "sgdd/60_metrics: assert found['nelbo_bits'] < 8"),
-    19: ('a modulation larger than the layers, without gates', 'linear, gated, zero at the start', 'dev/22_migrate_sgdd: # flaw 19: every layer'),
-    20: ('a question in training and in validation', 'split by connected component', "data/40_pairs: # an oracle: scipy's connected components"),
-    21: ('guidance of 2 for exact copies', 'none by default', 'dev/22_migrate_sgdd: # the preset is the plan, entry by entry', "sgdd/50_sampling: assert rows['16 calls'][0] > .5"),
-    22: ('no test of a trained model', 'sentences must come back, a collapse must be seen', "sgdd/50_sampling: assert rows['16 calls'][0] > .5", 'tests/test_sgdd.py: def test_a_collapse_is_seen')}
+    12: ('BLEU without a brevity penalty', "sacrebleu's",
+    "sgdd/60_metrics: test_close(compute_bleu(a, b)['bleu'], by_hand(a, b)"),
+    13: ('embeddings are the first 512 of 768 columns', 'singular vectors',
+    'sgdd/30_decoder: assert lost < .01 < first'),
+    14: ('the time signal drowns the token', 'both scaled, or no time at all',
+    'dev/22_migrate_sgdd: # flaw 14: the time is no'),
+    15: ('norm after the sum, fp16, single-precision noise', 'norm before, bf16, noise in double',
+    "sgdd/50_sampling: assert found['double'] > .01 and found['single'] < .01",
+    'lab/25_train_loop: # 7. half precision learns the same'),
+    16: ('zero stands for "no vector", and is one', 'a learned vector',
+    'sgdd/40_model: assert all(p.grad is not None and p.grad.isfinite().all() and '
+    'p.grad.abs().sum() > 0 for p in model.parameters())'),
+    17: ('most of a vector is a common offset', 'standardised by the training set',
+    'sgdd/40_model: test_close(v.mean(0), torch.zeros(384)'),
+    18: ('a bottleneck against 17 takes the words away', 'none; what a vector tells is measured',
+    "sgdd/60_metrics: assert found['nelbo_bits'] < 8"),
+    19: ('a modulation larger than the layers, without gates', 'linear, gated, zero at the start',
+    'dev/22_migrate_sgdd: # flaw 19: every layer'),
+    20: ('a question in training and in validation', 'split by connected component',
+    "data/40_pairs: # an oracle: scipy's connected components"),
+    21: ('guidance of 2 for exact copies', 'none by default',
+    'dev/22_migrate_sgdd: # the preset is the plan, entry by entry',
+    "sgdd/50_sampling: assert rows['16 calls'][0] > .5"),
+    22: ('no test of a trained model', 'sentences must come back, a collapse must be seen',
+    "sgdd/50_sampling: assert rows['16 calls'][0] > .5",
+    'tests/test_sgdd.py: def test_a_collapse_is_seen')}

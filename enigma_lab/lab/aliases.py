@@ -38,6 +38,7 @@ RENAMED = { # module as it is -> {name as it was: name as it is}
     'ddpm.train': dict(DDPMParts='DDPMTaskData', job='task', judge='evaluate',
         judge_ddpm='evaluate_ddpm', recipes='presets'),
     'lab.config': dict(make_from_recipe='make_from_preset'),
+    'lab.sweep': dict(cells='trials', cell_name='trial_name', run_cell='run_trial'),
     'lab.task': dict(Job='Task', best_look='best_val_loss', find_job='find_task', run_job='run_task'),
     'lm.attention': dict(widen='append_alibi'),
     'lm.fast_decode': dict(Memory='KVCache', Passage='CompiledBijection', leaves='flatten'),

@@ -14,15 +14,15 @@ import torch
 
 # %% ../../nbs/lab/20_launch.ipynb #973a41f1
 def rank()->int: # 0 … world size - 1
-    "This process's number among those that train together."
+    "Return this process's number among those that train together."
     return int(os.environ.get('RANK', 0))
 
 def world_size()->int: # at least 1
-    "How many processes train together."
+    "Count the processes that train together."
     return int(os.environ.get('WORLD_SIZE', 1))
 
 def local_rank()->int: # which of this machine's devices is ours
-    "This process's number on this machine."
+    "Return this process's number on this machine."
     return int(os.environ.get('LOCAL_RANK', 0))
 
 # %% ../../nbs/lab/20_launch.ipynb #50285115
@@ -33,9 +33,15 @@ def check_processes(
 )->int: # the size of the world
     "Count the processes; refuse what this machine does not have."
     devices = torch.cuda.device_count()
-    if gpus > devices: raise ValueError(f"gpus={gpus} asked, this machine has {devices} CUDA device(s); use -p gpus {devices}" + " (the CPU)"*(not devices))
-    if gpus < 0 or processes < 1 or nodes < 1: raise ValueError(f"gpus must be at least 0, processes and nodes at least 1, got gpus={gpus}, processes={processes}, nodes={nodes}")
-    if gpus and processes > 1: raise ValueError(f"processes are for the CPU, and gpus={gpus} starts a process for each device, got processes={processes}; use processes=1")
+    if gpus > devices: raise ValueError(
+        f"gpus={gpus} asked, this machine has {devices} CUDA device(s); "
+        f"use -p gpus {devices}" + " (the CPU)"*(not devices))
+    if gpus < 0 or processes < 1 or nodes < 1: raise ValueError(
+        "gpus must be at least 0, processes and nodes at least 1, "
+        f"got gpus={gpus}, processes={processes}, nodes={nodes}")
+    if gpus and processes > 1: raise ValueError(
+        f"processes are for the CPU, and gpus={gpus} starts a process for each device, "
+        f"got processes={processes}; use processes=1")
     return max(gpus, processes) * nodes
 
 # %% ../../nbs/lab/20_launch.ipynb #a1cad2d1
@@ -51,21 +57,30 @@ def launch(
     "Run a function in one process or in several that train together."
     world = check_processes(gpus, processes, nodes)
     if world == 1: return fn(*args)
-    if fn.__module__ == '__main__': raise ValueError(f"processes import the function they run, so it must be in a module, got {fn.__name__} of this notebook or script")
+    if fn.__module__ == '__main__': raise ValueError(
+        "processes import the function they run, so it must be in a module, "
+        f"got {fn.__name__} of this notebook or script")
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    config = LaunchConfig(min_nodes=nodes, max_nodes=nodes, nproc_per_node=world//nodes, run_id='enigma', start_method='spawn', max_restarts=0, monitor_interval=.2,
-        rdzv_backend='c10d' if nodes == 1 else 'static', rdzv_endpoint=master.replace('127.0.0.1:0', 'localhost:0'), rdzv_configs=dict(rank=node_rank, timeout=900))
+    config = LaunchConfig(min_nodes=nodes, max_nodes=nodes, nproc_per_node=world//nodes,
+        run_id='enigma', start_method='spawn', max_restarts=0, monitor_interval=.2,
+        rdzv_backend='c10d' if nodes == 1 else 'static',
+        rdzv_endpoint=master.replace('127.0.0.1:0', 'localhost:0'),
+        rdzv_configs=dict(rank=node_rank, timeout=900))
     try:
-        with same_signals(), quiet(logging.getLogger('torch.distributed.elastic')): return elastic_launch(config, _one_process)(fn, world, world//nodes, *args)[0]
+        with same_signals(), quiet(logging.getLogger('torch.distributed.elastic')):
+            return elastic_launch(config, _one_process)(fn, world, world//nodes, *args)[0]
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
-        raise RuntimeError(f"process {number} of {world} failed, and the others were stopped:\n{failure_text(failure)}") from None
+        raise RuntimeError(f"process {number} of {world} failed, "
+            f"and the others were stopped:\n{failure_text(failure)}") from None
 
 # %% ../../nbs/lab/20_launch.ipynb #4dccefea
 @contextmanager
-def quiet(logger):
-    "What a failed process says is said once, in the error that is raised."
+def quiet(
+    logger, # a Python logger
+):
+    "Silence a logger: what a failed process says is said once, in the error that is raised."
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try: yield
@@ -75,13 +90,16 @@ def quiet(logger):
 def same_signals():
     "Give signals back their handlers: the launcher puts its own in their place."
     if threading.current_thread() is not threading.main_thread(): return (yield)
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
+    before = {s: signal.getsignal(s) for s in signals}
     try: yield
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
+# %% ../../nbs/lab/20_launch.ipynb #f98ca41e
 def _one_process(fn, world, local_world, *args):
-    if world_size() != world: raise RuntimeError(f"a process must find itself among {world}, got a world of {world_size()}")
+    if world_size() != world: raise RuntimeError(
+        f"a process must find itself among {world}, got a world of {world_size()}")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     try: return fn(*args)
     finally:
@@ -90,6 +108,6 @@ def _one_process(fn, world, local_world, *args):
 def failure_text(
     failure, # torch's `ProcessFailure`
 )->str: # the traceback, or how the process ended
-    "What a failed process had to say."
+    "Extract what a failed process had to say."
     data = failure.error_file_data.get('message')
     return data['extraInfo']['py_callstack'] if isinstance(data, dict) else failure.message

@@ -16,7 +16,7 @@ def orthogonalise(
     M:Tensor, # (rows, columns)
     steps:int=5, # iterations
 )->Tensor: # the same shape; singular values near 1
-    "The nearest orthogonal matrix, roughly, by Newton-Schulz iteration (Jordan et al., Muon, 2024)."
+    "Approximate the nearest orthogonal matrix by Newton-Schulz (Jordan et al., Muon, 2024)."
     a, b, c = NS_COEFFICIENTS
     X = M.float() if M.device.type == 'cpu' else M.bfloat16()
     if M.shape[0] > M.shape[1]: X = X.T
@@ -28,9 +28,9 @@ def orthogonalise(
 
 # %% ../../nbs/lab/15_optimizer.ipynb #26778223
 class MuonAdamW(torch.optim.Optimizer):
-    "Muon (Jordan et al., 2024) in groups with `muon=True`, AdamW (arXiv:1711.05101) in the others."
+    "Apply Muon (Jordan et al., 2024) where `muon=True`, AdamW (arXiv:1711.05101) elsewhere."
     def __init__(self,
-        groups, # parameter groups; each has 'params' and 'muon', and may have its own 'lr' and 'weight_decay'
+        groups, # dicts of 'params' and 'muon', perhaps with their own 'lr', 'weight_decay'
         lr:float=5e-3, # learning rate of both kinds
         weight_decay:float=.01, # decoupled
         momentum:float=.95, # of Muon
@@ -38,12 +38,17 @@ class MuonAdamW(torch.optim.Optimizer):
         eps:float=1e-8, # of AdamW
     ):
         if lr < 0: raise ValueError(f"lr must be at least 0, got {lr}")
-        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, betas=betas, eps=eps, muon=False))
-        wrong = [tuple(p.shape) for g in self.param_groups if g['muon'] for p in g['params'] if p.ndim != 2]
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
+            betas=betas, eps=eps, muon=False))
+        wrong = [tuple(p.shape) for g in self.param_groups if g['muon']
+            for p in g['params'] if p.ndim != 2]
         if wrong: raise ValueError(f"Muon steps matrices, got parameters of shape {wrong}")
 
     @torch.no_grad()
-    def step(self, closure=None): # the loss, if `closure` computes one
+    def step(self,
+        closure=None, # computes the loss and its gradients; `None`: they are there
+    ): # the loss, if `closure` computes one
+        "Take one step with the gradients at hand."
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in group['params']:
@@ -58,7 +63,7 @@ def muon_step(
     state:dict, # its momentum
     group:dict, # lr and momentum
 ):
-    "Momentum with Nesterov's look ahead, orthogonalised."
+    "Update a matrix by its orthogonalised momentum, with Nesterov's look ahead."
     m = state.setdefault('momentum', torch.zeros_like(p))
     m.lerp_(p.grad, 1 - group['momentum'])
     update = orthogonalise(p.grad.lerp(m, group['momentum']))
@@ -69,7 +74,7 @@ def adamw_step(
     state:dict, # step and two moments
     group:dict, # lr, betas and eps
 ):
-    "Adam with bias correction (arXiv:1412.6980, algorithm 1)."
+    "Update a parameter by Adam with bias correction (arXiv:1412.6980, algorithm 1)."
     b1, b2 = group['betas']
     m, v = (state.setdefault(k, torch.zeros_like(p)) for k in ('mean', 'square'))
     t = state['step'] = state.get('step', 0) + 1
@@ -84,10 +89,12 @@ def make_optimizer(
     weight_decay:float=.05, # of linear maps and embeddings
     muon:bool=True, # False: AdamW for matrices too
 )->MuonAdamW: # over all parameters that are trained
-    "Linear layers' weights to Muon, all else to AdamW; decay for maps and embeddings alone."
-    maps = {id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.endswith('lm_head')}
+    "Give linear layers' weights to Muon, all else to AdamW; decay maps and embeddings alone."
+    maps = {id(m.weight) for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and not name.endswith('lm_head')}
     rows = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     kind = lambda p: 'rows' if id(p) in rows else 'maps' if id(p) in maps else 'rest'
-    groups = {name: [p for p in model.parameters() if p.requires_grad and kind(p) == name] for name in ('maps', 'rows', 'rest')}
-    return MuonAdamW([dict(params=groups['maps'], muon=muon), dict(params=groups['rows']), dict(params=groups['rest'], weight_decay=0.)],
-        learning_rate, weight_decay)
+    groups = {name: [p for p in model.parameters() if p.requires_grad and kind(p) == name]
+        for name in ('maps', 'rows', 'rest')}
+    return MuonAdamW([dict(params=groups['maps'], muon=muon), dict(params=groups['rows']),
+        dict(params=groups['rest'], weight_decay=0.)], learning_rate, weight_decay)

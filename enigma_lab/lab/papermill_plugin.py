@@ -17,27 +17,34 @@ from .runs import new_run_dir
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #9cfa073e
 OPTIONS = {
     2: ['--parameters -p', '--parameters_raw -r'],
-    1: ['--parameters_file -f', '--parameters_yaml -y', '--parameters_base64 -b', '--engine', '--autosave-cell-every', '--kernel -k',
-        '--language -l', '--cwd', '--stdout-file', '--stderr-file', '--log-level', '--start-timeout --start_timeout', '--execution-timeout'],
-    0: ['--help -h', '--help-notebook', '--version', '--inject-input-path', '--inject-output-path', '--inject-paths',
-        '--request-save-on-cell-execute/--no-request-save-on-cell-execute', '--prepare-only/--prepare-execute',
-        '--progress-bar/--no-progress-bar', '--log-output/--no-log-output', '--report-mode/--no-report-mode']}
+    1: ['--parameters_file -f', '--parameters_yaml -y', '--parameters_base64 -b', '--engine',
+    '--autosave-cell-every', '--kernel -k',
+        '--language -l', '--cwd', '--stdout-file', '--stderr-file', '--log-level',
+        '--start-timeout --start_timeout', '--execution-timeout'],
+    0: ['--help -h', '--help-notebook', '--version', '--inject-input-path', '--inject-output-path',
+    '--inject-paths',
+        '--request-save-on-cell-execute/--no-request-save-on-cell-execute',
+        '--prepare-only/--prepare-execute',
+        '--progress-bar/--no-progress-bar', '--log-output/--no-log-output',
+        '--report-mode/--no-report-mode']}
 
 def read_command_line(
     words:list[str], # what follows `papermill`
 )->dict: # `paths`: the words that belong to no option; and every option by its name
-    "Read a papermill command line with papermill's own reader, click; a line that papermill would refuse raises `click.UsageError`."
+    "Read a papermill command line with click, as papermill does; raise its `UsageError`s."
     import click
-    params = [click.Option(names.split(), nargs=n, multiple=True) if n else click.Option(names.split(), is_flag=True, default=None)
+    params = [click.Option(names.split(), nargs=n, multiple=True)
+        if n else click.Option(names.split(), is_flag=True, default=None)
               for n in OPTIONS for names in OPTIONS[n]]
-    command = click.Command('papermill', params=[*params, click.Argument(['paths'], nargs=-1)], add_help_option=False)
+    command = click.Command('papermill', params=[*params, click.Argument(['paths'], nargs=-1)],
+        add_help_option=False)
     return command.make_context('papermill', list(words)).params
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #bf9cf98d
 def given_parameters(
     options:dict, # from `read_command_line`
 )->list[str]: # names
-    "The parameters that a papermill command line sets."
+    "List the parameters that a papermill command line sets."
     return [name for name, _ in given_values(options)]
 
 def given_note(
@@ -70,8 +77,8 @@ NO_RUN = ['help', 'help_notebook', 'version', 'prepare_only'] # options that do 
 def is_papermill(
     argv:list[str], # sys.argv
     orig_argv:list[str], # sys.orig_argv
-)->bool:
-    "Whether this process was started as `papermill …` or `python -m papermill …`."
+)->bool: # whether papermill reads this command line
+    "Check that this process was started as `papermill …` or `python -m papermill …`."
     if argv[0] == '-m': return orig_argv[-len(argv)].removeprefix('-m') == 'papermill'
     return Path(argv[0]).stem == 'papermill'
 
@@ -79,12 +86,13 @@ def our_run(
     argv:list[str], # sys.argv
     orig_argv:list[str], # sys.orig_argv
 )->tuple[Path,dict]|None: # the notebook and papermill's options; `None`: leave it to papermill
-    "The run of one of our notebooks that a command line asks for without saying where to."
+    "Find the run of one of our notebooks that a command line asks for without saying where to."
     try:
         if not is_papermill(argv, orig_argv): return None
         options = read_command_line(argv[1:])
         notebook, = map(Path, options['paths'])
-        return (notebook, options) if checkout_of(notebook) and not any(options[name] for name in NO_RUN) else None
+        return (notebook, options) if checkout_of(notebook) and not any(options[name]
+            for name in NO_RUN) else None
     except Exception: return None
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #07878df3
@@ -92,10 +100,11 @@ def run_folder(
     notebook:Path, # one of ours
     note:str='', # appended to a new folder's name
 )->Path: # an empty folder
-    "The folder of this run: the one prepared in `ENIGMA_RUN_DIR`, else a new one."
+    "Choose the folder of this run: the one prepared in `ENIGMA_RUN_DIR`, else a new one."
     os.environ['ENIGMA_RUNS'] = os.environ.get('ENIGMA_RUNS') or str(checkout_of(notebook)/'runs')
     given = Path(os.environ.get('ENIGMA_RUN_DIR', ''))
-    if given.parent.name == notebook.stem and given.is_dir() and not any(given.iterdir()): return given.resolve()
+    if given.parent.name == notebook.stem and given.is_dir() and not any(given.iterdir()):
+        return given.resolve()
     return new_run_dir(notebook.stem, note)
 
 def watch(
@@ -109,7 +118,7 @@ def watch(
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #0405de7b
 def default_output():
-    "Give a papermill command on one of our notebooks the output path that it lacks; do nothing in any other process."
+    "Give papermill on one of our notebooks the output path that it lacks; else do nothing."
     found = our_run(sys.argv, sys.orig_argv)
     if found is None: return
     notebook, options = found
@@ -124,7 +133,8 @@ def default_output():
     sys.argv.append(str(run_dir/notebook.name))
     shown = run_dir.relative_to(Path.cwd()) if Path.cwd() in run_dir.parents else run_dir
     print(f'enigma-lab: this run is recorded in {shown}', file=sys.stderr)
-    if options['progress_bar'] is None and not sys.stderr.isatty(): sys.argv.insert(1, '--no-progress-bar')
+    if options['progress_bar'] is None and not sys.stderr.isatty():
+        sys.argv.insert(1, '--no-progress-bar')
     if options['progress_bar'] is not False: watch(run_dir)
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #56ccfa6c

@@ -9,25 +9,29 @@ __all__ = ['palette', 'setup', 'show_matrix', 'plot_curves']
 palette = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
 
 def setup():
-    "Give matplotlib the house style: quiet axes, the palette of Okabe and Ito (2008)."
+    "Set the house style of matplotlib: quiet axes, the palette of Okabe and Ito (2008)."
     import matplotlib as mpl
     from cycler import cycler
     mpl.rcParams.update({
-        'figure.figsize': (6, 3), 'figure.dpi': 100, 'savefig.dpi': 100, 'figure.constrained_layout.use': True,
-        'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25, 'axes.axisbelow': True,
-        'axes.prop_cycle': cycler(color=palette), 'lines.linewidth': 1.6, 'font.size': 9, 'axes.titlesize': 10,
+        'figure.figsize': (6, 3), 'figure.dpi': 100, 'savefig.dpi': 100,
+        'figure.constrained_layout.use': True,
+        'axes.spines.top': False, 'axes.spines.right': False,
+        'axes.grid': True, 'grid.alpha': .25, 'axes.axisbelow': True,
+        'axes.prop_cycle': cycler(color=palette), 'lines.linewidth': 1.6,
+        'font.size': 9, 'axes.titlesize': 10,
         'image.cmap': 'Greys', 'image.interpolation': 'nearest', 'legend.frameon': False})
 
 # %% ../../nbs/lab/05_plot.ipynb #f4bcc6bf
 def show_matrix(
     matrix, # (rows, columns), a tensor or array
-    title:str='',
+    title:str='', # text above the image
     ax=None, # matplotlib axes; `None` makes new ones
     signed:bool=False, # red below zero, blue above
 ): # the axes drawn on
     "Draw a matrix as an image, its largest magnitude black (or fully coloured)."
     import matplotlib.pyplot as plt
-    if getattr(matrix, 'ndim', 0) != 2: raise ValueError(f"a matrix has two axes, got shape {tuple(getattr(matrix, 'shape', ()))}")
+    if getattr(matrix, 'ndim', 0) != 2: raise ValueError(
+        f"a matrix has two axes, got shape {tuple(getattr(matrix, 'shape', ()))}")
     if hasattr(matrix, 'detach'): matrix = matrix.detach().cpu().numpy()
     ax = ax or plt.subplots(figsize=(2.2, 2.2))[1]
     top = float(abs(matrix).max()) or 1.
@@ -41,7 +45,7 @@ def show_matrix(
 def plot_curves(
     rows:list, # dicts, e.g. `{'step': 10, 'loss': 1.2}`; a row may lack some columns
     columns:list, # the columns to draw
-    ylabel:str='',
+    ylabel:str='', # text beside the vertical axis
     ax=None, # matplotlib axes; `None` makes new ones
     x:str='step', # the column on the horizontal axis
 ): # the axes drawn on
@@ -50,7 +54,8 @@ def plot_curves(
     ax = ax or plt.subplots()[1]
     for column in columns:
         points = [(row[x], row[column]) for row in rows if x in row and row.get(column) is not None]
-        if points: ax.plot(*zip(*points), label=column, marker='o' if len(points) < 30 else None, markersize=3)
+        if points: ax.plot(*zip(*points), label=column,
+            marker='o' if len(points) < 30 else None, markersize=3)
     ax.set(xlabel=x, ylabel=ylabel)
     if ax.lines: ax.legend()
     return ax

@@ -21,26 +21,33 @@ def halve(
     "Copy a file of weights in bfloat16."
     from safetensors import safe_open
     from safetensors.torch import save_file
-    with safe_open(path, 'pt') as f: weights, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
-    save_file({name: w.bfloat16() if w.is_floating_point() else w for name, w in weights.items()}, to, about)
+    with safe_open(path, 'pt') as f:
+        weights, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+    short = {name: w.bfloat16() if w.is_floating_point() else w for name, w in weights.items()}
+    save_file(short, to, about)
 
-def folder_bytes(path:Path)->int:
-    "What a folder's files hold together."
+def folder_bytes(
+    path:Path, # of the folder
+)->int: # bytes
+    "Sum the sizes of a folder's files."
     return sum(f.stat().st_size for f in Path(path).rglob('*') if f.is_file())
 
 # %% ../../nbs/lab/12_showcase.ipynb #654cab82
 def make_showcase(
     run:Run, # finished, with a checkpoint
     name:str, # of the showcase
-    more:dict|None=None, # further files, kept as they are, and folders, whose weights are halved: name -> path
+    more:dict|None=None, # name -> path of a file, kept as it is, or a folder, weights halved
 )->Run: # under runs/showcase/
     "Keep a run in the repository, whole or not at all."
-    if not run.finished or not run.checkpoint.is_dir(): raise ValueError(f"a showcase is made of a finished run with a checkpoint, got {run.name}")
+    if not run.finished or not run.checkpoint.is_dir(): raise ValueError(
+        f"a showcase is made of a finished run with a checkpoint, got {run.name}")
     path = runs_root()/'showcase'/name
-    if path.exists(): raise FileExistsError(f"a showcase is not overwritten, and {path} exists: remove it first")
+    if path.exists(): raise FileExistsError(
+        f"a showcase is not overwritten, and {path} exists: remove it first")
     part = path.with_name(path.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(run.path, part, ignore=shutil.ignore_patterns('checkpoints', 'tensorboard', 'wandb', '*.ipynb', '*.safetensors'))
+    shutil.copytree(run.path, part, ignore=shutil.ignore_patterns(
+        'checkpoints', 'tensorboard', 'wandb', '*.ipynb', '*.safetensors'))
     for f in run.checkpoint.rglob('*.safetensors'): halve(f, part/f.relative_to(run.path))
     for where, source in (more or {}).items():
         if Path(source).is_file(): shutil.copy2(source, part/where); continue

@@ -18,7 +18,7 @@ from torch import Tensor
 def half_width(
     x, # numbers, without gaps
 )->float: # nan: fewer than two numbers have none
-    "Half the 95 % interval of a mean (Student, Biometrika 6, 1908)."
+    "Compute half the width of a mean's 95 % interval (Student, Biometrika 6, 1908)."
     from scipy import stats
     x = [float(v) for v in x]
     if len(x) < 2: return nan
@@ -26,23 +26,24 @@ def half_width(
 
 # %% ../../nbs/lab/08_stats.ipynb #04f7be56
 def paired_differences(
-    scores, # a DataFrame: a row for each seed, a column for each variant; nan where there is none
+    scores, # a DataFrame: a row per seed, a column per variant; nan where there is none
     base:str, # the variant that the others are compared with
-): # a DataFrame, a row for each variant: mean, seeds, difference (variant - base), from, to
-    "Means, and paired differences to one variant with their 95 % intervals (Student's t)."
+): # a DataFrame, a row per variant: mean, seeds, difference (variant - base), from, to
+    "Compute means, and paired differences to one variant with 95 % intervals (Student's t)."
     import pandas as pd
     rows = {}
     for name in scores:
         more = (scores[name] - scores[base]).dropna() if base in scores and name != base else []
         difference, half = (more.mean(), half_width(more)) if len(more) else (nan, nan)
-        rows[name] = dict(mean=scores[name].mean(), seeds=scores[name].count(), difference=difference, **{'from': difference - half, 'to': difference + half})
+        rows[name] = dict(mean=scores[name].mean(), seeds=scores[name].count(),
+            difference=difference, **{'from': difference - half, 'to': difference + half})
     return pd.DataFrame(rows).T.astype({'seeds': int})
 
 # %% ../../nbs/lab/08_stats.ipynb #fb40f4fd
 def median_interval(
     x, # numbers
-)->tuple[float,float]: # from, to
-    "Where the median of the population lies, at 95 % confidence (binomial ranks, scipy); of fewer than six numbers the extremes."
+)->tuple[float,float]: # from, to; of fewer than six numbers the extremes
+    "Compute the 95 % interval of the population's median (binomial ranks, scipy)."
     from scipy import stats
     low, high = stats.quantile_test(x, p=.5).confidence_interval(.95)
     return (min(x) if low != low else low), (max(x) if high != high else high)
@@ -52,31 +53,37 @@ def unit_means(
     losses:Tensor, # (R·U,) of samples, pass after pass over the units, as `fixed_batches` has them
     units:int|None=None, # U; `None`: each sample is its own
 )->np.ndarray: # (U,) float64
-    "One loss for each image."
-    losses = np.asarray(losses.detach().cpu() if isinstance(losses, Tensor) else losses, dtype=float).reshape(-1)
+    "Average the losses of each unit, such as an image."
+    losses = losses.detach().cpu() if isinstance(losses, Tensor) else losses
+    losses = np.asarray(losses, dtype=float).reshape(-1)
     U = units or len(losses)
     if U < 2: raise ValueError(f"an interval needs two units at least, got {U}")
-    if len(losses) % U: raise ValueError(f"the samples must be whole passes over units={U}, got {len(losses)}")
+    if len(losses) % U: raise ValueError(
+        f"the samples must be whole passes over units={U}, got {len(losses)}")
     return losses.reshape(-1, U).mean(0)
 
+# %% ../../nbs/lab/08_stats.ipynb #9664c1dc
 def resampled_means(
     losses:dict, # name -> (R·U,) losses of the same samples in the same order
     units:int|None=None, # U; `None`: each sample is its own
-    resamples:int=2000,
-    seed:int=0,
-)->tuple[dict,dict]: # name -> mean; name -> (resamples,) means of units drawn again, the same for all
-    "Means, and what they might have been (Efron's bootstrap, paired)."
+    resamples:int=2000, # number of draws
+    seed:int=0, # of the draws
+)->tuple[dict,dict]: # name -> mean; name -> (resamples,) means of units drawn again
+    "Compute means, and what they might have been (Efron's bootstrap, the same draws for all)."
     table = {name: unit_means(values, units) for name, values in losses.items()}
-    if len(sizes := {len(v) for v in table.values()}) > 1: raise ValueError(f"paired losses must be of the same samples, got {sorted(sizes)} of them")
+    if len(sizes := {len(v) for v in table.values()}) > 1: raise ValueError(
+        f"paired losses must be of the same samples, got {sorted(sizes)} of them")
     U = sizes.pop()
-    counts = np.random.default_rng(seed).multinomial(U, np.full(U, 1/U), size=resamples)   # how often each unit is drawn
-    return {name: v.mean() for name, v in table.items()}, {name: counts @ v / U for name, v in table.items()}
+    # how often each unit is drawn
+    counts = np.random.default_rng(seed).multinomial(U, np.full(U, 1/U), size=resamples)
+    means = {name: v.mean() for name, v in table.items()}
+    return means, {name: counts @ v / U for name, v in table.items()}
 
 def interval(
     resampled:np.ndarray, # what a number might have been
     level:float=.05, # share outside
 )->tuple[float,float]: # from, to
-    "The middle of what might have been."
+    "Find the middle of what might have been."
     return tuple(float(q) for q in np.quantile(resampled, [level/2, 1 - level/2]))
 
 # %% ../../nbs/lab/08_stats.ipynb #4d1f0a47
@@ -84,39 +91,43 @@ def paired_difference(
     a:Tensor, # (R·U,) losses of one model
     b:Tensor, # (R·U,) of another, on the same samples in the same order
     units:int|None=None, # U; `None`: each sample is its own
-    resamples:int=2000,
-    seed:int=0,
+    resamples:int=2000, # number of the bootstrap's draws
+    seed:int=0, # of the draws
 )->tuple[float,float,float]: # mean of a - b, from, to
-    "How much more one model loses, with its 95 % interval."
+    "Compute how much more one model loses, with its 95 % interval."
     mean, again = resampled_means(dict(a=a, b=b), units, resamples, seed)
     return float(mean['a'] - mean['b']), *interval(again['a'] - again['b'])
 
+# %% ../../nbs/lab/08_stats.ipynb #1058e509
 def gap_recovered(
     dense:Tensor, # (R·U,) losses of the model without a mask
     initial:Tensor, # (R·U,) with the mask it started from
     learned:Tensor, # (R·U,) with the mask that was learned
     units:int|None=None, # U; `None`: each sample is its own
-    resamples:int=2000,
-    seed:int=0,
+    resamples:int=2000, # number of the bootstrap's draws
+    seed:int=0, # of the draws
 )->tuple[float,float,float]: # share: 0 as initial, 1 as dense; from, to
-    "How much of what the initial mask costs is won back, with its 95 % interval."
-    mean, again = resampled_means(dict(dense=dense, initial=initial, learned=learned), units, resamples, seed)
+    "Compute which share of the initial mask's cost is won back, with its 95 % interval."
+    losses = dict(dense=dense, initial=initial, learned=learned)
+    mean, again = resampled_means(losses, units, resamples, seed)
     share = lambda m: (m['initial'] - m['learned'])/(m['initial'] - m['dense'])
     low, high = interval(again['initial'] - again['dense'])
-    if low <= 0: raise ValueError(f"a share needs a gap: the initial mask must lose more than the dense model, got a difference from {low:.3g} to {high:.3g}")
+    if low <= 0: raise ValueError("a share needs a gap: the initial mask must lose more than "
+        f"the dense model, got a difference from {low:.3g} to {high:.3g}")
     return float(share(mean)), *interval(share(again))
 
 # %% ../../nbs/lab/08_stats.ipynb #b084aa4c
 def bootstrap(
     values, # one number for each sentence
-    resamples:int=2000,
-    seed:int=0,
+    resamples:int=2000, # number of draws
+    seed:int=0, # of the draws
 )->tuple[float,float,float]: # mean, from, to
-    "A mean with its 95 % interval over sentences (Efron's percentile bootstrap)."
+    "Compute a mean with its 95 % interval over sentences (Efron's percentile bootstrap)."
     from scipy import stats
     values = np.asarray(values, dtype=float)
     if len(values) < 2 or np.ptp(values) == 0: return (float(values.mean()),)*3
-    found = stats.bootstrap((values,), np.mean, n_resamples=resamples, method='percentile', rng=np.random.default_rng(seed)).confidence_interval
+    found = stats.bootstrap((values,), np.mean, n_resamples=resamples, method='percentile',
+        rng=np.random.default_rng(seed)).confidence_interval
     return float(values.mean()), float(found.low), float(found.high)
 
 # %% ../../nbs/lab/08_stats.ipynb #b08482b3
@@ -127,9 +138,11 @@ def minimal_detectable_effect(
     level:float=.05, # of a two-sided test
     power:float=.8, # probability of finding the effect
 )->float: # in the unit of the loss
-    "The smallest difference that these samples would probably show."
-    if not (0 < level < 1 and 0 < power < 1): raise ValueError(f"level and power must lie between 0 and 1, got {level} and {power}")
+    "Estimate the smallest difference that these samples would probably show."
+    if not (0 < level < 1 and 0 < power < 1): raise ValueError(
+        f"level and power must lie between 0 and 1, got {level} and {power}")
     a, b = unit_means(a, units), unit_means(b, units)
-    if len(a) != len(b): raise ValueError(f"paired losses must be of the same samples, got {len(a)} and {len(b)}")
+    if len(a) != len(b): raise ValueError(
+        f"paired losses must be of the same samples, got {len(a)} and {len(b)}")
     z = NormalDist().inv_cdf
     return (z(1 - level/2) + z(power))*float((a - b).std(ddof=1))/math.sqrt(len(a))

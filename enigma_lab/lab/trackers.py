@@ -18,29 +18,38 @@ def check_tracker(
     kind:str, # 'none' | 'wandb' | 'tensorboard'
 ):
     "Refuse a tracker that cannot be had."
-    if kind not in ('none', 'wandb', 'tensorboard'): raise ValueError(f"tracker must be 'none', 'wandb' or 'tensorboard', got {kind!r}")
+    if kind not in ('none', 'wandb', 'tensorboard'): raise ValueError(
+        f"tracker must be 'none', 'wandb' or 'tensorboard', got {kind!r}")
     if kind != 'none' and not getattr(find_spec(kind), 'origin', None):
-        raise ModuleNotFoundError(f"tracker={kind!r} needs a package that is not installed: pip install 'enigma_lab[dev]'", name=kind)
+        raise ModuleNotFoundError(f"tracker={kind!r} needs a package that is not installed: "
+            "pip install 'enigma_lab[dev]'", name=kind)
 
 # %% ../../nbs/lab/22_trackers.ipynb #4e023784
 def _warn(event, error):
-    "One line, whatever the error has to say."
-    logging.getLogger(__name__).warning(f"tracker {event}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+    "Log one line, whatever the error has to say."
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    logging.getLogger(__name__).warning(f"tracker {event}: {reason}")
 
+# %% ../../nbs/lab/22_trackers.ipynb #843d58cb
 class Tracker:
-    "Copies of a run's numbers, kept elsewhere."
+    "Copy a run's numbers to another place."
     def __init__(self,
         write=None, # `write(step, numbers)`; `None`: nothing is copied
         close=None, # `close(failed)`
     ):
         self.write, self.close, self.on = write, close, write is not None
 
-    def log(self, step, **numbers):
+    def log(self,
+        step, # number of the update
+        **numbers, # by name; what is no number is left out
+    ):
         "Copy the numbers of one step."
         if self.on: self._attempt(lambda: self.write(step, {k: float(v) for k, v in numbers.items()
             if isinstance(v, Real) or getattr(v, 'ndim', None) == 0}))
 
-    def finish(self, failed=False):
+    def finish(self,
+        failed=False, # whether the run ended in an error
+    ):
         "Hand over what is left and close; a second time does nothing."
         close, self.close = self.close, None
         if close: self._attempt(lambda: close(failed))
@@ -57,11 +66,12 @@ class Tracker:
 
 # %% ../../nbs/lab/22_trackers.ipynb #66eafebe
 def _tensorboard(run, project, experiment):
-    "Event files in `tensorboard/` of the run."
+    "Open event files in `tensorboard/` of the run."
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(run.path/'tensorboard', flush_secs=10)
     config = json.dumps(dict(run.config, project=project, experiment=experiment), indent=1)
-    writer.add_text('config', '    ' + config.replace('\n', '\n    '))  # indented: code, to Markdown
+    # indented: code, to Markdown
+    writer.add_text('config', '    ' + config.replace('\n', '\n    '))
 
     def write(step, numbers):
         for name, value in numbers.items(): writer.add_scalar(name, value, step)
@@ -69,17 +79,21 @@ def _tensorboard(run, project, experiment):
 
 # %% ../../nbs/lab/22_trackers.ipynb #c6f00bb8
 def _wandb(run, project, experiment):
-    "A wandb run, online where a key and a server are."
+    "Open a wandb run, online where a key and a server are."
     import wandb
-    settings = wandb.Settings(init_timeout=10, finish_timeout=10, quiet=True, console='off', x_disable_meta=True)
-    start = partial(wandb.init, dir=run.path, project=project, name=experiment, config=run.config, reinit='create_new', settings=settings)
+    settings = wandb.Settings(init_timeout=10, finish_timeout=10, quiet=True, console='off',
+        x_disable_meta=True)
+    start = partial(wandb.init, dir=run.path, project=project, name=experiment,
+        config=run.config, reinit='create_new', settings=settings)
     try:
         mode = os.environ.get('WANDB_MODE') or wandb.setup().settings.mode
-        backend = start(mode='offline' if mode == 'online' and not wandb.login(prompt=False) else mode)
+        no_key = mode == 'online' and not wandb.login(prompt=False)
+        backend = start(mode='offline' if no_key else mode)
     except Exception as error:
         _warn("wandb is not reached and goes on offline", error)
         backend = start(mode='offline')
-    return lambda step, numbers: backend.log(numbers, step=step), lambda failed: backend.finish(exit_code=int(failed))
+    write = lambda step, numbers: backend.log(numbers, step=step)
+    return write, lambda failed: backend.finish(exit_code=int(failed))
 
 # %% ../../nbs/lab/22_trackers.ipynb #c82c11a4
 OPENERS = dict(none=lambda run, project, experiment: (), tensorboard=_tensorboard, wandb=_wandb)

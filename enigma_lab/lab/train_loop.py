@@ -22,7 +22,7 @@ def update_batches(
     windows:int, # in the training set
     config:TrainingConfig, # batch, accumulation and seed
 )->tuple[torch.Tensor]: # at most `gradient_accumulation_steps` batches of window numbers
-    "Which windows update number `step` sees."
+    "Choose the windows that update number `step` sees."
     B, A = config.batch_size, config.accumulation
     epoch, update = divmod(step, math.ceil(math.ceil(windows/B) / A))
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(config.seed + epoch))
@@ -33,21 +33,25 @@ def train_loop(
     model:nn.Module, # `forward(**batch)` gives a loss
     train:Dataset, # windows with 'labels'
     config:TrainingConfig, # batch, accumulation, schedule, precision
-    steps:int|None=None, # stop here although the schedule goes on; `None`: at its end
+    steps:int|None=None, # updates, although the schedule goes on; `None`: to its end
     state:dict|None=None, # what an earlier call returned; `None`: begin
-)->tuple[list[float],dict]: # loss of each update, nats per target; the state to save and to resume from
+)->tuple[list[float],dict]: # loss of each update, nats per target; the state to resume from
     "Train a model: the whole procedure, visible."
     device, total = next(model.parameters()).device, count_steps(config, len(train))
     amp = dict(bf16=torch.bfloat16, fp16=torch.float16).get(config.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, config.optimizer == 'muon')
+    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay,
+        config.optimizer == 'muon')
     first, losses = 0, []
     if state:
-        model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer']); scaler.load_state_dict(state['scaler'])
+        model.load_state_dict(state['model'])
+        optimizer.load_state_dict(state['optimizer'])
+        scaler.load_state_dict(state['scaler'])
         torch.set_rng_state(state['random']); first = state['step']
     model.train()
     for step in range(first, min(total, steps or total)):
-        batches = [{k: torch.stack([train[i][k] for i in ids]).to(device) for k in train[0]} for ids in update_batches(step, len(train), config)]
+        batches = [{k: torch.stack([train[i][k] for i in ids]).to(device) for k in train[0]}
+            for ids in update_batches(step, len(train), config)]
         targets = sum((batch['labels'][:, 1:] != -100).sum() for batch in batches)
         losses.append(0.)
         for batch in batches:
@@ -57,8 +61,10 @@ def train_loop(
             losses[-1] += loss.item()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        for group in optimizer.param_groups: group['lr'] = config.learning_rate * rate_factor(step, step/total, config)
+        for group in optimizer.param_groups:
+            group['lr'] = config.learning_rate * rate_factor(step, step/total, config)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    return losses, dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), random=torch.get_rng_state(), step=step + 1)
+    return losses, dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+        scaler=scaler.state_dict(), random=torch.get_rng_state(), step=step + 1)
