@@ -36,13 +36,8 @@ def load_masked(
     for name in ('initial', 'learned'): need(found, f'{name}_masks.safetensors', 'learn')
     own = found.path/'dense'
     unet, scheduler = load_pipeline(own if own.is_dir() else found.config['model'])
-<<<<<<< HEAD
     parts = dict(config=config_of(found), unet=unet, scheduler=scheduler)
     models = three_models(found, MaskTask(**parts, images=None, train=None))
-=======
-    models = three_models(found,
-        MaskTask(config=config_of(found), unet=unet, scheduler=scheduler, images=None, train=None))
->>>>>>> w_lab
     if not own.is_dir(): check_dense(found, models['learned'])
     return models, scheduler, about(found)
 
@@ -67,16 +62,9 @@ def check_dense(
     saved = load_pipeline(run)[0].state_dict()
     now = remove_masks(deepcopy(learned)).state_dict()
     for name, w in saved.items():
-<<<<<<< HEAD
         if torch.equal(w, now[name]): continue
         raise ValueError("a mask must be shown on the model it was learned on, got other weights "
             f"of {name!r} in the dense model {run.config['model']!r} than in {run.name}")
-=======
-        if not torch.equal(w, now[name]):
-            raise ValueError(
-                "a mask must be shown on the model it was learned on, got other weights of "
-                f"{name!r} in the dense model {run.config['model']!r} than in {run.name}")
->>>>>>> w_lab
 
 def about(
     run:Run, # run of train_maskpro
@@ -85,16 +73,11 @@ def about(
     c, m = run.config, run.metrics
     gap = 'gap_recovered is not in its metrics'
     if 'gap_recovered' in m:
-<<<<<<< HEAD
         interval = f"95 % interval {m['gap_recovered_from']:.2f} to {m['gap_recovered_to']:.2f}"
         split = m.get('split', 'held-out')
         gap = f"gap_recovered {m['gap_recovered']:.2f} ({interval}) on {split} images"
     learned = f"learned on {c['dataset']} with the estimator {c['estimator']!r}"
     return f"{run.name}: {c['n']}:{c['m']} masks, {learned}; {gap}"
-=======
-        gap = f"gap_recovered {m['gap_recovered']:.2f} (95 % interval {m['gap_recovered_from']:.2f} to {m['gap_recovered_to']:.2f}) on {m.get('split', 'held-out')} images"
-    return f"{run.name}: {c['n']}:{c['m']} masks, learned on {c['dataset']} with the estimator {c['estimator']!r}; {gap}"
->>>>>>> w_lab
 
 # %% ../../nbs/apps/50_masks.ipynb #b9f1fc1a
 def denoise(
@@ -126,17 +109,11 @@ def picture(
     image, file = Image.fromarray(pixels), io.BytesIO()
     if palette: image.putpalette(bytes.fromhex(''.join(palette).replace('#', '')))
     image.save(file, 'png')
-<<<<<<< HEAD
     data = base64.b64encode(file.getvalue()).decode()
     style = (f'width:{zoom*image.width}px;max-width:100%;image-rendering:pixelated;'
         'margin:0;display:block')
     return (f'<img alt="{html.escape(says)}" src="data:image/png;base64,{data}" '
         f'style="{style}">')
-=======
-    return (f'<img alt="{html.escape(says)}" '
-        f'src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" '
-        f'style="width:{zoom*image.width}px;max-width:100%;image-rendering:pixelated;margin:0;display:block">')
->>>>>>> w_lab
 
 def image_row(
     x:Tensor, # (N, C, H, W) images; what lies beyond [-1, 1] is clipped
@@ -154,7 +131,6 @@ def show_step(
     frames:dict, # name of a model -> frames, of `denoise`
     step:int, # number of steps done; 0: the noise
 )->str: # HTML
-<<<<<<< HEAD
     "Draw a row of images for each model."
     head = '<th style="text-align:right;font-weight:normal;padding:2px .6em 2px 0">'
     def line(name, x):
@@ -167,33 +143,14 @@ def show_step(
 # %% ../../nbs/apps/50_masks.ipynb #3ca4a78e
 CASES = {'dropped by both': '#8a8a8a', 'lost': '#d55e00', 'gained': '#009e73',
     'kept by both': '#0072b2'} # initial + 2 · learned -> colour
-=======
-    "A row of images for each model."
-    rows = ''.join(
-        '<tr><th style="text-align:right;font-weight:normal;padding:2px .6em 2px '
-        f'0">{html.escape(name)}</th>'
-        f'<td style="padding:2px 0">{image_row(x[step], f"{name}, after step {step}")}</td></tr>'
-        for name, x in frames.items())
-    return f'<table class="masks-rows" style="border-collapse:collapse;margin:0">{rows}</table>'
-
-# %% ../../nbs/apps/50_masks.ipynb #3ca4a78e
-# initial + 2 · learned -> colour
-CASES = {'dropped by both': '#8a8a8a', 'lost': '#d55e00', 'gained': '#009e73',
-    'kept by both': '#0072b2'}
->>>>>>> w_lab
 
 def mask_cases(
     models:dict, # 'initial', 'learned' -> UNet2DModel with masks
 )->dict: # name of a layer -> (out, in, …) int64, places in `CASES`
     "Return what became of each weight."
     before, now = find_masks(models['initial']), find_masks(models['learned'])
-<<<<<<< HEAD
     cases = now.unpack(before.values() + 2*now.values())
     return {name: case.long() for name, case in cases.items()}
-=======
-    return {name: case.long()
-        for name, case in now.unpack(before.values() + 2*now.values()).items()}
->>>>>>> w_lab
 
 def legend(
     cases:Tensor, # (out, in, …) places in `CASES` of a layer
@@ -201,16 +158,10 @@ def legend(
     "Draw the four colours, and how many weights have them."
     counts = cases.flatten().bincount(minlength=len(CASES)).tolist()
     square = 'display:inline-block;width:.8em;height:.8em;background:'
-<<<<<<< HEAD
     def part(name, colour, n):
         box = f'<span style="{square}{colour}"></span>'
         return f'<span style="white-space:nowrap">{box} {name} {n:,}</span>'
     return ' &nbsp; '.join(part(*case, n) for case, n in zip(CASES.items(), counts))
-=======
-    return ' &nbsp; '.join(
-        f'<span style="white-space:nowrap"><span style="{square}{colour}"></span> {name} '
-        f'{n:,}</span>' for (name, colour), n in zip(CASES.items(), counts))
->>>>>>> w_lab
 
 # %% ../../nbs/apps/50_masks.ipynb #7ab25e90
 def heat_map(
@@ -220,16 +171,10 @@ def heat_map(
     high, wide = cases.shape[2:] if cases.ndim == 4 else (1, 1)
     zoom = max(1, min(8, 480//(high*cases.shape[0]), 320//(wide*cases.shape[1])))
     tiles = cases.reshape(*cases.shape[:2], high, wide).byte().numpy()
-<<<<<<< HEAD
     def tile(i, j):
         pixels, says = np.ascontiguousarray(tiles[:, :, i, j]), f'kernel row {i}, column {j}'
         return picture(pixels, zoom, says, tuple(CASES.values()))
     shown = ''.join(tile(i, j) for i in range(high) for j in range(wide))
-=======
-    shown = ''.join(picture(np.ascontiguousarray(tiles[:, :, i, j]), zoom,
-        f'kernel row {i}, column {j}', tuple(CASES.values())) for i in range(high)
-        for j in range(wide))
->>>>>>> w_lab
     grid = f'display:grid;grid-template-columns:repeat({wide}, max-content);gap:6px'
     return (f'<p style="margin:.3em 0;line-height:1.5">{legend(cases)}</p>'
         f'<div class="masks-tiles" style="{grid}">{shown}</div>')
@@ -245,7 +190,6 @@ def change_table(
         return f'<{tag} style="{style}">{html.escape(x)}</{tag}>'
     def line(name, shape, groups, changed, tag='td'):
         numbers = f'{groups:,}', f'{changed:,}', f'{changed/groups:.1%}'
-<<<<<<< HEAD
         left, right = ((name, shape), 'left'), (numbers, 'right')
         cells = (cell(x, side, tag) for texts, side in (left, right) for x in texts)
         return f"<tr>{''.join(cells)}</tr>"
@@ -253,13 +197,6 @@ def change_table(
         line(r.Index, r.shape, r.groups, r.groups_changed) for r in report.itertuples())
     titles = 'layer', 'shape', 'groups', 'changed', 'share'
     head = ''.join(cell(name, 'left', 'th') for name in titles)
-=======
-        return '<tr>' + ''.join(cell(x, 'left', tag)
-            for x in (name, shape)) + ''.join(cell(x, 'right', tag) for x in numbers) + '</tr>'
-    rows = ''.join(line(r.Index, r.shape, r.groups, r.groups_changed) for r in report.itertuples())
-    head = ''.join(cell(name, 'left', 'th')
-        for name in ('layer', 'shape', 'groups', 'changed', 'share'))
->>>>>>> w_lab
     total = line('all', '', report.groups.sum(), report.groups_changed.sum(), 'th')
     table = '<table class="masks-table" style="border-collapse:collapse;line-height:1.4">'
     return f'{table}<tr>{head}</tr>{rows}{total}</table>'
@@ -269,7 +206,6 @@ def knobs()->dict: # name -> widget
     "Build what can be set on the page."
     import ipywidgets as w
     look = dict(style=dict(description_width='6em'), layout=w.Layout(width='95%'))
-<<<<<<< HEAD
     slider = lambda name, value, low, high, live=False: w.IntSlider(
         value, low, high, description=name, continuous_update=live, **look)
     return {
@@ -289,24 +225,6 @@ def panes()->dict: # name -> widget
     pane = lambda high=None: w.HTML(layout=w.Layout(overflow='auto', max_height=high))
     shown = {name: pane() for name in ('said', 'note', 'images_shown', 'map')}
     return dict(shown, table=pane('18em'))
-=======
-    slider = lambda name, value, low, high, live=False: w.IntSlider(value, low, high,
-        description=name, continuous_update=live, **look)
-    made = {name: slider(name, *rest)
-        for name, *rest in [('steps', 25, 1, 50), ('images', 8, 1, 12), ('seed', 7, 0, 99),
-        ('after step', 25, 0, 25, True)]}
-    made |= dict(run=w.Text('', placeholder='the newest', description='run',
-        continuous_update=False, **look),
-        layer=w.Dropdown(description='layer', style=look['style'],
-        layout=w.Layout(width='28em', max_width='100%')),
-        draw=w.Button(description='Draw', layout=w.Layout(width='8em')))
-    made |= {name: w.HTML(layout=w.Layout(overflow='auto', max_height=high))
-        for name, high in dict(said=None, note=None, images_shown=None, map=None,
-        table='18em').items()}
-    for name in ('run', 'draw', 'layer', 'said', 'note', 'map', 'images_shown'):
-        made[name].add_class(f"masks-{name.split('_')[0]}")
-    return made
->>>>>>> w_lab
 
 # %% ../../nbs/apps/50_masks.ipynb #fd884307
 class MasksPage:
@@ -386,7 +304,6 @@ def masks_app(
 ): # `ipywidgets.Box`
     "Show three models that draw, and a map of where their masks differ."
     import ipywidgets as w
-<<<<<<< HEAD
     k = MasksPage(run).parts
     for name in ('run', 'draw', 'layer', 'said', 'note', 'map', 'images_shown'):
         k[name].add_class(f"masks-{name.split('_')[0]}")
@@ -396,48 +313,4 @@ def masks_app(
     app = w.VBox([k['note'], grid, *(k[name] for name in below)])
     app.add_class('masks-app')
     app.parts = k
-=======
-    k, now = knobs(), {}
-
-    def attempt(act): # what cannot be done becomes text
-        try: act(); k['said'].value = ''
-        except (ValueError, OSError) as e: k['said'].value = f'<p>{html.escape(str(e))}</p>'
-    def show(_=None):
-        if 'frames' in now:
-            k['images_shown'].value = show_step(now['frames'], k['after step'].value)
-    def show_map(_=None):
-        if k['layer'].value: k['map'].value = heat_map(now['cases'][k['layer'].value])
-    def load():
-        models, now['scheduler'], note = load_masked(k['run'].value.strip())
-        now.update(models=models, cases=mask_cases(models)); now.pop('frames', None)
-        k['images_shown'].value, k['note'].value, k[
-            'table'].value = '', f'<p style="margin:0;line-height:1.4"><small>{html.escape(note)}</small></p>', change_table(models)
-        k['layer'].options = list(now['cases'])
-        # the layer that changed most
-        k['layer'].value = max(now['cases'],
-            key=lambda name: (now['cases'][name] == 1).float().mean())
-        show_map()
-    def draw():
-        if 'models' not in now: raise ValueError(
-            "there must be models to draw, and none is loaded: name another run")
-        now['frames'] = denoise(now['models'], now['scheduler'], k['images'].value,
-            k['steps'].value, k['seed'].value)
-        k['after step'].max = k['after step'].value = k['steps'].value
-        show()
-    def press(_):
-        k['draw'].disabled = True
-        try: attempt(draw)
-        finally: k['draw'].disabled = False
-
-    k['run'].value = run
-    attempt(load)
-    k['draw'].on_click(press)
-    for name, act in {'after step': show, 'layer': show_map,
-        'run': lambda _: attempt(load)}.items(): k[name].observe(act, 'value')
-    grid = w.GridBox([k[name] for name in ('run', 'steps', 'images', 'seed')],
-        layout=w.Layout(grid_template_columns='repeat(auto-fit, minmax(17em, 1fr))'))
-    app = w.VBox([k['note'], grid, k['draw'], k['said'], k['after step'], k['images_shown'],
-        k['layer'], k['map'], k['table']])
-    app.add_class('masks-app'); app.parts = k
->>>>>>> w_lab
     return keep_keys(app)

@@ -27,13 +27,8 @@ def load_decoder(
     except FileNotFoundError:
         if run: raise
         return toy_decoder(), 'an untrained toy: train_sgdd.ipynb makes a real one'
-<<<<<<< HEAD
     note = f"{found.name}, trained on {found.config['data']}"
     return SGDDModel.from_pretrained(found.checkpoint), note
-=======
-    return SGDDModel.from_pretrained(
-        found.checkpoint), f"{found.name}, trained on {found.config['data']}"
->>>>>>> w_lab
 
 def toy_decoder()->SGDDModel: # untrained model of a few words, in eval mode
     "Build something to look at where nothing is trained."
@@ -45,12 +40,7 @@ def toy_decoder()->SGDDModel: # untrained model of a few words, in eval mode
     mask, pad = tokenizer.mask_token_id, tokenizer.pad_token_id
     config = SGDDConfig.preset('tiny', vocab_size=len(tokenizer), mask_id=mask, pad_id=pad)
     torch.manual_seed(0)
-<<<<<<< HEAD
     return SGDDModel(config, encoder, tokenizer).eval()
-=======
-    return SGDDModel(SGDDConfig.preset('tiny', vocab_size=len(tokenizer),
-        mask_id=tokenizer.mask_token_id, pad_id=tokenizer.pad_token_id), encoder, tokenizer).eval()
->>>>>>> w_lab
 
 # %% ../../nbs/apps/20_sampler.ipynb #118c0e18
 def as_table(
@@ -63,7 +53,6 @@ def as_table(
     written, sure = trajectory.call[0][keep].tolist(), trajectory.sure[0][keep].tolist()
     style, rows = 'opacity:.6;font-weight:normal;padding-right:.6em', []
     for k, line in enumerate(trajectory.canvases[1:, 0][:, keep].tolist()[:calls], 1):
-<<<<<<< HEAD
         places = zip(line, sure, written)
         cells = ''.join(cell(model, token, p, call <= k) for token, p, call in places)
         rows.append(f'<tr><th style="{style}">{k}</th>{cells}</tr>')
@@ -77,15 +66,6 @@ def cell(
     done:bool, # whether the token was written already
 )->str: # HTML
     "Draw one place: a word on blue that is the stronger, the surer; or a dot."
-=======
-        cells = ''.join(cell(model, token, p, call <= k)
-            for token, p, call in zip(line, sure, written))
-        rows.append(f'<tr><th style="opacity:.6;font-weight:normal;padding-right:.6em">{k}</th>{cells}</tr>')
-    return f'<table class="sampler-table" style="border-collapse:collapse">{"".join(rows)}</table>'
-
-def cell(model, token, sure, done):
-    "One place: a word on blue that is the stronger, the surer; or a dot."
->>>>>>> w_lab
     if token == model.config.mask_id or not done:
         return '<td style="padding:2px 7px;opacity:.35;text-align:center">·</td>'
     word = html.escape(model.tokenizer.convert_ids_to_tokens(token))
@@ -134,13 +114,8 @@ def write_between(
         a, b = model.encoder.encode([first, second])
         texts = model.generate(torch.stack([a + t*(b - a) for t in torch.linspace(0, 1, n)]))
     except ValueError as e: return f'<p class="sampler-between">{html.escape(str(e))}</p>'
-<<<<<<< HEAD
     lines = ''.join(f'<li>{html.escape(text)}</li>' for text in texts)
     return f'<ol class="sampler-between">{lines}</ol>'
-=======
-    return '<ol class="sampler-between">' + ''.join(f'<li>{html.escape(text)}</li>'
-        for text in texts) + '</ol>'
->>>>>>> w_lab
 
 # %% ../../nbs/apps/20_sampler.ipynb #593fe059
 def write_missing(
@@ -149,15 +124,9 @@ def write_missing(
     about:str, # sentence whose vector guides
 )->str: # HTML
     "Fill in what is hidden."
-<<<<<<< HEAD
     try: said = model.infill(masked, model.encoder.encode([about])[0])
     except ValueError as e: said = str(e)
     return f'<p class="sampler-filled">{html.escape(said)}</p>'
-=======
-    try:
-        return f'<p class="sampler-filled">{html.escape(model.infill(masked, model.encoder.encode([about])[0]))}</p>'
-    except ValueError as e: return f'<p class="sampler-filled">{html.escape(str(e))}</p>'
->>>>>>> w_lab
 
 # %% ../../nbs/apps/20_sampler.ipynb #572d58f0
 def sampler_fields()->dict: # name -> text field
@@ -243,7 +212,6 @@ def sampler_app(
     "Show sentences, knobs, buttons, and what is written."
     import ipywidgets as w
     if model is None: model, note = load_decoder()
-<<<<<<< HEAD
     page = Sampler(model, note, pause)
     for name, field in page.fields.items(): field.add_class(f'sampler-{name}')
     for name, button in page.buttons.items(): button.add_class('sampler-' + name.split()[0].lower())
@@ -255,51 +223,4 @@ def sampler_app(
     app.add_class('sampler-app')
     shown = dict(said=page.said, shown=page.shown, more=page.more)
     app.parts = page.buttons | page.fields | page.knobs | shown
-=======
-    wide, knob = w.Layout(width='100%'), dict(style=dict(description_width='7em'),
-        layout=w.Layout(width='95%'), continuous_update=False)
-    text = w.Text('the proud nurse said that the shy baker sold the rusty anchor',
-        description='sentence', layout=wide)
-    text.add_class('sampler-text')
-    other = w.Text('tonight the pilot quickly painted a golden violin and a tiny map',
-        description='another', layout=wide)
-    other.add_class('sampler-other')
-    masked = w.Text('the proud [MASK] said that the shy [MASK] sold the rusty anchor',
-        description='with masks', layout=wide)
-    masked.add_class('sampler-masked')
-    steps, guidance = w.IntSlider(16, 1, 32, description='steps', **knob), w.FloatSlider(0., min=0.,
-        max=4., step=.25, description='guidance', **knob)
-    temperature, seed = w.FloatSlider(0., min=0., max=2., step=.1, description='temperature',
-        **knob), w.IntSlider(0, 0, 99, description='seed', **knob)
-    order, loop = w.Dropdown(options=ORDERS, description='sampler',
-        **{k: v for k, v in knob.items() if k != 'continuous_update'}), w.Checkbox(False,
-        description='encoder in the loop', indent=False)
-    buttons = {name: w.Button(description=name, layout=w.Layout(width='auto'))
-        for name in ('Write', 'Between', 'Fill in')}
-    for name, button in buttons.items(): button.add_class('sampler-' + name.split()[0].lower())
-    said, shown, more = w.HTML(), w.HTML(layout=w.Layout(overflow='auto')), w.HTML()
-
-    def write(_=None):
-        buttons['Write'].disabled = True
-        try:
-            said.value, trajectory = write_one(model, text.value, loop.value, seed.value,
-                steps=steps.value, order=order.value, temperature=temperature.value,
-                guidance=guidance.value)
-            if trajectory is None: shown.value = ''; return
-            for k in range(1, len(trajectory.canvases)):
-                shown.value = as_table(model, trajectory, k)
-                if pause and k < len(trajectory.canvases) - 1: time.sleep(pause)
-        finally: buttons['Write'].disabled = False
-    def between(_): more.value = write_between(model, text.value, other.value)
-    def fill_in(_): more.value = write_missing(model, masked.value, text.value)
-
-    for name, act in zip(buttons, (write, between, fill_in)): buttons[name].on_click(act)
-    knobs = w.GridBox([steps, guidance, temperature, seed, order, loop],
-        layout=w.Layout(grid_template_columns='repeat(auto-fit, minmax(17em, 1fr))'))
-    app = w.VBox([w.HTML(f'<small>{html.escape(note)}</small>'), text, knobs, buttons['Write'],
-        said, shown, other, buttons['Between'], masked, buttons['Fill in'], more])
-    app.add_class('sampler-app')
-    app.parts = dict(buttons, text=text, said=said, shown=shown, more=more, masked=masked,
-        guidance=guidance)
->>>>>>> w_lab
     return keep_keys(app)

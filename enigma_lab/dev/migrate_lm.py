@@ -10,13 +10,10 @@ import re
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #11a2b516
 RENAMED = { # the original's words -> ours; `…`: any text without brackets
-    'from enigma.model import '
-    'EnigmaLM': 'from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM',
+    'from enigma.model import EnigmaLM': 'from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM',
     'from enigma.invertible_conv1x1 import DynamicInvertibleConv1x1Stack':
-        'from enigma_lab.machine.rotor import DynamicInvertibleConv1x1Stack, InvertibleConv1x1, '
-        'InvertibleConv1x1Stack',
-    'EnigmaLM(…)': "EnigmaForCausalLM(EnigmaConfig(machine='input', position_rows=8192, "
-    "parametrization='plu', rev_scale=True, dropout=.1,…))",
+        'from enigma_lab.machine.rotor import DynamicInvertibleConv1x1Stack, InvertibleConv1x1, InvertibleConv1x1Stack',
+    'EnigmaLM(…)': "EnigmaForCausalLM(EnigmaConfig(machine='input', position_rows=8192, parametrization='plu', rev_scale=True, dropout=.1,…))",
     'd=': 'dim=',
     'num_channels=': 'dim=',
     'd_model': 'dim',
@@ -29,12 +26,10 @@ RENAMED = { # the original's words -> ours; `…`: any text without brackets
     'gradient_accum_steps': 'gradient_accumulation_steps',
     'attention_dropout': 'attn_dropout',
     'early_stop_patience': 'patience',
-    'checkpoint = torch.load(…)': 'from enigma_lab.lab.runs import find_run\ncheckpoint = '
-    'find_run().checkpoint',
+    'checkpoint = torch.load(…)': 'from enigma_lab.lab.runs import find_run\ncheckpoint = find_run().checkpoint',
     'model.load_state_dict(…)': 'model = EnigmaForCausalLM.from_pretrained(checkpoint)',
     'output.shape': 'output.logits.shape',
-    'ckpt = torch.load(…)': "from enigma_lab.lab.runs import find_run\nlooks = [row for row in "
-    "find_run().history if 'val_nll_nats' in row]\n"
+    'ckpt = torch.load(…)': "from enigma_lab.lab.runs import find_run\nlooks = [row for row in find_run().history if 'val_nll_nats' in row]\n"
         "ckpt = min(looks, key=lambda row: row['val_nll_nats'])",
     'ckpt["val_loss"]': 'ckpt["val_nll_nats"]',
     'ckpt["global_step"]': 'ckpt["step"]'}
@@ -54,17 +49,12 @@ RENAMED |= { # modules
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #d8bdbaef
 RENAMED |= { # commands
-    'python scripts/train_multi_gpu.py': 'papermill nbs/train_enigma.ipynb -p preset brief-148m '
-    '-p gpus 5',
-    'python scripts/train_single_gpu.py': 'papermill nbs/train_enigma.ipynb -p preset brief-148m '
-    '-p gpus 1',
-    'python scripts/train_multi_gpu_simple.py': 'papermill nbs/train_enigma.ipynb -p preset '
-    'brief-50m -p gpus 5',
-    'python scripts/train_single_gpu_simple.py': 'papermill nbs/train_enigma.ipynb -p preset '
-    'brief-50m -p gpus 1 -p effective_batch 128',
+    'python scripts/train_multi_gpu.py': 'papermill nbs/train_enigma.ipynb -p preset brief-148m -p gpus 5',
+    'python scripts/train_single_gpu.py': 'papermill nbs/train_enigma.ipynb -p preset brief-148m -p gpus 1',
+    'python scripts/train_multi_gpu_simple.py': 'papermill nbs/train_enigma.ipynb -p preset brief-50m -p gpus 5',
+    'python scripts/train_single_gpu_simple.py': 'papermill nbs/train_enigma.ipynb -p preset brief-50m -p gpus 1 -p effective_batch 128',
     'python train.py': 'papermill nbs/train_enigma.ipynb -p preset brief-50m -p gpus 5',
-    'accelerate launch --config_file accelerate_config.yaml '
-    'pretrain.py': 'papermill nbs/train_enigma.ipynb -p preset brief-002 -p gpus 5 '
+    'accelerate launch --config_file accelerate_config.yaml pretrain.py': 'papermill nbs/train_enigma.ipynb -p preset brief-002 -p gpus 5 '
         '-p data am_0.9M_processed_hf -p tokenizer enigma_tokenizer -p tracker tensorboard',
     'accelerate launch --config_file accelerate_config.yaml lora_sft.py':
         'papermill nbs/train_lora.ipynb -p preset brief-002 -p gpus 5 -p data sft_data.jsonl',
@@ -80,28 +70,17 @@ RENAMED |= { # commands
     'ls checkpoints_multigpu/': 'enigma-lab runs',
     'ls checkpoints_*_optimized/': 'enigma-lab runs',
     'tail -f nohup.out': 'tail -f runs/train_enigma/*/history.jsonl',
-    'pip install torch torchvision torchaudio --index-url '
-    'https://download.pytorch.org/whl/cu118': "pip install 'torch>=2.11,<3'",
+    'pip install torch torchvision torchaudio --index-url https://download.pytorch.org/whl/cu118': "pip install 'torch>=2.11,<3'",
     'pip install -r requirements.txt': "pip install -c constraints.txt '.[all]'"}
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #c643979b
 RENAMED |= { # of later steps; tests/test_later.py asks of each row whether it is still true
     'EnigmaFlow': 'later: EnigmaFlow in enigma_lab.flow.density, with the exact log-determinant',
     'enigma.jacobian_logdet': 'later: enigma_lab.flow.density',
-<<<<<<< HEAD
     'enigma.gumbel_sinkhorn': 'later: enigma_lab.machine.sinkhorn, '
         'soft in training and a hard permutation when frozen',
     'monitor.py': 'later: enigma-lab monitor; '
         'today papermill prints the progress and nvidia-smi shows the GPUs',
-=======
-    'enigma.gumbel_sinkhorn': 'later: enigma_lab.machine.sinkhorn, soft in training and a hard '
-    'permutation when frozen',
-    'monitor.py': 'later: enigma-lab monitor; today papermill prints the progress and nvidia-smi '
-    'shows the GPUs',
-    'lora_sft.py': 'later: nbs/train_lora.ipynb, with trl and peft',
-    'output_lora_sft': 'later: runs/train_lora',
-    'enigma_chat.py': 'later: enigma-lab chat; today enigma-lab generate and the completion page',
->>>>>>> w_lab
     'scripts/benchmark.py': 'later: enigma-lab bench sequence, copy memory and enwik8'}
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #9ba2dccb
@@ -119,14 +98,8 @@ def translate(
     "Apply each row of `RENAMED` to a snippet."
     for original, ours in RENAMED.items():
         if ours.startswith('later: ') and rule(original).search(snippet):
-            raise ValueError(
-                f"a snippet can be translated when its parts exist here, got {original}, of a "
-                f"later step; planned: {ours.removeprefix('later: ')}")
-        snippet = rule(original).sub(lambda m: ours.replace('…', m[1] if m.re.groups else ''),
-            snippet)
-    if unknown := re.search(r'(?<![\w./])enigma\.\w+|python \S+\.py\b|accelerate launch.*',
-        snippet):
-        raise ValueError(
-            f"a name of the original must be a row of RENAMED, got {unknown[0]}; the table knows "
-            f"{len(RENAMED)} others")
+            raise ValueError(f"a snippet can be translated when its parts exist here, got {original}, of a later step; planned: {ours.removeprefix('later: ')}")
+        snippet = rule(original).sub(lambda m: ours.replace('…', m[1] if m.re.groups else ''), snippet)
+    if unknown := re.search(r'(?<![\w./])enigma\.\w+|python \S+\.py\b|accelerate launch.*', snippet):
+        raise ValueError(f"a name of the original must be a row of RENAMED, got {unknown[0]}; the table knows {len(RENAMED)} others")
     return snippet

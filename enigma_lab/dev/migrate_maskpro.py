@@ -9,21 +9,12 @@ __all__ = ['SCRIPTS', 'OPTIONS', 'DEFAULTS', 'calls', 'setting', 'translate']
 import re, shlex
 
 # %% ../../nbs/dev/24_migrate_maskpro.ipynb #d2e58fb0
-# -> step
-SCRIPTS = {'get_mask_diffusion.py': 'masks', 'inference_loss_diffusion.py': 'baseline',
-    'train_diffusion.py': 'learn', 'test_ddpm_maskpro.py': 'evaluate'}
+SCRIPTS = {'get_mask_diffusion.py': 'masks', 'inference_loss_diffusion.py': 'baseline', 'train_diffusion.py': 'learn', 'test_ddpm_maskpro.py': 'evaluate'} # -> step
 OPTIONS = { # option of a script -> setting of the record
-    '--original_model': 'model', '--model_path': 'initial', '--dataset': 'dataset',
-    '--dataset_size': 'dataset_size', '--batch_size': 'batch_size',
-    '--gradient_accumulation_steps': 'gradient_accumulation_steps',
-    '--max_batches': 'pool', '--targets': 'targets', '--lr': 'learning_rate', '--logits': 'logits',
-    '--epoch': 'epochs', '--max_step': 'max_steps', '--save': 'save_logits',
-    '--project_name': 'project', '--experiment_name': 'experiment', '--disable_swanlab': 'tracker',
-    '--device': 'gpus', '--output_dir': '', '--checkpoint_path': '', '--num_samples': '',
-    '--compute_fid': ''}
-DEFAULTS = dict(estimator='pge-literal', budget='0', model='../pretrained/ddpm_ema_cifar10',
-    dataset='cifar10', learning_rate='50', epochs='625', logits='10.0', dataset_size='512',
-    batch_size='32',
+    '--original_model': 'model', '--model_path': 'initial', '--dataset': 'dataset', '--dataset_size': 'dataset_size', '--batch_size': 'batch_size', '--gradient_accumulation_steps': 'gradient_accumulation_steps',
+    '--max_batches': 'pool', '--targets': 'targets', '--lr': 'learning_rate', '--logits': 'logits', '--epoch': 'epochs', '--max_step': 'max_steps', '--save': 'save_logits',
+    '--project_name': 'project', '--experiment_name': 'experiment', '--disable_swanlab': 'tracker', '--device': 'gpus', '--output_dir': '', '--checkpoint_path': '', '--num_samples': '', '--compute_fid': ''}
+DEFAULTS = dict(estimator='pge-literal', budget='0', model='../pretrained/ddpm_ema_cifar10', dataset='cifar10', learning_rate='50', epochs='625', logits='10.0', dataset_size='512', batch_size='32',
     max_steps='10000', project='DDPM-MaskPro')
 
 # %% ../../nbs/dev/24_migrate_maskpro.ipynb #c97b12fc
@@ -33,9 +24,7 @@ def calls(
     "The calls of scripts in a snippet."
     found = []
     for line in snippet.replace('\\\n', ' ').split('\n'):
-        # [and others...]
-        words = [word
-            for word in shlex.split(line, comments=True) if not re.fullmatch(r'\[.*\.\.\.\]', word)]
+        words = [word for word in shlex.split(line, comments=True) if not re.fullmatch(r'\[.*\.\.\.\]', word)]   # [and others...]
         if words[:1] != ['python']: continue
         options = {}
         for word in words[2:]:
@@ -50,10 +39,8 @@ def setting(
     values:list[str], # that follow it
 )->dict: # name -> value, as `masks` reads it; empty: the record knows
     "One option as a setting."
-    if option not in OPTIONS: raise ValueError(
-        f"an option must be one of {[*OPTIONS]}, got {option}")
-    special = {'--targets': ','.join(values), '--save': 'true', '--disable_swanlab': 'none',
-        '--device': '0' if values == ['cpu'] else '1'}
+    if option not in OPTIONS: raise ValueError(f"an option must be one of {[*OPTIONS]}, got {option}")
+    special = {'--targets': ','.join(values), '--save': 'true', '--disable_swanlab': 'none', '--device': '0' if values == ['cpu'] else '1'}
     return {OPTIONS[option]: special.get(option) or values[0]} if OPTIONS[option] else {}
 
 def translate(
@@ -62,17 +49,12 @@ def translate(
     "What does the same here."
     told, last, judged = {}, 0, ''
     for script, options in calls(snippet):
-        if script not in SCRIPTS: raise ValueError(
-            f"a script must be one of {[*SCRIPTS]}, got {script}")
+        if script not in SCRIPTS: raise ValueError(f"a script must be one of {[*SCRIPTS]}, got {script}")
         last = max(last, [*SCRIPTS].index(script))
         for option, values in options.items():
             for name, value in setting(option, values).items():
-                if told.setdefault(name, value) != value: raise ValueError(
-                    f"a record has one {name}, got {told[name]} and {value}")
+                if told.setdefault(name, value) != value: raise ValueError(f"a record has one {name}, got {told[name]} and {value}")
         if script == 'test_ddpm_maskpro.py':
-            judged = (f" --num_samples {options['--num_samples'][0]}"
-                if '--num_samples' in options else '') + (''
-                if '--compute_fid' in options else ' --no_fid')
-    lines = ['masks ' + ' '.join(f'{k}={v}' for k, v in (DEFAULTS | told).items()), 'baseline',
-        'learn', 'evaluate' + judged]
+            judged = (f" --num_samples {options['--num_samples'][0]}" if '--num_samples' in options else '') + ('' if '--compute_fid' in options else ' --no_fid')
+    lines = ['masks ' + ' '.join(f'{k}={v}' for k, v in (DEFAULTS | told).items()), 'baseline', 'learn', 'evaluate' + judged]
     return [f'enigma-lab maskpro {line}' for line in lines[:last + 1]]
