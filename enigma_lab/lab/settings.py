@@ -11,6 +11,7 @@ __all__ = ['WORDS', 'FIRST', 'LAST', 'Setting', 'field_comments', 'settings_of',
 import difflib, inspect, io, math, textwrap, tokenize
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
@@ -40,6 +41,7 @@ def field_comments(
                 name = None
     return found
 
+@lru_cache
 def settings_of(
     cls:type, # a dataclass
 )->dict[str,Setting]: # by name, in the order of the fields

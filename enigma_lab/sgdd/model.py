@@ -59,9 +59,9 @@ class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's
     encoder_dim:int=384 # numbers of a sentence's vector
     proj_dim:int=0 # the vector is projected to so many numbers; 0: not at all
     standardise:bool=True # every coordinate to mean 0 and deviation 1 over the training set
-    dim:int=128 # C
-    num_layers:int=3
-    num_heads:int=8
+    dim:int=128 # C, features of a token
+    num_layers:int=3 # layers of the decoder
+    num_heads:int=8 # attention heads
     ffn_dim:int=512 # width of the MLPs
     max_len:int=64 # places of a canvas
     conditioning:str='adaln' # 'cross' | 'memory' | 'adaln'
@@ -69,7 +69,7 @@ class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's
     norm:str='pre' # 'pre' | 'post'
     time:bool=False # tell the decoder how much is hidden
     num_memory:int=8 # memory tokens of 'memory'
-    dropout:float=0.
+    dropout:float=0. # probability of dropping a feature
     noise:str='absorbing' # 'absorbing' | 'uniform'
     schedule:str='linear' # 'linear' | 'cosine'
     weights:str='flat' # 'flat' | 'bound', of the hidden tokens in the loss
