@@ -27,7 +27,7 @@ from ..maskpro.train import MaskTask, config_of, need, three_models
 def load_masked(
     run:str='', # of train_maskpro; empty: the newest, else the showcase's
 )->tuple: # 'dense', 'initial', 'learned' -> UNet2DModel; DDPMScheduler; what they are
-    "The three models of a run."
+    "Load the three models of a run."
     try: found = find_run(run, 'train_maskpro', 'maskpro')
     except FileNotFoundError:
         if run: raise
@@ -41,7 +41,7 @@ def load_masked(
     return models, scheduler, about(found)
 
 def toy_masked()->tuple: # models, scheduler
-    "Something to look at where nothing is trained."
+    "Make something to look at where nothing is trained."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         models = dict(dense=make_unet('tiny').eval())
@@ -67,12 +67,15 @@ def check_dense(
 def about(
     run:Run, # of train_maskpro
 )->str: # a sentence
-    "What a run is, and how much of the gap its masks recovered."
+    "Describe a run, and how much of the gap its masks recovered."
     c, m = run.config, run.metrics
     gap = 'gap_recovered is not in its metrics'
     if 'gap_recovered' in m:
-        gap = f"gap_recovered {m['gap_recovered']:.2f} (95 % interval {m['gap_recovered_from']:.2f} to {m['gap_recovered_to']:.2f}) on {m.get('split', 'held-out')} images"
-    return f"{run.name}: {c['n']}:{c['m']} masks, learned on {c['dataset']} with the estimator {c['estimator']!r}; {gap}"
+        gap = (f"gap_recovered {m['gap_recovered']:.2f} (95 % interval "
+            f"{m['gap_recovered_from']:.2f} to {m['gap_recovered_to']:.2f}) on "
+            f"{m.get('split', 'held-out')} images")
+    return (f"{run.name}: {c['n']}:{c['m']} masks, learned on {c['dataset']} "
+        f"with the estimator {c['estimator']!r}; {gap}")
 
 # %% ../../nbs/apps/50_masks.ipynb #b9f1fc1a
 def denoise(
@@ -81,8 +84,8 @@ def denoise(
     num:int=8, # N images of each model
     steps:int=25, # evaluations of a model for an image
     seed:int=7, # of the noise, the same for all models
-)->dict: # name -> (steps + 1, N, C, H, W): the noise, and the images after each step, the last within [-1, 1]
-    "Images on their way from noise, by DDIM (arXiv:2010.02502)."
+)->dict: # name -> (steps + 1, N, C, H, W): the noise, and the images after each step
+    "Draw images, and keep them on their way from noise, by DDIM (arXiv:2010.02502)."
     frames = {}
     for name, model in models.items():
         seen = []
@@ -99,34 +102,36 @@ def picture(
     says:str, # for who cannot see it
     palette:tuple=(), # colours as '#rrggbb'
 )->str: # HTML
-    "An image as text."
+    "Write an image as text."
     from PIL import Image
     image, file = Image.fromarray(pixels), io.BytesIO()
     if palette: image.putpalette(bytes.fromhex(''.join(palette).replace('#', '')))
     image.save(file, 'png')
     return (f'<img alt="{html.escape(says)}" '
         f'src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}" '
-        f'style="width:{zoom*image.width}px;max-width:100%;image-rendering:pixelated;margin:0;display:block">')
+        f'style="width:{zoom*image.width}px;max-width:100%;image-rendering:pixelated;'
+        'margin:0;display:block">')
 
 def image_row(
     x:Tensor, # (N, C, H, W); what lies beyond [-1, 1] is clipped
     says:str='', # for who cannot see it
 )->str: # HTML
-    "Images side by side."
+    "Lay images side by side."
     pixels = as_pixels(x)
     N, H, W, C = pixels.shape
     row = np.zeros((H, N, W + 1, 4), np.uint8)
     row[:, :, :W, :3], row[:, :, :W, 3] = pixels.swapaxes(0, 1), 255
     return picture(row.reshape(H, -1, 4)[:, :-1], max(1, round(48/W)), says)
 
+# %% ../../nbs/apps/50_masks.ipynb #22deb478
 def show_step(
     frames:dict, # of `denoise`
     step:int, # 0: the noise
 )->str: # HTML
-    "A row of images for each model."
+    "Show a row of images for each model."
     rows = ''.join(
-        '<tr><th style="text-align:right;font-weight:normal;padding:2px .6em 2px '
-        f'0">{html.escape(name)}</th>'
+        '<tr><th style="text-align:right;font-weight:normal;padding:2px .6em 2px 0">'
+        f'{html.escape(name)}</th>'
         f'<td style="padding:2px 0">{image_row(x[step], f"{name}, after step {step}")}</td></tr>'
         for name, x in frames.items())
     return f'<table class="masks-rows" style="border-collapse:collapse;margin:0">{rows}</table>'
@@ -139,7 +144,7 @@ CASES = {'dropped by both': '#8a8a8a', 'lost': '#d55e00', 'gained': '#009e73',
 def mask_cases(
     models:dict, # with 'initial' and 'learned'
 )->dict: # name of a layer -> (out, in, …) int64, places in `CASES`
-    "What became of each weight."
+    "Find what became of each weight."
     before, now = find_masks(models['initial']), find_masks(models['learned'])
     return {name: case.long()
         for name, case in now.unpack(before.values() + 2*now.values()).items()}
@@ -147,17 +152,18 @@ def mask_cases(
 def legend(
     cases:Tensor, # of a layer
 )->str: # HTML
-    "The four colours, and how many weights have them."
+    "Explain the four colours, and count the weights that have them."
     counts = cases.flatten().bincount(minlength=len(CASES)).tolist()
     square = 'display:inline-block;width:.8em;height:.8em;background:'
     return ' &nbsp; '.join(
         f'<span style="white-space:nowrap"><span style="{square}{colour}"></span> {name} '
         f'{n:,}</span>' for (name, colour), n in zip(CASES.items(), counts))
 
+# %% ../../nbs/apps/50_masks.ipynb #6491c476
 def heat_map(
     cases:Tensor, # (out, in) or (out, in, height, width) of a layer
 )->str: # HTML
-    "A layer's masks compared, weight by weight."
+    "Compare a layer's masks, weight by weight."
     high, wide = cases.shape[2:] if cases.ndim == 4 else (1, 1)
     zoom = max(1, min(8, 480//(high*cases.shape[0]), 320//(wide*cases.shape[1])))
     tiles = cases.reshape(*cases.shape[:2], high, wide).byte().numpy()
@@ -165,15 +171,18 @@ def heat_map(
         f'kernel row {i}, column {j}', tuple(CASES.values())) for i in range(high)
         for j in range(wide))
     grid = f'display:grid;grid-template-columns:repeat({wide}, max-content);gap:6px'
-    return f'<p style="margin:.3em 0;line-height:1.5">{legend(cases)}</p><div class="masks-tiles" style="{grid}">{shown}</div>'
+    return (f'<p style="margin:.3em 0;line-height:1.5">{legend(cases)}</p>'
+        f'<div class="masks-tiles" style="{grid}">{shown}</div>')
 
 # %% ../../nbs/apps/50_masks.ipynb #45190a2c
 def change_table(
     models:dict, # with 'initial' and 'learned'
 )->str: # HTML
-    "How many groups changed, layer by layer."
+    "Count the groups that changed, layer by layer."
     report = mask_report(models['learned'], find_masks(models['initial']).values())
-    cell = lambda x, side, tag: f'<{tag} style="padding:0 .7em 0 0;overflow-wrap:anywhere;text-align:{side}">{html.escape(x)}</{tag}>'
+    cell = lambda x, side, tag: (
+        f'<{tag} style="padding:0 .7em 0 0;overflow-wrap:anywhere;text-align:{side}">'
+        f'{html.escape(x)}</{tag}>')
     def line(name, shape, groups, changed, tag='td'):
         numbers = f'{groups:,}', f'{changed:,}', f'{changed/groups:.1%}'
         return '<tr>' + ''.join(cell(x, 'left', tag)
@@ -182,18 +191,18 @@ def change_table(
     head = ''.join(cell(name, 'left', 'th')
         for name in ('layer', 'shape', 'groups', 'changed', 'share'))
     total = line('all', '', report.groups.sum(), report.groups_changed.sum(), 'th')
-    return f'<table class="masks-table" style="border-collapse:collapse;line-height:1.4"><tr>{head}</tr>{rows}{total}</table>'
+    return ('<table class="masks-table" style="border-collapse:collapse;line-height:1.4">'
+        f'<tr>{head}</tr>{rows}{total}</table>')
 
 # %% ../../nbs/apps/50_masks.ipynb #a872bdc9
 def knobs(): # name -> widget
-    "What can be set on the page."
+    "Make what can be set on the page."
     import ipywidgets as w
     look = dict(style=dict(description_width='6em'), layout=w.Layout(width='95%'))
     slider = lambda name, value, low, high, live=False: w.IntSlider(value, low, high,
         description=name, continuous_update=live, **look)
-    made = {name: slider(name, *rest)
-        for name, *rest in [('steps', 25, 1, 50), ('images', 8, 1, 12), ('seed', 7, 0, 99),
-        ('after step', 25, 0, 25, True)]}
+    made = {name: slider(name, *rest) for name, *rest in [('steps', 25, 1, 50),
+        ('images', 8, 1, 12), ('seed', 7, 0, 99), ('after step', 25, 0, 25, True)]}
     made |= dict(run=w.Text('', placeholder='the newest', description='run',
         continuous_update=False, **look),
         layer=w.Dropdown(description='layer', style=look['style'],
@@ -225,8 +234,10 @@ def masks_app(
     def load():
         models, now['scheduler'], note = load_masked(k['run'].value.strip())
         now.update(models=models, cases=mask_cases(models)); now.pop('frames', None)
-        k['images_shown'].value, k['note'].value, k[
-            'table'].value = '', f'<p style="margin:0;line-height:1.4"><small>{html.escape(note)}</small></p>', change_table(models)
+        k['images_shown'].value = ''
+        k['note'].value = ('<p style="margin:0;line-height:1.4">'
+            f'<small>{html.escape(note)}</small></p>')
+        k['table'].value = change_table(models)
         k['layer'].options = list(now['cases'])
         # the layer that changed most
         k['layer'].value = max(now['cases'],

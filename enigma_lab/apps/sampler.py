@@ -20,16 +20,16 @@ from ..sgdd.sampling import ORDERS, Trajectory, maskgit_sample
 def load_decoder(
     run:str='', # of train_sgdd; empty: the newest, else the showcase's
 )->tuple[SGDDModel,str]: # in eval mode; what it is
-    "A trained sentence decoder and its name."
+    "Load a trained sentence decoder and its name."
     try: found = find_run(run, 'train_sgdd', 'sgdd')
     except FileNotFoundError:
         if run: raise
         return toy_decoder(), 'an untrained toy: train_sgdd.ipynb makes a real one'
-    return SGDDModel.from_pretrained(
-        found.checkpoint), f"{found.name}, trained on {found.config['data']}"
+    note = f"{found.name}, trained on {found.config['data']}"
+    return SGDDModel.from_pretrained(found.checkpoint), note
 
 def toy_decoder()->SGDDModel: # of a few words
-    "Something to look at where nothing is trained."
+    "Make something to look at where nothing is trained."
     from enigma_lab.data.sentences import draw_sentences, hard
     from enigma_lab.sgdd.encoder import SemanticEncoder
     from enigma_lab.sgdd.model import SGDDConfig, make_tokenizer
@@ -45,22 +45,29 @@ def as_table(
     trajectory:Trajectory, # of one sentence
     calls:int|None=None, # shown; `None`: all
 )->str: # HTML
-    "The canvas after each call, coloured by confidence."
+    "Show the canvas after each call, coloured by confidence."
     keep = trajectory.content[0]
     written, sure = trajectory.call[0][keep].tolist(), trajectory.sure[0][keep].tolist()
     rows = []
     for k, line in enumerate(trajectory.canvases[1:, 0][:, keep].tolist()[:calls], 1):
         cells = ''.join(cell(model, token, p, call <= k)
             for token, p, call in zip(line, sure, written))
-        rows.append(f'<tr><th style="opacity:.6;font-weight:normal;padding-right:.6em">{k}</th>{cells}</tr>')
+        rows.append('<tr><th style="opacity:.6;font-weight:normal;padding-right:.6em">'
+            f'{k}</th>{cells}</tr>')
     return f'<table class="sampler-table" style="border-collapse:collapse">{"".join(rows)}</table>'
 
-def cell(model, token, sure, done):
-    "One place: a word on blue that is the stronger, the surer; or a dot."
+def cell(
+    model, # whose tokenizer names the token
+    token, # its number
+    sure, # confidence, 0 to 1
+    done, # whether the place is written
+): # HTML
+    "Show one place: a word on blue that is the stronger, the surer; or a dot."
     if token == model.config.mask_id or not done:
         return '<td style="padding:2px 7px;opacity:.35;text-align:center">·</td>'
     word = html.escape(model.tokenizer.convert_ids_to_tokens(token))
-    return f'<td title="{sure:.2f}" style="padding:2px 7px;background:rgba(66,133,244,{.08 + .4*sure:.2f})">{word}</td>'
+    return (f'<td title="{sure:.2f}" style="padding:2px 7px;'
+        f'background:rgba(66,133,244,{.08 + .4*sure:.2f})">{word}</td>')
 
 # %% ../../nbs/apps/20_sampler.ipynb #38258694
 def write_one(
@@ -70,16 +77,19 @@ def write_one(
     seed:int=0, # of the noise
     **how # of `maskgit_sample`
 )->tuple[str,Trajectory|None]: # HTML; what was drawn
-    "A sentence to its vector and back."
+    "Encode a sentence and write it again."
     try:
         z = model.encoder.encode([text])
         trajectory = maskgit_sample(model, z, generator=torch.Generator().manual_seed(seed), **how)
         written = model.read(trajectory.tokens, trajectory.content)[0]
         wanted = model.tokenizer.decode(model.tokenizer(text)['input_ids'])
-        said = f'<b>{html.escape(written)}</b> &nbsp; {"the same" if written == wanted else "not the same"}, {trajectory.evaluations} evaluations'
+        said = (f'<b>{html.escape(written)}</b> &nbsp; '
+            f'{"the same" if written == wanted else "not the same"}, '
+            f'{trajectory.evaluations} evaluations')
         if loop:
             v = reconstruct(model, z, seed=seed)[0]
-            said += f'<br>with the encoder in the loop: <b>{html.escape(v.text)}</b> &nbsp; {v.verdict} (distance {v.distance:.2g}, {v.tried} tried)'
+            said += (f'<br>with the encoder in the loop: <b>{html.escape(v.text)}</b> &nbsp; '
+                f'{v.verdict} (distance {v.distance:.2g}, {v.tried} tried)')
         return f'<p class="sampler-said">{said}</p>', trajectory
     except ValueError as e: return f'<p class="sampler-said">{html.escape(str(e))}</p>', None
 
@@ -90,7 +100,7 @@ def write_between(
     second:str, # another
     n:int=7, # sentences, both ends counted
 )->str: # HTML
-    "What lies between two vectors."
+    "Write what lies between two vectors."
     try:
         a, b = model.encoder.encode([first, second])
         texts = model.generate(torch.stack([a + t*(b - a) for t in torch.linspace(0, 1, n)]))
@@ -106,7 +116,8 @@ def write_missing(
 )->str: # HTML
     "Fill in what is hidden."
     try:
-        return f'<p class="sampler-filled">{html.escape(model.infill(masked, model.encoder.encode([about])[0]))}</p>'
+        text = model.infill(masked, model.encoder.encode([about])[0])
+        return f'<p class="sampler-filled">{html.escape(text)}</p>'
     except ValueError as e: return f'<p class="sampler-filled">{html.escape(str(e))}</p>'
 
 # %% ../../nbs/apps/20_sampler.ipynb #572d58f0
@@ -115,7 +126,7 @@ def sampler_app(
     note:str='', # what it is
     pause:float=.15, # seconds between two calls that are shown
 ): # a widget
-    "Type, write, watch."
+    "Make a page to type a sentence, write it again, and watch."
     import ipywidgets as w
     if model is None: model, note = load_decoder()
     wide, knob = w.Layout(width='100%'), dict(style=dict(description_width='7em'),
@@ -129,13 +140,13 @@ def sampler_app(
     masked = w.Text('the proud [MASK] said that the shy [MASK] sold the rusty anchor',
         description='with masks', layout=wide)
     masked.add_class('sampler-masked')
-    steps, guidance = w.IntSlider(16, 1, 32, description='steps', **knob), w.FloatSlider(0., min=0.,
-        max=4., step=.25, description='guidance', **knob)
-    temperature, seed = w.FloatSlider(0., min=0., max=2., step=.1, description='temperature',
-        **knob), w.IntSlider(0, 0, 99, description='seed', **knob)
-    order, loop = w.Dropdown(options=ORDERS, description='sampler',
-        **{k: v for k, v in knob.items() if k != 'continuous_update'}), w.Checkbox(False,
-        description='encoder in the loop', indent=False)
+    steps = w.IntSlider(16, 1, 32, description='steps', **knob)
+    guidance = w.FloatSlider(0., min=0., max=4., step=.25, description='guidance', **knob)
+    temperature = w.FloatSlider(0., min=0., max=2., step=.1, description='temperature', **knob)
+    seed = w.IntSlider(0, 0, 99, description='seed', **knob)
+    order = w.Dropdown(options=ORDERS, description='sampler',
+        **{k: v for k, v in knob.items() if k != 'continuous_update'})
+    loop = w.Checkbox(False, description='encoder in the loop', indent=False)
     buttons = {name: w.Button(description=name, layout=w.Layout(width='auto'))
         for name in ('Write', 'Between', 'Fill in')}
     for name, button in buttons.items(): button.add_class('sampler-' + name.split()[0].lower())

@@ -139,7 +139,9 @@ paraphrase = Grammar('paraphrase', (
     'what the {trait} {person} {verb} {where} the {place} was the {look} {thing}'), dict(
     {slot: hard.words[slot][:16] for slot in ('trait', 'person', 'look', 'thing', 'place')},
     where=hard.words['where'],
-    verb='found sold cleaned dropped painted carried burned opened bought repaired borrowed admired moved washed examined guarded'.split())) # past tense = participle
+    # past tense = participle
+    verb=('found sold cleaned dropped painted carried burned opened bought repaired borrowed '
+        'admired moved washed examined guarded').split()))
 
 def meaning(
     text:str, # perhaps a sentence of `grammar`

@@ -193,8 +193,8 @@ def lookup(
     keys = [word(rng, 3) for _ in range(2 + (n > 5))]
     numbers = [str(rng.randrange(10, 100)) for _ in keys]
     asked = rng.randrange(len(keys))
-    return ', '.join(f'{k}={v}'
-        for k, v in zip(keys, numbers)), numbers[keys.index(keys[asked])], dict(key=keys[asked])
+    table = ', '.join(f'{k}={v}' for k, v in zip(keys, numbers))
+    return table, numbers[keys.index(keys[asked])], dict(key=keys[asked])
 
 # %% ../../nbs/data/28_tasks.ipynb #e21fb113
 @questions('medium', ('Write it backwards.', 'Reverse the word.'), ('倒着写。', '把这个词反过来。'))
@@ -258,8 +258,9 @@ def day_after(
 )->tuple: # input, output, fields
     "Draw a day of the week and a number of days to go on."
     day, k = rng.randrange(7), rng.randrange(1, 10*n)
-    return {lang: names[day] for lang, names in DAYS.items()}, {lang: names[(day + k) % 7]
-        for lang, names in DAYS.items()}, dict(k=k)
+    text = {lang: names[day] for lang, names in DAYS.items()}
+    answer = {lang: names[(day + k) % 7] for lang, names in DAYS.items()}
+    return text, answer, dict(k=k)
 
 @questions('medium', ('Add the numbers.', 'What is the sum?'), ('把这两个数相加。', '和是多少？'))
 def add(

@@ -40,14 +40,19 @@ def prepare_texts(
 # %% ../../nbs/dev/30_gpu_jobs.ipynb #b2462e38
 @dataclass(frozen=True)
 class Job:
-    "Something to run once."
+    "Describe something to run once."
     name:str # of its result
     words:list # the command
     minutes:float # it may take
     fails:str = '' # what it must say while failing; empty: it must succeed
 
-def training(name:str, folder:Path, minutes:float, **config)->Job:
-    "A training by the module, resumed where it was cut."
+def training(
+    name:str, # of its result
+    folder:Path, # for its config
+    minutes:float, # it may take
+    **config # fields of the training
+)->Job: # to run
+    "Make a training by the module, resumed where it was cut."
     file = folder/f'{name}.json'
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(config, minutes=minutes, resume='auto'))
@@ -61,7 +66,7 @@ def jobs(
     source:Path, # of the texts
     small:bool=False, # toy size, on the CPU
 )->list[Job]: # in the order of their worth
-    "What there is to do."
+    "List what there is to do."
     texts = prepare_texts(source, folder/'texts', 60_000 if small else 0)
     size = dict(preset='smoke', gpus=0, max_steps=10) if small else dict(preset='base', gpus=1,
         precision='bf16', batch_size=32)
@@ -83,26 +88,31 @@ def calling(
     task:str, # 'module:function'
     minutes:float, # it may take
     **settings # of the function
-)->Job:
-    "A function with settings, in a process of its own."
+)->Job: # to run
+    "Make a job of a function with settings, in a process of its own."
     return Job(name, task_command(task, settings), minutes)
 
-def train_sgdd(**settings): # fields of `SGDDTrainConfig`
-    "A sentence decoder, resumed where it was cut."
+def train_sgdd(
+    **settings # fields of `SGDDTrainConfig`
+):
+    "Train a sentence decoder, resumed where it was cut."
     from enigma_lab.sgdd import train
     train.train_sgdd(train.make_sgdd_config(**settings))
 
-def train_ddpm(**settings): # fields of `DDPMTrainConfig`
-    "A diffusion model, resumed where it was cut."
+def train_ddpm(
+    **settings # fields of `DDPMTrainConfig`
+):
+    "Train a diffusion model, resumed where it was cut."
     from enigma_lab.ddpm import model as ddpm
     ddpm.train_ddpm(ddpm.make_ddpm_config(**settings))
 
+# %% ../../nbs/dev/30_gpu_jobs.ipynb #3ab61e7e
 def more_jobs(
     folder:Path, # for results
     source:Path, # holds cifar10/ and wikisplit/
     small:bool=False, # toy size, on the CPU
-)->list[Job]:
-    "What there is to do for sentences and masks."
+)->list[Job]: # in the order of their worth
+    "List what there is to do for sentences and masks."
     here, images = 'enigma_lab.dev.gpu_jobs:', source/'cifar10'/'cifar10_raw_train5085_val517.npz'
     gpu = dict(gpus=0) if small else dict(gpus=1)
     decoder = dict(preset='smoke', max_steps=10) if small else dict(data='docs', size='base',
@@ -139,8 +149,10 @@ def do(
     return result
 
 # %% ../../nbs/dev/30_gpu_jobs.ipynb #68d9ee2a
-def main(arguments:list[str]=()):
-    "Do what has not been done yet."
+def main(
+    arguments:list[str]=(), # of a command line; empty: sys.argv's
+):
+    "Run what has not been run yet."
     parser = argparse.ArgumentParser('python -m enigma_lab.dev.gpu_jobs', description=main.__doc__)
     parser.add_argument('--source', default='../shared/data',
         help='where enwik8/ and zh_text/ lie, relative to the checkout')
@@ -159,7 +171,7 @@ def main(arguments:list[str]=()):
 
 # %% ../../nbs/dev/30_gpu_jobs.ipynb #4a863d0e
 def trainings()->list[dict]: # one row for each finished training on a GPU
-    "What the records of trainings on GPUs say."
+    "Collect what the records of trainings on GPUs say."
     rows = []
     for run in list_runs('train_enigma'):
         if not (run.finished and run.config.get('gpus')): continue

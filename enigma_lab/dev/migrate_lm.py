@@ -69,7 +69,8 @@ RENAMED |= { # commands
     'python build_full_tokenizer.py': 'enigma-lab tokenizer sft_data.jsonl enigma_tokenizer',
     'python scripts/generate.py': 'enigma-lab generate - TEXT',
     'tensorboard --logdir output_full_sequence/runs': 'tensorboard --logdir runs/train_enigma',
-    'ls checkpoints_multigpu/best_model_multigpu.pt': 'ls runs/train_enigma/*/checkpoint/model.safetensors',
+    'ls checkpoints_multigpu/best_model_multigpu.pt':
+        'ls runs/train_enigma/*/checkpoint/model.safetensors',
     'ls checkpoints_multigpu/': 'enigma-lab runs',
     'ls checkpoints_*_optimized/': 'enigma-lab runs',
     'tail -f nohup.out': 'tail -f runs/train_enigma/*/history.jsonl',
@@ -94,7 +95,7 @@ RENAMED |= { # of later steps
 def rule(
     original:str, # a row's left side
 )->re.Pattern: # with a group where the row has `…`
-    "The whole words of a row as a regular expression."
+    "Compile the whole words of a row to a regular expression."
     edge = lambda character, look: look if re.match(r'\w', character) else ''
     words = re.escape(original).replace('…', r'([^()]*)')
     return re.compile(edge(original[0], r'(?<!\w)') + words + edge(original[-1], r'(?!\w)'))

@@ -30,7 +30,7 @@ DEFAULTS = dict(estimator='pge-literal', budget='0', model='../pretrained/ddpm_e
 def calls(
     snippet:str, # shell lines with comments and continuations
 )->list[tuple[str,dict]]: # script, option -> its values
-    "The calls of scripts in a snippet."
+    "Find the calls of scripts in a snippet."
     found = []
     for line in snippet.replace('\\\n', ' ').split('\n'):
         # [and others...]
@@ -49,17 +49,18 @@ def setting(
     option:str, # of a script
     values:list[str], # that follow it
 )->dict: # name -> value, as `masks` reads it; empty: the record knows
-    "One option as a setting."
+    "Translate one option to a setting."
     if option not in OPTIONS: raise ValueError(
         f"an option must be one of {[*OPTIONS]}, got {option}")
     special = {'--targets': ','.join(values), '--save': 'true', '--disable_swanlab': 'none',
         '--device': '0' if values == ['cpu'] else '1'}
     return {OPTIONS[option]: special.get(option) or values[0]} if OPTIONS[option] else {}
 
+# %% ../../nbs/dev/24_migrate_maskpro.ipynb #e00ea414
 def translate(
     snippet:str, # lines of the four scripts
 )->list[str]: # lines of `enigma-lab maskpro`
-    "What does the same here."
+    "Write what does the same here."
     told, last, judged = {}, 0, ''
     for script, options in calls(snippet):
         if script not in SCRIPTS: raise ValueError(

@@ -17,7 +17,7 @@ def find_test(
     where:str, # a page such as 'sgdd/30_decoder', or a file such as 'tests/test_sgdd.py'
     words:str, # of the test
 )->str: # its source
-    "The one test of a page or a file that holds these words."
+    "Find the one test of a page or a file that holds these words."
     path = (checkout() or checkout(Path(enigma_lab.__file__).parent))/(where
         if where.endswith('.py') else f'nbs/{where}.ipynb')
     if not path.is_file(): raise FileNotFoundError(
@@ -39,6 +39,7 @@ def find_test(
 def tests_of(
     row:tuple, # of `BUGS` or `FLAWS`: what, cure, and tests as 'where: words'
 )->list[str]: # their sources; an error if one is missing
+    "Find the tests of a row."
     return [find_test(*test.split(': ', 1)) for test in row[2:]]
 
 # %% ../../nbs/dev/22_migrate_sgdd.ipynb #2100dc66

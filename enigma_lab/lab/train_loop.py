@@ -47,7 +47,8 @@ def train_loop(
         model.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
         scaler.load_state_dict(state['scaler'])
-        torch.set_rng_state(state['random']); first = state['step']
+        torch.set_rng_state(state['random'])
+        first = state['step']
     model.train()
     for step in range(first, min(total, steps or total)):
         batches = [{k: torch.stack([train[i][k] for i in ids]).to(device) for k in train[0]}
