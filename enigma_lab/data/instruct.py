@@ -205,8 +205,8 @@ class ChatWindows(Dataset):
 
     def card(self)->dict: # ready for a record
         "Describe how full the windows are."
-        tokens, learned = (sum(len(ids) for ids, _ in self.chats),
-            sum(label != IGNORED for _, labels in self.chats for label in labels))
+        tokens = sum(len(ids) for ids, _ in self.chats)
+        learned = sum(label != IGNORED for _, labels in self.chats for label in labels)
         return dict(windows=len(self), chats=len(self.chats), too_long_dropped=self.too_long,
             tokens=tokens, answer_tokens=learned, filled=tokens/(len(self)*self.window))
 

@@ -80,7 +80,7 @@ def launch(
 def quiet(
     logger, # a Python logger
 ):
-    "Silence a logger: what a failed process says is said once, in the error that is raised."
+    "Disable a logger: what a failed process says is said once, in the error that is raised."
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try: yield
