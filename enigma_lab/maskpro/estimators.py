@@ -27,7 +27,8 @@ class Objective:
         initial:Tensor, # (G, M) mask that others are compared with
         accelerator=None, # accelerate's, where several processes share the parts of a batch
     ):
-        self.masks, self.loss_fn, self.initial, self.accelerator = masks, loss_fn, initial, accelerator
+        self.masks, self.loss_fn = masks, loss_fn
+        self.initial, self.accelerator = initial, accelerator
         self.forwards, self.known, self.seconds = 0, {}, 0.
 
     def loss(self,
