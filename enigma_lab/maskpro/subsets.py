@@ -247,7 +247,7 @@ def covariance(self:NMDistribution)->Tensor: # (…, M, M)
     return torch.stack([self.covariance_times(row) for row in torch.eye(self.m).to(self.theta)], -2)
 
 @patch
-def sample(self:NMDistribution,
+def sample(self:NMDistribution, # noqa: F811
     generator:torch.Generator|None=None, # on the device of the logits
 )->Tensor: # (…, M) of 0. and 1.
     "Draw one mask for each group."
@@ -309,7 +309,7 @@ class SequentialDraws(EnumeratedMasks):
 # %% ../../nbs/maskpro/10_subsets.ipynb #0c3bbb50
 @patch
 @torch.no_grad()
-def sample(self:SequentialDraws,
+def sample(self:SequentialDraws, # noqa: F811
     generator:torch.Generator|None=None, # on the device of the logits
 )->Tensor: # (…, M) of 0. and 1.
     "Draw one mask for each group."
