@@ -1,6 +1,4 @@
 "Every setting of every training is reached by papermill, by words, by a file and by `python -m`, and none is written twice."
-import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ from enigma_lab.dev.parameters import find_settings, read_head, training_noteboo
 from enigma_lab.lab.notebooks import notebook_parameters
 from enigma_lab.lab.runs import checkout
 from enigma_lab.lab.settings import (
-    WORDS, check_value, from_notebook, kinds_of, make_settings, write_settings)
+    check_value, from_notebook, kinds_of, make_settings, write_settings)
 from enigma_lab.lab.task import read_arguments, read_words
 
 ROOT = checkout(Path(__file__).parent)

@@ -20,33 +20,42 @@ from .subsets import NMDistribution, SequentialDraws
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #56af7e92
 class Objective:
-    "The loss of a model under a mask, counted in forward passes."
+    "Compute the loss of a model under a mask, and count the forward passes."
     def __init__(self,
         masks:Masks, # of a model
         loss_fn, # `loss_fn(model, part)` -> scalar tensor
         initial:Tensor, # (G, M) mask that others are compared with
-        accelerator=None, # accelerate's `Accelerator` where several processes share the parts of a batch
+        accelerator=None, # accelerate's, where several processes share the parts of a batch
     ):
-        self.masks, self.loss_fn, self.initial, self.accelerator = masks, loss_fn, initial, accelerator
+        self.masks, self.loss_fn = masks, loss_fn
+        self.initial, self.accelerator = initial, accelerator
         self.forwards, self.known, self.seconds = 0, {}, 0.
 
     def loss(self,
         mask:Tensor, # (G, M)
         batch:list, # parts
     )->float: # mean over the parts
-        "One forward pass of the batch."
+        "Compute the loss of a batch in one forward pass."
         self.forwards += 1
         return self.aside(mask, [batch])
 
-    def aside(self,
-        mask:Tensor, # (G, M)
-        batches:list, # each a list of parts
-    )->float: # mean over the batches
-        "The same, not counted: for a look at validation."
-        begin = time.perf_counter()
-        found = [checked(self._mean([torch.tensor(self.masks.loss(self.loss_fn, part, mask), dtype=torch.float64) for part in self._mine(batch)], batch)).item() for batch in batches]
-        self.seconds += time.perf_counter() - begin
-        return sum(found)/len(found)
+# %% ../../nbs/maskpro/40_estimators.ipynb #fe612280
+@patch
+def aside(self:Objective,
+    mask:Tensor, # (G, M)
+    batches:list, # each a list of parts
+)->float: # mean over the batches
+    "Compute the loss of batches without counting them, for a look at validation."
+    begin = time.perf_counter()
+    found = [self._one(mask, batch) for batch in batches]
+    self.seconds += time.perf_counter() - begin
+    return sum(found)/len(found)
+
+@patch
+def _one(self:Objective, mask, batch):
+    losses = [self.masks.loss(self.loss_fn, part, mask) for part in self._mine(batch)]
+    losses = [torch.tensor(loss, dtype=torch.float64) for loss in losses]
+    return checked(self._mean(losses, batch)).item()
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #fbe374f4
 @patch
@@ -54,11 +63,12 @@ def loss_and_grad(self:Objective,
     mask:Tensor, # (G, M), may be relaxed
     batch:list, # parts
 )->tuple[float,Tensor]: # mean loss; (G, M) its derivative with respect to the mask
-    "A forward and a backward pass: three forwards."
+    "Compute the loss and its derivative by the mask, at the cost of three forwards."
     self.forwards += 3
     begin = time.perf_counter()
     found = [self.masks.loss_and_grad(self.loss_fn, part, mask) for part in self._mine(batch)]
-    loss = checked(self._mean([torch.tensor(value, dtype=torch.float64) for value, _ in found], batch)).item()
+    losses = [torch.tensor(value, dtype=torch.float64) for value, _ in found]
+    loss = checked(self._mean(losses, batch)).item()
     grad = self._mean([grad for _, grad in found], batch)
     self.seconds += time.perf_counter() - begin
     return loss, grad
@@ -69,27 +79,33 @@ def baseline(self:Objective,
     batch:list, # parts
     key=None, # the batch's name in a pool: asked twice, computed once; `None`: computed
 )->float: # loss of the initial mask
-    "What a residual is taken against."
+    "Compute the loss that a residual is taken against."
     if key is None: return self.loss(self.initial, batch)
     if key not in self.known: self.known[key] = self.loss(self.initial, batch)
     return self.known[key]
 
 @patch
 def take_seconds(self:Objective)->float: # since the last time
-    "Wall time spent in the model."
+    "Return the seconds spent in the model, and start again at zero."
     spent, self.seconds = self.seconds, 0.
     return spent
 
+# %% ../../nbs/maskpro/40_estimators.ipynb #a9a1fa5b
 @patch
-def _shared(self:Objective, parts): return self.accelerator is not None and len(parts) % self.accelerator.num_processes == 0   # else each process does all
+def _shared(self:Objective, parts): # False: each process does all
+    return self.accelerator is not None and len(parts) % self.accelerator.num_processes == 0
 
 @patch
-def _mine(self:Objective, parts): return parts[self.accelerator.process_index::self.accelerator.num_processes] if self._shared(parts) else parts
+def _mine(self:Objective, parts):
+    if not self._shared(parts): return parts
+    return parts[self.accelerator.process_index::self.accelerator.num_processes]
 
 @patch
 def _mean(self:Objective, values, parts):
-    if self._shared(parts): # (world, parts of each, …): part k of process r is part k·world + r
-        values = [*self.accelerator.gather(torch.stack(values)[None]).transpose(0, 1).flatten(0, 1)]
+    if self._shared(parts):
+        # (world, parts of each, …): part k of process r is part k·world + r
+        gathered = self.accelerator.gather(torch.stack(values)[None])
+        values = [*gathered.transpose(0, 1).flatten(0, 1)]
     total = values[0]
     for value in values[1:]: total = total + value
     return total/len(values)
@@ -99,21 +115,24 @@ def checked(
     loss:Tensor, # a scalar
 )->Tensor: # the same
     "Refuse to learn from what is no number."
-    if not loss.isfinite(): raise FloatingPointError(f"the loss must be a finite number, got {loss.item()}; see whether the dense model's is, and lower the learning rate")
+    if not loss.isfinite():
+        raise FloatingPointError(f"the loss must be a finite number, got {loss.item()}; "
+            "see whether the dense model's is, and lower the learning rate")
     return loss
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #228a7352
 @dataclass
 class Estimate:
-    "What one step has found."
+    "Hold what one step has found."
     grad:Tensor # (G, M) of the expected loss with respect to the logits
     mask:Tensor # (G, M) that was tried last
     loss:float # its loss
-    gain:float|None = None # loss of the initial mask on the same batch, less that; `None`: not looked at
+    gain:float|None = None # loss of the initial mask less `loss`; `None`: unknown
     scale:float = 1. # of the residual, in the unit of the loss
 
+# %% ../../nbs/maskpro/40_estimators.ipynb #cc403e91
 class Estimator(ABC):
-    "The gradient of an expected loss with respect to logits."
+    "Estimate the gradient of an expected loss with respect to logits."
     unbiased = True # right on average
     backward = False # needs gradients, and the memory of activations
     forwards = 1 # cost of a step; a backward pass counts two
@@ -123,7 +142,8 @@ class Estimator(ABC):
         n:int, # weights kept in a group
         family=NMDistribution, # or `SequentialDraws`
     ):
-        self.n, self.family, self.state = n, family, {}                                 # state: what is kept between steps, floats by name
+        self.n, self.family = n, family
+        self.state = {} # what is kept between steps, floats by name
 
     @abstractmethod
     def __call__(self,
@@ -134,19 +154,20 @@ class Estimator(ABC):
         progress:float=0., # share of the budget used
         generator:torch.Generator|None=None, # of the masks
     )->Estimate:
-        "One step."
+        "Estimate the gradient from one batch."
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #2960472f
 class Reinforce(Estimator):
-    "The loss times the score (Williams, 1992)."
+    "Multiply the loss by the score (Williams, 1992)."
     def __call__(self, objective, logits, batch, key=None, progress=0., generator=None):
         d = self.family(logits, self.n)
         mask = d.sample(generator)
         loss = objective.loss(mask, batch)
         return Estimate(loss*d.score(mask), mask, loss, scale=abs(loss))
 
+# %% ../../nbs/maskpro/40_estimators.ipynb #4f711acd
 class PGE(Estimator):
-    "Residual against the initial mask, less its moving average, times the score (MaskPro, arXiv:2506.12876)."
+    "Multiply a residual, less its moving average, by the score (MaskPro, arXiv:2506.12876)."
     def __init__(self,
         n:int, # weights kept in a group
         family=NMDistribution, # or `SequentialDraws`
@@ -155,7 +176,8 @@ class PGE(Estimator):
     ):
         super().__init__(n, family)
         self.paired, self.decay, self.state = paired, decay, dict(delta=0.)
-        if not paired: self.unbiased = False                                           # over the pool: right on average over batches, not for each
+        # an unpaired baseline is right on average over the batches of the pool, not for each
+        if not paired: self.unbiased = False
 
     def __call__(self, objective, logits, batch, key=None, progress=0., generator=None):
         d = self.family(logits, self.n)
@@ -164,16 +186,19 @@ class PGE(Estimator):
         base = objective.baseline(batch, key) if self.paired else self._other(objective, key)
         residual, delta = loss - base, self.state['delta']
         self.state['delta'] = self.decay*delta + (1 - self.decay)*residual
-        return Estimate((residual - delta)*d.score(mask), mask, loss, -residual if self.paired else None, abs(residual - delta))
+        grad, gain = (residual - delta)*d.score(mask), -residual if self.paired else None
+        return Estimate(grad, mask, loss, gain, abs(residual - delta))
 
     def _other(self, objective, key):
-        if len(objective.known) < 2: raise ValueError(f"an unpaired baseline needs a pool of two batches at least whose baselines are known, got {len(objective.known)}")
+        if len(objective.known) < 2:
+            raise ValueError("an unpaired baseline needs a pool of two batches at least "
+                f"whose baselines are known, got {len(objective.known)}")
         keys = sorted(objective.known)
         return objective.known[keys[(keys.index(key) + len(keys)//2) % len(keys)]]
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #cddfeb02
 class LeaveOneOut(Estimator):
-    "Each of K masks against the mean of the others (RLOO; Kool, van Hoof and Welling, 2019)."
+    "Compare each of K masks with the mean of the others (Kool, van Hoof and Welling, 2019)."
     def __init__(self,
         n:int, # weights kept in a group
         family=NMDistribution, # or `SequentialDraws`
@@ -189,11 +214,12 @@ class LeaveOneOut(Estimator):
         losses = [objective.loss(mask, batch) for mask in tried]
         mean, K = sum(losses)/len(losses), self.forwards
         grad = sum((loss - mean)*d.score(mask) for loss, mask in zip(losses, tried))/(K - 1)
-        return Estimate(grad, tried[-1], losses[-1], scale=(sum((loss - mean)**2 for loss in losses)/(K - 1))**.5)
+        variance = sum((loss - mean)**2 for loss in losses)/(K - 1)
+        return Estimate(grad, tried[-1], losses[-1], scale=variance**.5)
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #9b9816ad
 class Simple(Estimator):
-    "The mask's derivative through the exact marginals (SIMPLE, arXiv:2210.01941, eq. 6)."
+    "Send the mask's derivative through the exact marginals (arXiv:2210.01941, eq. 6)."
     unbiased, backward, forwards, memory = False, True, 3, 'a backward pass'
 
     def __call__(self, objective, logits, batch, key=None, progress=0., generator=None):
@@ -203,18 +229,20 @@ class Simple(Estimator):
         return Estimate(d.covariance_times(slope), mask, loss, scale=abs(loss))
 
 class Gumbel(Estimator):
-    "A soft mixture of all subsets (MaskLLM, arXiv:2409.17481, eq. 5)."
-    unbiased, backward, forwards, memory = False, True, 3, 'a backward pass, and C(M, N) numbers for each group'
+    "Mix all subsets softly (MaskLLM, arXiv:2409.17481, eq. 5)."
+    unbiased, backward, forwards = False, True, 3
+    memory = 'a backward pass, and C(M, N) numbers for each group'
     hot, cold = 2., .1 # temperatures at the beginning and at the end
 
     def __call__(self, objective, logits, batch, key=None, progress=0., generator=None):
         d, tau = self.family(logits, self.n), self.hot*(self.cold/self.hot)**progress
         logs = d.log_probs()
-        noise = -torch.empty(logs.shape, dtype=torch.float64, device=logs.device).exponential_(generator=generator).log()
-        y = ((logs + noise)/tau).softmax(-1).to(logs)                                              # (G, C)
+        noise = torch.empty(logs.shape, dtype=torch.float64, device=logs.device)
+        noise = -noise.exponential_(generator=generator).log()
+        y = ((logs + noise)/tau).softmax(-1).to(logs) # (G, C)
         loss, slope = objective.loss_and_grad(y @ d.table, batch)
         s = slope.to(y) @ d.table.T
-        into = y*(s - (y*s).sum(-1, keepdim=True))/tau                                               # dL/d(theta Sᵀ)
+        into = y*(s - (y*s).sum(-1, keepdim=True))/tau # dL/d(theta Sᵀ)
         return Estimate(into @ d.table, y @ d.table, loss, scale=abs(loss))
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #fcea126f
@@ -225,60 +253,83 @@ def scatter(
     batches:list, # each a list of parts
     draws:int=40, # steps
     seed:int=0, # of the masks
-)->dict[str,float]: # 'variance': trace of the covariance of a step; 'signal': squared norm of the mean, less what variance adds to it; 'cost' in forwards
-    "Variance of an estimator's steps at fixed logits."
+)->dict[str,float]: # 'variance', 'signal' and 'cost' in forwards, each of a step
+    """Measure the variance of an estimator's steps at fixed logits.
+
+    The variance is the trace of the covariance. The signal is the squared norm of the mean,
+    less what the variance adds to it.
+    """
     generator = torch.Generator(logits.device).manual_seed(seed)
     mean, square, before = 0., 0., objective.forwards
     for k in range(draws):
-        grad = estimator(objective, logits, batches[k % len(batches)], k % len(batches), 0., generator).grad.double()
+        key = k % len(batches)
+        grad = estimator(objective, logits, batches[key], key, 0., generator).grad.double()
         mean, square = mean + grad/draws, square + (grad**2).sum().item()/draws
-    variance = (square - (mean**2).sum().item())*draws/(draws - 1)
-    return dict(variance=variance, signal=max(0., (mean**2).sum().item() - variance/draws), cost=(objective.forwards - before)/draws)
+    norm = (mean**2).sum().item()
+    variance = (square - norm)*draws/(draws - 1)
+    return dict(variance=variance, signal=max(0., norm - variance/draws),
+        cost=(objective.forwards - before)/draws)
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #ff998a3d
 class StandardSteps:
-    "Gradient steps in units of the residual's running size."
-    def __init__(self, decay:float=.99): # of the running mean square
+    "Take gradient steps in units of the residual's running size."
+    def __init__(self,
+        decay:float=.99, # of the running mean square
+    ):
         self.decay, self.state = decay, dict(square=0., weight=0.)
 
     def step(self,
         found:Estimate, # with `scale`
         rate:float, # logits per standard deviation
     )->Tensor: # (G, M) to be added to the logits
-        "The change of the logits."
+        "Compute the change of the logits."
         s = self.state
-        size = (s['square']/s['weight'])**.5 if s['square'] else found.scale                       # of the past: what is drawn now does not scale itself
-        s['square'], s['weight'] = (self.decay*s[k] + (1 - self.decay)*x for k, x in (('square', found.scale**2), ('weight', 1.)))
+        # the size is of the past: what is drawn now does not scale itself
+        size = (s['square']/s['weight'])**.5 if s['square'] else found.scale
+        s['square'] = self.decay*s['square'] + (1 - self.decay)*found.scale**2
+        s['weight'] = self.decay*s['weight'] + (1 - self.decay)*1.
         return found.grad*(-rate/size) if size else torch.zeros_like(found.grad)
 
+# %% ../../nbs/maskpro/40_estimators.ipynb #8a86e93c
 class Adam:
-    "Adam without epsilon (arXiv:1412.6980, algorithm 1)."
-    def __init__(self, betas:tuple=(.9, .999)): # of mean and square
+    "Take the steps of Adam without epsilon (arXiv:1412.6980, algorithm 1)."
+    def __init__(self,
+        betas:tuple=(.9, .999), # decays of the mean and of the mean square
+    ):
         self.betas, self.state = betas, dict(steps=0., unit=0.)
 
     def step(self,
         found:Estimate, # with `grad`
         rate:float, # logits per step where the gradient keeps its sign
     )->Tensor: # (G, M) to be added to the logits
-        "The change of the logits."
+        "Compute the change of the logits."
         s, (b1, b2) = self.state, self.betas
         if not s['unit']:
             top = found.grad.abs().max()
-            s.update(unit=2.**-torch.frexp(top)[1].item() if top else 0., mean=torch.zeros_like(found.grad), square=torch.zeros_like(found.grad))
-        grad, s['steps'] = found.grad*s['unit'], s['steps'] + 1
-        s['mean'], s['square'] = b1*s['mean'] + (1 - b1)*grad, b2*s['square'] + (1 - b2)*grad**2
+            s['unit'] = 2.**-torch.frexp(top)[1].item() if top else 0.
+            s['mean'] = s['square'] = torch.zeros_like(found.grad)
+        grad = found.grad*s['unit']
+        s['steps'] += 1
+        s['mean'] = b1*s['mean'] + (1 - b1)*grad
+        s['square'] = b2*s['square'] + (1 - b2)*grad**2
         step = (s['mean']/(1 - b1**s['steps']))/(s['square']/(1 - b2**s['steps'])).sqrt()
         return torch.where(s['square'] > 0, -rate*step, 0.)
 
+# %% ../../nbs/maskpro/40_estimators.ipynb #cc074fd4
 class PlainSteps:
-    "Gradient steps in the unit of the loss, as MaskPro's code has them."
+    "Take gradient steps in the unit of the loss, as MaskPro's code does."
     def __init__(self): self.state = {}
-    def step(self, found:Estimate, rate:float)->Tensor: return -rate*found.grad
+    def step(self,
+        found:Estimate, # with `grad`
+        rate:float, # logits per unit of the gradient
+    )->Tensor: # (G, M) to be added to the logits
+        "Compute the change of the logits."
+        return -rate*found.grad
 
 # %% ../../nbs/maskpro/40_estimators.ipynb #733c36b4
 @dataclass(frozen=True)
 class Method:
-    "An estimator with its update and settings."
+    "Hold an estimator with its update and settings."
     make:object # (n) -> Estimator
     rule:type # of the update
     logits:float # gap at the beginning
@@ -295,16 +346,22 @@ METHODS = {
     'pge-unpaired': Method(lambda n: PGE(n, paired=False), StandardSteps, 5., .25, pool=True),
     'pge-literal': Method(lambda n: PGE(n, SequentialDraws), PlainSteps, 10., 50., 1., pool=True)}
 
-def method_table(): # a DataFrame
-    "What each estimator claims and costs."
+# %% ../../nbs/maskpro/40_estimators.ipynb #a40803e4
+def method_table(): # a pandas DataFrame, a row for each of `METHODS`
+    "List what each estimator claims and costs."
     import pandas as pd
-    rows = {name: dict(unbiased=e.unbiased, backward=e.backward, forwards=e.forwards, memory=e.memory, distribution=e.family.__name__, update=m.rule.__name__, logits=m.logits, learning_rate=m.learning_rate)
-            for name, m in METHODS.items() for e in [m.make(2)]}
+    rows = {}
+    for name, m in METHODS.items():
+        e = m.make(2)
+        rows[name] = dict(
+            unbiased=e.unbiased, backward=e.backward, forwards=e.forwards, memory=e.memory,
+            distribution=e.family.__name__, update=m.rule.__name__, logits=m.logits,
+            learning_rate=m.learning_rate)
     return pd.DataFrame(rows).T.rename_axis('estimator')
 
 def make_method(
     name:str, # of `METHODS`
-)->Method:
-    "The method of a name."
+)->Method: # with its settings
+    "Return the method of a name."
     if name not in METHODS: raise ValueError(f"estimator must be one of {[*METHODS]}, got {name!r}")
     return METHODS[name]

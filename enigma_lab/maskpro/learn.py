@@ -26,24 +26,28 @@ from .subsets import NMDistribution
 def parts_of(
     batch, # a list of parts, or one part
 )->list: # parts
-    "A batch as the parts that are averaged."
+    "Return a batch as the parts that are averaged."
     return batch if isinstance(batch, list) else [batch]
 
 def batch_seed(
     seed:int, # of a run
     k:int, # number of the batch, below 2³²
 )->int: # below 2³²
-    "A generator's seed for each batch of each run; torch's generator on the CPU looks at 32 bits only."
+    "Compute a generator's seed for each batch of each run, in 32 bits as torch reads them."
     return (seed*2_654_435_761 + k) % 2**32
 
 def pool_fingerprint(
     batches:list, # of tensors, tuples and dictionaries of tensors
 )->str: # 16 hexadecimal digits
-    "What identifies a pool of batches."
+    "Compute what identifies a pool of batches."
     h = hashlib.sha256()
     def enter(value):
-        if isinstance(value, Tensor): h.update(str((value.dtype, tuple(value.shape))).encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict): [enter(item) for pair in sorted(value.items()) for item in pair]
+        if isinstance(value, Tensor):
+            h.update(str((value.dtype, tuple(value.shape))).encode())
+            flat = value.detach().cpu().contiguous().view(-1)
+            h.update(flat.view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            [enter(item) for pair in sorted(value.items()) for item in pair]
         elif isinstance(value, (list, tuple)): [enter(item) for item in value]
         else: h.update(repr(value).encode())
     enter(batches)
@@ -52,7 +56,7 @@ def pool_fingerprint(
 # %% ../../nbs/maskpro/50_learn.ipynb #9054ed67
 @dataclass(frozen=True)
 class LearnConfig:
-    "How a mask is learned."
+    "Hold how a mask is learned."
     estimator:str = 'simple' # of `METHODS`
     budget:int = 1500 # forward-equivalents
     max_steps:int = 0 # updates at most; 0: what the budget allows
@@ -60,21 +64,23 @@ class LearnConfig:
     learning_rate:float|None = None # peak
     seed:int = 0 # of the masks that are tried
     eval_steps:int = 100 # updates between two looks at validation
-    patience:int = 0 # looks without improvement before stopping, which then keeps the best; 0: never, and keeps the last
+    patience:int = 0 # looks without improvement; then the best is kept; 0: never stop
 
     def __post_init__(self):
         make_method(self.estimator)
         for name, least in dict(budget=1, max_steps=0, eval_steps=1, patience=0, seed=0).items():
-            if getattr(self, name) < least: raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ('logits', 'learning_rate'):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     @property
     def method(self)->Method: return make_method(self.estimator)
 
 # %% ../../nbs/maskpro/50_learn.ipynb #2cb7f36f
 class Learner:
-    "The state of a mask that is being learned."
+    "Hold the state of a mask that is being learned."
     def __init__(self,
         objective:Objective, # loss, masks, initial mask
         batches, # a pool or a function of the step
@@ -83,9 +89,11 @@ class Learner:
         self.objective, self.batches, self.config, method = objective, batches, config, config.method
         self.initial = objective.initial
         self.logits = self.initial*(config.logits or method.logits)
-        self.estimator, self.rule, self.rate = method.make(objective.masks.n), method.rule(), config.learning_rate or method.learning_rate
+        self.estimator, self.rule = method.make(objective.masks.n), method.rule()
+        self.rate = config.learning_rate or method.learning_rate
         self.generator = torch.Generator(self.initial.device).manual_seed(config.seed)
-        self.steps, self.tried, self.gains, self.seconds = 0, torch.zeros(len(self.initial), dtype=torch.bool, device=self.initial.device), [], dict(loss=0., mask=0.)
+        self.steps, self.gains, self.seconds = 0, [], dict(loss=0., mask=0.)
+        self.tried = torch.zeros_like(self.initial[:, 0], dtype=torch.bool)
         self.best, self.best_logits, self.waited = math.inf, self.logits, 0
 
     @property
@@ -97,16 +105,20 @@ class Learner:
     def room(self): # for another step
         return self.objective.forwards + self.estimator.forwards <= self.config.budget and self.progress < 1
 
-    def batch(self): # parts, and the name in the pool
-        if callable(self.batches): return parts_of(self.batches(self.steps)), None
-        key = self.steps % len(self.batches)
-        return parts_of(self.batches[key]), key
+# %% ../../nbs/maskpro/50_learn.ipynb #7351c85a
+@patch
+def batch(self:Learner)->tuple: # parts; the name in the pool, or `None`
+    "Choose the batch of this step."
+    if callable(self.batches): return parts_of(self.batches(self.steps)), None
+    key = self.steps % len(self.batches)
+    return parts_of(self.batches[key]), key
 
 # %% ../../nbs/maskpro/50_learn.ipynb #ef9c8e47
 @patch
 def step(self:Learner)->dict: # what happened, ready for a history
     "Try, estimate, move."
-    self.objective.take_seconds()                                                         # what a look has taken is not the step's
+    # what a look has taken is not the step's
+    self.objective.take_seconds()
     begin, at = time.perf_counter(), self.progress
     found = self.estimator(self.objective, self.logits, *self.batch(), at, self.generator)
     rate = self.rate*(1 - (1 - self.config.method.final_rate)*at)
@@ -117,7 +129,8 @@ def step(self:Learner)->dict: # what happened, ready for a history
     if found.gain is not None: self.gains.append(found.gain)
     spent = self.objective.take_seconds()
     self.seconds['loss'] += spent; self.seconds['mask'] += time.perf_counter() - begin - spent
-    return dict(step=self.steps, forwards=self.objective.forwards, loss=found.loss, learning_rate=rate, flips=flipped.float().mean().item(),
+    return dict(step=self.steps, forwards=self.objective.forwards, loss=found.loss,
+        learning_rate=rate, flips=flipped.float().mean().item(),
         **({'loss_gain': found.gain} if found.gain is not None else {}))
 
 # %% ../../nbs/maskpro/50_learn.ipynb #7066ab3c
@@ -125,12 +138,16 @@ def step(self:Learner)->dict: # what happened, ready for a history
 def look(self:Learner,
     validation:list=(), # batches to choose by
 )->dict: # ready for a history
-    "How far it is."
+    "Measure how far the learning is."
     mask, d = self.mode(), NMDistribution(self.logits, self.objective.masks.n)
-    row = dict(step=self.steps, forwards=self.objective.forwards, entropy_bits=d.entropy().mean().item()/math.log(2), tried=self.tried.float().mean().item(),
-        changed=(mask != self.initial).any(1).float().mean().item(), loss_s=round(self.seconds['loss'], 3), mask_s=round(self.seconds['mask'], 3),
-        logit_gap_histogram=torch.histc((self.logits.amax(1) - self.logits.amin(1)).float().cpu(), 10, 0., 20.).int().tolist())
-    row['sparsity'] = {layer.name: 1 - mask[layer.start:layer.stop].mean().item() for layer in self.objective.masks.layers}
+    row = dict(step=self.steps, forwards=self.objective.forwards,
+        entropy_bits=d.entropy().mean().item()/math.log(2), tried=self.tried.float().mean().item(),
+        changed=(mask != self.initial).any(1).float().mean().item(),
+        loss_s=round(self.seconds['loss'], 3), mask_s=round(self.seconds['mask'], 3),
+        logit_gap_histogram=torch.histc((self.logits.amax(1) - self.logits.amin(1)).float().cpu(),
+        10, 0., 20.).int().tolist())
+    row['sparsity'] = {layer.name: 1 - mask[layer.start:layer.stop].mean().item()
+        for layer in self.objective.masks.layers}
     recent = torch.tensor(self.gains[-self.config.eval_steps:], dtype=torch.float64)
     if len(recent) > 1:
         mean, half = recent.mean().item(), 1.96*recent.std().item()/len(recent)**.5
@@ -141,35 +158,44 @@ def look(self:Learner,
         if not self.waited: self.best, self.best_logits = row['val_loss'], self.logits
     return row
 
+# %% ../../nbs/maskpro/50_learn.ipynb #1a481f69
 @patch
 def mode(self:Learner,
     logits:Tensor|None=None, # `None`: as they are
 )->Tensor: # (G, M) of 0. and 1.
-    "The likeliest mask."
+    "Find the likeliest mask."
     return NMDistribution(self.logits if logits is None else logits, self.objective.masks.n).mode()
 
 # %% ../../nbs/maskpro/50_learn.ipynb #ac8a9c7c
 @patch
 def identity(self:Learner)->dict: # what a state must share with the learner that goes on from it
-    "What is being learned, and how."
+    "Describe what is being learned, and how."
     c = self.config
-    return dict(estimator=c.estimator, budget=c.budget, max_steps=c.max_steps, logits=c.logits, learning_rate=c.learning_rate, seed=c.seed, initial=pool_fingerprint([self.initial]),
+    return dict(estimator=c.estimator, budget=c.budget, max_steps=c.max_steps, logits=c.logits,
+        learning_rate=c.learning_rate, seed=c.seed, initial=pool_fingerprint([self.initial]),
         weights=pool_fingerprint([self.objective.masks.weights()]))
 
+# %% ../../nbs/maskpro/50_learn.ipynb #c3ca43e0
 @patch
 def save(self:Learner,
     path:Path, # a file; one that is there is replaced
     history:list=(), # rows
 ):
-    "Everything that is needed to go on."
-    tensors = dict(logits=self.logits, best_logits=self.best_logits, tried=self.tried, generator=self.generator.get_state())
+    "Save everything that is needed to go on."
+    tensors = dict(logits=self.logits, best_logits=self.best_logits, tried=self.tried,
+        generator=self.generator.get_state())
     tensors |= {f'rule.{k}': v for k, v in self.rule.state.items() if isinstance(v, Tensor)}
-    numbers = dict(steps=self.steps, forwards=self.objective.forwards, gains=self.gains, seconds=self.seconds, best=self.best, waited=self.waited, estimator=self.estimator.state,
-        rule={k: v for k, v in self.rule.state.items() if not isinstance(v, Tensor)}, known={str(k): v for k, v in self.objective.known.items()})
+    numbers = dict(steps=self.steps, forwards=self.objective.forwards, gains=self.gains,
+        seconds=self.seconds, best=self.best, waited=self.waited, estimator=self.estimator.state,
+        rule={k: v for k, v in self.rule.state.items() if not isinstance(v, Tensor)},
+        known={str(k): v for k, v in self.objective.known.items()})
     part = path.with_name(path.name + '.part')
-    save_file({k: v.contiguous().cpu().clone() for k, v in tensors.items()}, part, dict(numbers=json.dumps(numbers), identity=json.dumps(self.identity()), history=json.dumps(list(history))))
+    save_file({k: v.contiguous().cpu().clone() for k, v in tensors.items()}, part,
+        dict(numbers=json.dumps(numbers), identity=json.dumps(self.identity()),
+        history=json.dumps(list(history))))
     os.replace(part, path)
 
+# %% ../../nbs/maskpro/50_learn.ipynb #16cb38a6
 @patch
 def load(self:Learner,
     path:Path, # of `save`
@@ -178,20 +204,27 @@ def load(self:Learner,
     with safe_open(path, 'pt') as f:
         metadata, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
     then, now = json.loads(metadata['identity']), json.loads(json.dumps(self.identity()))
-    if then != now: raise ValueError(f"a mask is learned on with the settings it began with, got {({k: (then.get(k), v) for k, v in now.items() if then.get(k) != v})} (then, now) in {path}")
+    if then != now:
+        raise ValueError(f"a mask is learned on with the settings it began with, "
+            f"got {({k: (then.get(k), v) for k, v in now.items() if then.get(k) != v})} (then, "
+            f"now) in {path}")
     numbers, device = json.loads(metadata['numbers']), self.initial.device
-    self.logits, self.best_logits, self.tried = (tensors[k].to(device) for k in ('logits', 'best_logits', 'tried'))
+    self.logits, self.best_logits, self.tried = (tensors[k].to(device) for k in ('logits',
+        'best_logits', 'tried'))
     self.generator.set_state(tensors['generator'])
-    self.rule.state = numbers['rule'] | {k.removeprefix('rule.'): v.to(device) for k, v in tensors.items() if k.startswith('rule.')}
-    self.estimator.state, self.gains, self.seconds = numbers['estimator'], numbers['gains'], numbers['seconds']
+    self.rule.state = numbers['rule'] | {k.removeprefix('rule.'): v.to(device)
+        for k, v in tensors.items() if k.startswith('rule.')}
+    self.estimator.state, self.gains, self.seconds = numbers['estimator'], numbers[
+        'gains'], numbers['seconds']
     self.steps, self.best, self.waited = (numbers[k] for k in ('steps', 'best', 'waited'))
-    self.objective.forwards, self.objective.known = numbers['forwards'], {int(k): v for k, v in numbers['known'].items()}
+    self.objective.forwards, self.objective.known = numbers['forwards'], {int(k): v
+        for k, v in numbers['known'].items()}
     return json.loads(metadata['history'])
 
 # %% ../../nbs/maskpro/50_learn.ipynb #7d3de1a3
 @dataclass
 class MaskRun:
-    "A learned mask and how it came about."
+    "Hold a learned mask and how it came about."
     masks:Masks # of the model, on which the learned mask is set
     initial:Tensor # (G, M)
     learned:Tensor # (G, M) the likeliest mask of the logits
@@ -212,12 +245,19 @@ def check_loss(
 ):
     "Refuse a loss that is no number or another one each time."
     first, again = (objective.aside(objective.initial, [batch]) for _ in range(2))
-    if first != again: raise ValueError(f"the loss must be the same for the same mask and batch, got {first!r} and {again!r}; what is random about it belongs into the batch")
+    if first != again:
+        raise ValueError(f"the loss must be the same for the same mask and batch, "
+            f"got {first!r} and {again!r}; what is random about it belongs into the batch")
 
-def masks_on(model, *how)->Masks: # of `apply_masks`
-    "The masks that a model has, or new ones."
-    return find_masks(model) if any(mask_of(module) for module in model.modules()) else apply_masks(model, *how)
+def masks_on(
+    model:nn.Module, # any
+    *how, # arguments of `apply_masks`
+)->Masks: # of the model
+    "Find the masks that a model has, or apply new ones."
+    return find_masks(model) if any(mask_of(module) for module in model.modules()) else apply_masks(
+        model, *how)
 
+# %% ../../nbs/maskpro/50_learn.ipynb #e921ea81
 def run_learner(
     learner:Learner, # new, or loaded
     validation:list=(), # batches to choose by
@@ -253,7 +293,7 @@ def learn_masks(
     initial='magnitude', # a kind of `initial_mask`, or a (G, M) mask
     validation:list=(), # batches to choose by
     state:str|Path|None=None, # a file to save to, and to go on from if it is there
-    baselines:list|None=None, # losses of the initial mask on a pool, if they are known; their forwards count all the same
+    baselines:list|None=None, # known losses of the initial mask on a pool; they count as forwards
     log=None, # called with each row of the history, those of a saved state too
     accelerator=None, # where several processes share the parts of a batch
     **settings # other fields of `LearnConfig`
@@ -261,21 +301,27 @@ def learn_masks(
     "Learn which N of M weights to use."
     config = LearnConfig(estimator=estimator, budget=budget, **settings)
     masks, training = masks_on(model, n, m, targets, protect, groups), model.training
-    model.eval()                                                                          # dropout would make the loss another one each time
+    model.eval() # dropout would make the loss another one each time
     try:
-        first = parts_of(batches(0)) if callable(batches) else [part for batch in batches[:8] for part in parts_of(batch)]
-        start = initial if isinstance(initial, Tensor) else initial_mask(masks, initial, loss_fn, first, config.seed)
+        first = parts_of(batches(0)) if callable(batches) else [part for batch in batches[:8]
+            for part in parts_of(batch)]
+        start = initial if isinstance(initial, Tensor) else initial_mask(masks, initial, loss_fn,
+            first, config.seed)
         masks.check(start)
         objective = Objective(masks, loss_fn, start, accelerator)
         check_loss(objective, parts_of(batches(0) if callable(batches) else batches[0]))
         learner = Learner(objective, batches, config)
-        if baselines is not None: objective.known, objective.forwards = dict(enumerate(baselines)), len(baselines)
+        if baselines is not None:
+            objective.known, objective.forwards = dict(enumerate(baselines)), len(baselines)
         history = learner.load(Path(state)) if state and Path(state).is_file() else []
         for row in history if log else []: log(row)
-        if config.method.pool and not callable(batches): [objective.baseline(parts_of(batch), key) for key, batch in enumerate(batches)]
-        history = run_learner(learner, [parts_of(batch) for batch in validation], history, log, Path(state) if state else None)
+        if config.method.pool and not callable(batches):
+            [objective.baseline(parts_of(batch), key) for key, batch in enumerate(batches)]
+        history = run_learner(learner, [parts_of(batch) for batch in validation], history, log,
+            Path(state) if state else None)
         logits = learner.best_logits if config.patience and len(validation) else learner.logits
         learned = learner.mode(logits)
         masks.set(learned)
     finally: model.train(training)
-    return MaskRun(masks, start, learned, logits, learner.tried, history, objective.forwards, learner.steps)
+    return MaskRun(masks, start, learned, logits, learner.tried, history, objective.forwards,
+        learner.steps)

@@ -28,11 +28,15 @@ def subsets(
     n:int, # ones
     m:int, # places
 )->Tensor: # (C(m, n), m) of 0. and 1., lexicographic
-    "Every way to keep n of m."
+    "List every way to keep n of m."
     check_pattern(n, m)
-    if math.comb(m, n) > MOST: raise ValueError(f"a table may have at most {MOST} subsets, got {math.comb(m, n)} for {n}:{m}")
-    return torch.tensor([[i in kept for i in range(m)] for kept in combinations(range(m), n)], dtype=torch.float32)
+    if math.comb(m, n) > MOST:
+        raise ValueError(f"a table may have at most {MOST} subsets, got {math.comb(m, n)} for "
+            f"{n}:{m}")
+    return torch.tensor([[i in kept for i in range(m)] for kept in combinations(range(m), n)],
+        dtype=torch.float32)
 
+# %% ../../nbs/maskpro/10_subsets.ipynb #2712e242
 def top_n(
     scores:Tensor, # (…, M), the larger the better
     n:int, # how many of each row are kept
@@ -50,81 +54,94 @@ def check_mask(
     m:int, # M
 )->Tensor: # the mask, float32
     "Refuse what is no n:m mask."
-    if mask.shape[-1:] != (m,): raise ValueError(f"a mask must have {m} places in its last axis, got shape {tuple(mask.shape)}")
+    if mask.shape[-1:] != (m,):
+        raise ValueError(f"a mask must have {m} places in its last axis, "
+            f"got shape {tuple(mask.shape)}")
     bad = (mask.sum(-1) != n) | ((mask != 0) & (mask != 1)).any(-1)
-    if bad.any(): raise ValueError(f"a mask must hold {n} ones and {m - n} zeros in every row, got {mask[bad][0].tolist()}")
+    if bad.any():
+        raise ValueError(f"a mask must hold {n} ones and {m - n} zeros in every row, "
+            f"got {mask[bad][0].tolist()}")
     return mask.float()
 
 # %% ../../nbs/maskpro/10_subsets.ipynb #ebbf57c8
 class MaskDistribution:
-    "Independent groups, n of each M weights stay."
+    "Describe random masks of independent groups, in each of which n of M weights stay."
     def __init__(self,
         logits:Tensor, # (…, M), finite; half precision is computed in single
         n:int, # ones in each group
     ):
         if logits.ndim == 0 or not logits.is_floating_point():
-            raise ValueError(f"logits must be floats of shape (…, M), got {logits.dtype} of shape {tuple(logits.shape)}")
+            raise ValueError(f"logits must be floats of shape (…, M), got {logits.dtype} of shape "
+                f"{tuple(logits.shape)}")
         check_pattern(n, logits.shape[-1])
-        if not logits.isfinite().all(): raise ValueError(f"logits must be finite, got {logits[~logits.isfinite()][0].item()}")
-        self.logits, self.n, self.m = logits if logits.itemsize > 2 else logits.float(), n, logits.shape[-1]
+        if not logits.isfinite().all():
+            raise ValueError(f"logits must be finite, got {logits[~logits.isfinite()][0].item()}")
+        self.logits = logits if logits.itemsize > 2 else logits.float()
+        self.n, self.m = n, logits.shape[-1]
         self.theta = self.logits - self.logits.detach().amax(-1, keepdim=True)
 
     def mode(self)->Tensor: # (…, M) of 0. and 1.
-        "The likeliest mask."
+        "Find the likeliest mask."
         return top_n(self.logits, self.n)
 
     def keep_prob(self)->Tensor: # (…,)
-        "Probability of the likeliest mask."
+        "Compute the probability of the likeliest mask."
         return self.log_prob(self.mode()).exp()
 
 # %% ../../nbs/maskpro/10_subsets.ipynb #a49d7d20
 class EnumeratedMasks(MaskDistribution):
-    "What follows from `log_probs()`, the log-probabilities of all C(M, n) subsets, (…, C) in the order of `subsets`."
+    "Compute everything from `log_probs()`, the (…, C) log-probabilities in the order of `subsets`."
     @property
     def table(self)->Tensor: return subsets(self.n, self.m).to(self.theta) # (C, M), all masks
 
     def marginals(self)->Tensor: # (…, M)
-        "Probability that each weight stays."
+        "Compute the probability that each weight stays."
         return self.log_probs().exp() @ self.table
 
     def covariance(self)->Tensor: # (…, M, M)
-        "Probability that two weights stay together, less the product of their marginals."
-        pairs = self.log_probs().exp() @ (self.table[:, :, None]*self.table[:, None, :]).flatten(1)  # (…, M²)
+        "Compute the probability that two weights stay, less the product of their marginals."
+        both = (self.table[:, :, None]*self.table[:, None, :]).flatten(1) # (C, M²)
+        pairs = self.log_probs().exp() @ both # (…, M²)
         mu = self.marginals()
         return pairs.unflatten(-1, (self.m, self.m)) - mu[..., :, None]*mu[..., None, :]
 
     def covariance_times(self,
         v:Tensor, # (…, M)
     )->Tensor: # (…, M)
-        "`Cov v`, without the matrix."
-        p, s = self.log_probs().exp(), v.to(self.theta) @ self.table.T                              # (…, C): what a subset collects of v
+        "Multiply the covariance by v, without the matrix."
+        p = self.log_probs().exp()
+        s = v.to(self.theta) @ self.table.T # (…, C): what a subset collects of v
         return (p*(s - (p*s).sum(-1, keepdim=True))) @ self.table
 
     def entropy(self)->Tensor: # (…,) nats
-        "Entropy of each group."
+        "Compute the entropy of each group."
         logs = self.log_probs()
         return -(logs.exp()*logs).sum(-1)
 
-    @torch.no_grad()
-    def sample(self,
-        generator:torch.Generator|None=None, # on the device of the logits
-    )->Tensor: # (…, M) of 0. and 1.
-        "Draw one mask for each group."
-        cdf = self.log_probs().double().exp().cumsum(-1)
-        u = torch.rand(cdf[..., :1].shape, dtype=cdf.dtype, device=cdf.device, generator=generator)
-        chosen = torch.searchsorted(cdf, u*cdf[..., -1:], right=True).clamp(max=cdf.shape[-1] - 1)
-        return self.table.float()[chosen[..., 0]]
+# %% ../../nbs/maskpro/10_subsets.ipynb #83083739
+@patch
+@torch.no_grad()
+def sample(self:EnumeratedMasks,
+    generator:torch.Generator|None=None, # on the device of the logits
+)->Tensor: # (…, M) of 0. and 1.
+    "Draw one mask for each group."
+    cdf = self.log_probs().double().exp().cumsum(-1)
+    u = torch.rand(cdf[..., :1].shape, dtype=cdf.dtype, device=cdf.device, generator=generator)
+    chosen = torch.searchsorted(cdf, u*cdf[..., -1:], right=True).clamp(max=cdf.shape[-1] - 1)
+    return self.table.float()[chosen[..., 0]]
 
 # %% ../../nbs/maskpro/10_subsets.ipynb #2b8af9b5
 def log_symmetric(
     theta:Tensor, # (…, M), log w
     n:int, # the highest degree
-)->list[Tensor]: # M + 1 of shape (…, min(j, n) + 1): log e_k of the first j weights, k = 0 … min(j, n)
-    "Logarithms of the elementary symmetric polynomials of the first j weights (Chen, Dempster and Liu, 1994)."
+)->list[Tensor]: # M + 1 of shape (…, min(j, n) + 1): log e_k of the first j weights
+    "Compute the logarithms of elementary symmetric polynomials (Chen, Dempster and Liu, 1994)."
     rows = [torch.zeros_like(theta[..., :1])]
     for t in theta.split(1, -1):
         without, with_it = rows[-1], rows[-1] + t
-        rows.append(torch.cat([without[..., :1], torch.logaddexp(without[..., 1:], with_it[..., :-1]), with_it[..., -1:]], -1)[..., :n + 1])
+        either = torch.logaddexp(without[..., 1:], with_it[..., :-1])
+        row = torch.cat([without[..., :1], either, with_it[..., -1:]], -1)
+        rows.append(row[..., :n + 1])
     return rows
 
 # %% ../../nbs/maskpro/10_subsets.ipynb #6cb6a2fe
@@ -132,32 +149,39 @@ def inclusion(
     theta:Tensor, # (…, M)
     n:int, # ones
 )->Tensor: # (…, M)
-    "Marginals of the conditional Poisson distribution, from the polynomials before and behind each weight."
+    "Compute the marginals of the conditional Poisson distribution."
     m = theta.shape[-1]
-    before, behind, logs = log_symmetric(theta, n), log_symmetric(theta.flip(-1), n), []
+    before, behind = log_symmetric(theta, n), log_symmetric(theta.flip(-1), n)
+    logs = []
     for i in range(m):
-        low, high = max(0, n - m + i), min(i, n - 1) + 1                                             # k = low … high - 1
+        # k = low … high - 1
+        low, high = max(0, n - m + i), min(i, n - 1) + 1
         others = before[i][..., low:high] + behind[m - 1 - i][..., n - high:n - low].flip(-1)
         logs.append(theta[..., i] + others.logsumexp(-1))
-    return n*torch.stack(logs, -1).softmax(-1)                                                       # they sum to n, so e_n need not be known
+    # they sum to n, so e_n need not be known
+    return n*torch.stack(logs, -1).softmax(-1)
 
+# %% ../../nbs/maskpro/10_subsets.ipynb #9f4cc024
 @torch.no_grad()
 def draw_conditionally(
     theta:Tensor, # (…, M)
     n:int, # ones
     generator:torch.Generator|None=None, # on the device of theta
 )->Tensor: # (…, M) of 0. and 1.
-    "Draw from the conditional Poisson distribution, weight by weight (Chen, Dempster and Liu, 1994)."
-    rows, k, kept = log_symmetric(theta, n), torch.full_like(theta[..., :1], n, dtype=torch.long), []
+    "Draw a conditional Poisson mask, weight by weight (Chen, Dempster and Liu, 1994)."
+    rows, kept = log_symmetric(theta, n), []
+    k = torch.full_like(theta[..., :1], n, dtype=torch.long)
     for j in reversed(range(theta.shape[-1])):
-        keep = (rows[j].gather(-1, (k - 1).clamp(min=0)) + theta[..., j:j + 1] - rows[j + 1].gather(-1, k)).exp()
-        kept.append((torch.rand(k.shape, dtype=torch.float64, device=k.device, generator=generator) < keep) & (k > 0))
+        with_it = rows[j].gather(-1, (k - 1).clamp(min=0)) + theta[..., j:j + 1]
+        keep = (with_it - rows[j + 1].gather(-1, k)).exp()
+        u = torch.rand(k.shape, dtype=torch.float64, device=k.device, generator=generator)
+        kept.append((u < keep) & (k > 0))
         k = k - kept[-1].long()
     return torch.cat(kept[::-1], -1).float()
 
 # %% ../../nbs/maskpro/10_subsets.ipynb #3fee9ccd
 class NMDistribution(EnumeratedMasks):
-    "Conditional Poisson: `P(S) ∝ exp(sum of theta over S)` (Hájek, 1964; SIMPLE, arXiv:2210.01941)."
+    "Draw a subset S with `P(S) ∝ exp(sum of theta over S)` (Hájek, 1964; arXiv:2210.01941)."
     def __init__(self,
         logits:Tensor, # (…, M), finite
         n:int, # ones in each group
@@ -166,56 +190,69 @@ class NMDistribution(EnumeratedMasks):
         super().__init__(logits, n)
         self.enumerated = math.comb(self.m, n) <= limit
 
-    def log_probs(self): return (self.theta @ self.table.T).log_softmax(-1)
+    def log_probs(self)->Tensor: # (…, C) nats
+        "Compute the log-probabilities of all subsets."
+        return (self.theta @ self.table.T).log_softmax(-1)
 
     def log_partition(self)->Tensor: # (…,)
-        "A, the logarithm of the sum over all subsets, the largest logit taken as 0."
+        "Compute A, the logarithm of the sum over all subsets, the largest logit taken as 0."
         if self.enumerated: return (self.theta @ self.table.T).logsumexp(-1)
         return log_symmetric(self.theta, self.n)[-1][..., -1]
 
     def log_prob(self,
         mask:Tensor, # (…, M), n ones a row; may have more leading axes than the logits
     )->Tensor: # (…,) nats
-        "Log-probability of a mask."
+        "Compute the log-probability of a mask."
         return (self.theta*check_mask(mask, self.n, self.m)).sum(-1) - self.log_partition()
 
     def score(self,
         mask:Tensor, # (…, M)
     )->Tensor: # (…, M)
-        "Derivative of `log_prob` by the logits: the mask less the marginals."
+        "Compute the derivative of `log_prob` by the logits: the mask less the marginals."
         return check_mask(mask, self.n, self.m) - self.marginals()
 
-    def marginals(self):
-        return super().marginals() if self.enumerated else inclusion(self.theta, self.n)
+# %% ../../nbs/maskpro/10_subsets.ipynb #cbe90dd6
+@patch
+def marginals(self:NMDistribution)->Tensor: # (…, M)
+    "Compute the probability that each weight stays."
+    if self.enumerated: return EnumeratedMasks.marginals(self)
+    return inclusion(self.theta, self.n)
 
-    def entropy(self):
-        if self.enumerated: return super().entropy()
-        return (self.log_partition() - (self.theta*self.marginals()).sum(-1)).clamp(min=0)           # below 0 by rounding only
+@patch
+def entropy(self:NMDistribution)->Tensor: # (…,) nats
+    "Compute the entropy of each group."
+    if self.enumerated: return EnumeratedMasks.entropy(self)
+    # below 0 by rounding only
+    return (self.log_partition() - (self.theta*self.marginals()).sum(-1)).clamp(min=0)
 
 # %% ../../nbs/maskpro/10_subsets.ipynb #a52c8964
 @patch
 def covariance_times(self:NMDistribution,
     v:Tensor, # (…, M)
 )->Tensor: # (…, M), without a gradient of its own when the recursion is used
-    "`Cov v`, the derivative of `marginals` by the logits times v."
-    if v.shape[-1:] != (self.m,): raise ValueError(f"v must have {self.m} numbers in its last axis, got shape {tuple(v.shape)}")
+    "Multiply the covariance, the derivative of `marginals` by the logits, by v."
+    if v.shape[-1:] != (self.m,):
+        raise ValueError(f"v must have {self.m} numbers in its last axis, "
+            f"got shape {tuple(v.shape)}")
     if self.enumerated: return EnumeratedMasks.covariance_times(self, v)
     with torch.inference_mode(False), torch.enable_grad():
-        theta = self.theta.detach().expand(torch.broadcast_shapes(v.shape, self.theta.shape)).clone().requires_grad_()
+        shape = torch.broadcast_shapes(v.shape, self.theta.shape)
+        theta = self.theta.detach().expand(shape).clone().requires_grad_()
         return torch.autograd.grad(inclusion(theta, self.n), theta, v.to(theta).expand_as(theta))[0]
 
 @patch
 def covariance(self:NMDistribution)->Tensor: # (…, M, M)
-    "Covariance of the mask."
+    "Compute the covariance of the mask."
     if self.enumerated: return EnumeratedMasks.covariance(self)
     return torch.stack([self.covariance_times(row) for row in torch.eye(self.m).to(self.theta)], -2)
 
 @patch
-def sample(self:NMDistribution,
+def sample(self:NMDistribution, # noqa: F811
     generator:torch.Generator|None=None, # on the device of the logits
 )->Tensor: # (…, M) of 0. and 1.
     "Draw one mask for each group."
-    return EnumeratedMasks.sample(self, generator) if self.enumerated else draw_conditionally(self.theta, self.n, generator)
+    if self.enumerated: return EnumeratedMasks.sample(self, generator)
+    return draw_conditionally(self.theta, self.n, generator)
 
 # %% ../../nbs/maskpro/10_subsets.ipynb #f1475135
 def order_sums(
@@ -223,28 +260,37 @@ def order_sums(
     n:int, # draws
     among:int, # only subsets of the first `among` items are wanted, n … M
 )->Tensor: # (…, C(among, n)) log-probabilities
-    "Probability of drawing a subset in any order, by its subsets."
+    "Compute the log-probability of drawing each subset in any order, from its own subsets."
     most = max(math.comb(among, k) for k in range(n + 1))
-    if most > MOST: raise ValueError(f"at most {MOST} subsets can be summed over, got {most} for {n} draws from {among}")
+    if most > MOST:
+        raise ValueError(f"at most {MOST} subsets can be summed over, got {most} for {n} draws "
+            f"from {among}")
     f, smaller = torch.zeros_like(theta[..., :1]), [()]
     for k in range(1, n + 1):
-        larger, row = list(combinations(range(among), k)), {kept: c for c, kept in enumerate(smaller)}
-        gone = torch.tensor([[i in kept for i in range(theta.shape[-1])] for kept in smaller], device=theta.device)
-        left = torch.where(gone, -torch.inf, theta[..., None, :]).logsumexp(-1)                       # (…, C(among, k - 1))
-        last = torch.tensor(larger, device=theta.device)                                              # (C(among, k), k): any member may come last
-        before = torch.tensor([[row[kept[:i] + kept[i + 1:]] for i in range(k)] for kept in larger], device=theta.device)
+        larger = list(combinations(range(among), k))
+        row = {kept: c for c, kept in enumerate(smaller)}
+        gone = torch.tensor([[i in kept for i in range(theta.shape[-1])] for kept in smaller],
+            device=theta.device)
+        # (…, C(among, k - 1))
+        left = torch.where(gone, -torch.inf, theta[..., None, :]).logsumexp(-1)
+        # (C(among, k), k): any member may come last
+        last = torch.tensor(larger, device=theta.device)
+        before = torch.tensor([[row[kept[:i] + kept[i + 1:]] for i in range(k)] for kept in larger],
+            device=theta.device)
         f, smaller = ((f - left)[..., before] + theta[..., last]).logsumexp(-1), larger
     return f
 
 # %% ../../nbs/maskpro/10_subsets.ipynb #61fec2a2
 class SequentialDraws(EnumeratedMasks):
-    "N draws without replacement from `softmax(logits)`, their order forgotten (MaskPro, arXiv:2506.12876)."
-    def log_probs(self): return order_sums(self.theta, self.n, self.m)
+    "Draw n items from `softmax(logits)` without replacement (MaskPro, arXiv:2506.12876)."
+    def log_probs(self)->Tensor: # (…, C) nats
+        "Compute the log-probabilities of all subsets."
+        return order_sums(self.theta, self.n, self.m)
 
     def log_prob(self,
         mask:Tensor, # (…, M), n ones a row; may have more leading axes than the logits
     )->Tensor: # (…,) nats
-        "Log-probability of a mask."
+        "Compute the log-probability of a mask."
         theta, mask = torch.broadcast_tensors(self.theta, check_mask(mask, self.n, self.m))
         kept_first = theta.gather(-1, mask.argsort(dim=-1, descending=True, stable=True))
         return order_sums(kept_first, self.n, self.n)[..., 0]
@@ -252,26 +298,31 @@ class SequentialDraws(EnumeratedMasks):
     def score(self,
         mask:Tensor, # (…, M)
     )->Tensor: # (…, M), without a gradient of its own
-        "Derivative of `log_prob` by the logits."
+        "Compute the derivative of `log_prob` by the logits."
         mask = check_mask(mask, self.n, self.m)
         with torch.inference_mode(False), torch.enable_grad():
-            theta = self.theta.detach().expand(torch.broadcast_shapes(mask.shape, self.theta.shape)).clone().requires_grad_()
-            return torch.autograd.grad(SequentialDraws(theta, self.n).log_prob(mask).sum(), theta)[0]
+            shape = torch.broadcast_shapes(mask.shape, self.theta.shape)
+            theta = self.theta.detach().expand(shape).clone().requires_grad_()
+            return torch.autograd.grad(SequentialDraws(theta, self.n).log_prob(mask).sum(),
+                theta)[0]
 
-    @torch.no_grad()
-    def sample(self,
-        generator:torch.Generator|None=None, # on the device of the logits
-    )->Tensor: # (…, M) of 0. and 1.
-        "Draw one mask for each group."
-        noise = torch.empty_like(self.theta, dtype=torch.float64).exponential_(generator=generator).log()
-        return top_n(self.theta - noise, self.n)
+# %% ../../nbs/maskpro/10_subsets.ipynb #0c3bbb50
+@patch
+@torch.no_grad()
+def sample(self:SequentialDraws, # noqa: F811
+    generator:torch.Generator|None=None, # on the device of the logits
+)->Tensor: # (…, M) of 0. and 1.
+    "Draw one mask for each group."
+    noise = torch.empty_like(self.theta, dtype=torch.float64).exponential_(
+        generator=generator).log()
+    return top_n(self.theta - noise, self.n)
 
 # %% ../../nbs/maskpro/10_subsets.ipynb #afee7505
 def published_score(
     logits:Tensor, # (…, M)
     mask:Tensor, # (…, M), N ones a row
 )->Tensor: # (…, M)
-    "The score of MaskPro's code, without its clamps (arXiv:2506.12876): exact for N = 2 alone."
+    "Compute the score of MaskPro's code without clamps, exact for N = 2 (arXiv:2506.12876)."
     p = logits.softmax(-1)
     r = 1/(mask/(1 - p)).sum(-1, keepdim=True)
     g = mask/p + r*mask/(1 - p)**2

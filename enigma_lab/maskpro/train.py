@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MaskTask', 'load_task', 'config_of', 'need', 'model_name', 'make_masks', 'open_record', 'with_masks', 'baseline',
-           'masks_loss', 'known_baselines', 'learn', 'learn_here', 'logger', 'save_learned', 'save_pipeline', 'curves',
-           'evaluate', 'three_models', 'all_steps', 'train_maskpro', 'kept_beside']
+           'masks_loss', 'known_baselines', 'learn', 'learn_here', 'join_world', 'logger', 'save_learned',
+           'save_pipeline', 'curves', 'evaluate', 'metrics_of', 'three_models', 'all_steps', 'train_maskpro',
+           'kept_beside']
 
 # %% ../../nbs/maskpro/55_train.ipynb #f968d0df
 import json, os, shutil
@@ -40,8 +41,8 @@ from .storage import load_masks, save_masks
 # %% ../../nbs/maskpro/55_train.ipynb #a1f574a3
 @dataclass
 class MaskTask:
-    "Everything that follows from a record's settings."
-    config:MaskProConfig
+    "Hold everything that follows from a record's settings."
+    config:MaskProConfig # the settings
     unet:torch.nn.Module # with the initial masks, once there are some
     scheduler:object # of diffusers
     images:Images # in three parts
@@ -53,18 +54,24 @@ class MaskTask:
     @property
     def num_steps(self): return self.scheduler.config.num_train_timesteps
 
-    def batch(self, seed:int)->list[Noised]: # parts
-        "A batch that follows from a number."
+    def batch(self,
+        seed:int, # of images, timesteps and noise
+    )->list[Noised]: # parts
+        "Draw a batch that follows from a number."
         c = self.config
-        whole = draw_batch(self.train, c.batch_size*c.parts, self.num_steps, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        whole = draw_batch(self.train, c.batch_size*c.parts, self.num_steps, generator)
         return [Noised(*part) for part in zip(*(a.split(c.batch_size) for a in whole))]
 
     def pool(self)->list: # of batches
-        "The batches whose baselines are known."
-        return [self.batch(batch_seed(self.config.seed, 2**31 + k)) for k in range(self.config.pool)]
+        "Draw the batches whose baselines are known."
+        seeds = [batch_seed(self.config.seed, 2**31 + k) for k in range(self.config.pool)]
+        return [self.batch(seed) for seed in seeds]
 
-    def fresh(self, step:int)->list: # parts
-        "A new batch for each step."
+    def fresh(self,
+        step:int, # of the learning, from 0
+    )->list: # parts
+        "Draw a new batch for each step."
         return self.batch(batch_seed(self.config.seed, step))
 
 # %% ../../nbs/maskpro/55_train.ipynb #52b2b6b7
@@ -75,11 +82,16 @@ def load_task(
     device = f'cuda:{local_rank()}' if config.gpus else 'cpu'
     unet, scheduler = load_pipeline(config.model)
     images = load_images(config.dataset)
-    if images.shape[0] != unet.config.in_channels: raise ValueError(f"the model must take the images' channels, {images.shape[0]} of {config.dataset!r}, got {unet.config.in_channels}")
+    if images.shape[0] != unet.config.in_channels:
+        raise ValueError(f"the model must take the images' channels, {images.shape[0]} of "
+            f"{config.dataset!r}, got {unet.config.in_channels}")
     train = images.train[:config.dataset_size or None].to(device)
     return MaskTask(config, unet.to(device), scheduler, images, train)
 
-def config_of(run:Run)->MaskProConfig: # of a record
+def config_of(
+    run:Run, # a record
+)->MaskProConfig: # its settings
+    "Read the settings of a record."
     return MaskProConfig(**run.config)
 
 # %% ../../nbs/maskpro/55_train.ipynb #933f0c98
@@ -87,37 +99,47 @@ def need(
     run:Run, # a record
     name:str, # of a file in it
     step:str, # that makes the file
-)->Path:
-    "A file that an earlier step has left."
+)->Path: # of the file
+    "Find a file that an earlier step has left."
     path = run.path/name
-    if not path.is_file(): raise FileNotFoundError(f"{name} is missing in {run.name}: run `enigma-lab maskpro {step}` first")
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is missing in {run.name}: run `enigma-lab maskpro {step}` "
+            f"first")
     return path
 
 # %% ../../nbs/maskpro/55_train.ipynb #bfc24c81
 def model_name(
     model:str, # of the settings
 )->str: # a run's name where it is one, else a folder or a hub id
-    "Which dense model is meant, also tomorrow."
+    "Name the dense model so that the name holds tomorrow, too."
     path = Path(find_pipeline(model))
-    return path.parent.relative_to(runs_root()).as_posix() if path.parent.is_relative_to(runs_root()) else str(path) if path.is_dir() else model
+    if path.parent.is_relative_to(runs_root()):
+        return path.parent.relative_to(runs_root()).as_posix()
+    return str(path) if path.is_dir() else model
 
 # %% ../../nbs/maskpro/55_train.ipynb #3714d5c2
 def make_masks(
     config:MaskProConfig, # what to do
     note:str='', # appended to the record's folder
-    shop:MaskTask|None=None, # from `load_task`; `None`: opened here
+    task:MaskTask|None=None, # from `load_task`; `None`: opened here
 )->Run: # open, with `initial_masks.safetensors` and `initial_masks.json`
-    "Step 1: a record with initial masks."
-    shop = shop or load_task(config)
-    masks = apply_masks(shop.unet, config.n, config.m, config.targets.split(',') if ',' in config.targets else config.targets, groups=config.groups)
-    found = dict(groups=masks.num_groups, layers=len(masks.layers), dense={name: str(why) for name, why in masks.dense.items()})
+    "Make a record with initial masks, step 1."
+    task = task or load_task(config)
+    targets = config.targets.split(',') if ',' in config.targets else config.targets
+    masks = apply_masks(task.unet, config.n, config.m, targets, groups=config.groups)
+    found = dict(groups=masks.num_groups, layers=len(masks.layers),
+        dense={name: str(why) for name, why in masks.dense.items()})
     if Path(config.initial).is_dir():
         mask, lost = project(masks, extract_masks(load_pipeline(config.initial)[0]))
         found['projection'] = lost
-    else: mask = initial_mask(masks, config.initial, shop.loss, [part for k in range(8) for part in shop.batch(batch_seed(config.seed, 2**30 + k))], config.seed)
+    else:
+        seeds = [batch_seed(config.seed, 2**30 + k) for k in range(8)]
+        parts = [part for seed in seeds for part in task.batch(seed)]
+        mask = initial_mask(masks, config.initial, task.loss, parts, config.seed)
     masks.set(mask)
-    verify_masks(shop.unet)
-    run = start_run('train_maskpro', replace(config, model=model_name(config.model)), note)                # a later dense model must not take its place
+    verify_masks(task.unet)
+    # a later dense model must not take its place
+    run = start_run('train_maskpro', replace(config, model=model_name(config.model)), note)
     save_masks(masks, run.path/'initial_masks.safetensors')
     write_json(run.path/'initial_masks.json', found)
     return run
@@ -126,48 +148,70 @@ def make_masks(
 def open_record(
     name:str, # a run of train_maskpro, '' for the newest
     config:MaskProConfig|None=None, # settings it must have; `None`: whatever it has
-    shop:MaskTask|None=None, # whose model gets the initial masks
+    task:MaskTask|None=None, # whose model gets the initial masks
 )->Run: # with initial masks
-    "A record that a step goes on with."
+    "Open the record that a step goes on with."
     known = list_runs('train_maskpro')
-    run = next((r for r in reversed(known) if not name or name in (r.name, r.path.name, str(r.path))), None)
-    if run is None: raise FileNotFoundError(f"a step goes on with a record of train_maskpro, got {name!r}, there are {[r.name for r in known[-5:]]}: run `enigma-lab maskpro masks` first")
+    named = [r for r in known if not name or name in (r.name, r.path.name, str(r.path))]
+    if not named:
+        raise FileNotFoundError(
+            f"a step goes on with a record of train_maskpro, got {name!r}, "
+            f"there are {[r.name for r in known[-5:]]}: run `enigma-lab maskpro masks` first")
+    run = named[-1]
     watched = {'tracker', 'project', 'experiment', 'model'}
-    differing = {} if config is None else {k: (v, now) for k, v in run.config.items() if (now := json.loads(json.dumps(asdict(config)))[k]) != v and k not in watched}
-    if differing: raise ValueError(f"a record goes on with the settings it began with, got {differing} (then, now) in {run.name}")
-    if shop is not None: load_masks(need(run, 'initial_masks.safetensors', 'masks'), shop.unet)
+    now = run.config if config is None else json.loads(json.dumps(asdict(config)))
+    differing = {
+        k: (v, now[k]) for k, v in run.config.items() if now[k] != v and k not in watched}
+    if differing:
+        raise ValueError(f"a record goes on with the settings it began with, "
+            f"got {differing} (then, now) in {run.name}")
+    if task is not None: load_masks(need(run, 'initial_masks.safetensors', 'masks'), task.unet)
     return run
 
 # %% ../../nbs/maskpro/55_train.ipynb #9389e174
 def with_masks(
     run:Run, # with initial masks
-    shop:MaskTask|None=None, # whose model may have masks already
-)->tuple[MaskTask,Masks,Tensor]: # the workshop; its masks; the initial mask (G, M)
-    "The model of a record as step 1 left it."
+    task:MaskTask|None=None, # whose model may have masks already
+)->tuple[MaskTask,Masks,Tensor]: # the task; its masks; the initial mask (G, M)
+    "Load the model of a record as step 1 left it."
     path = need(run, 'initial_masks.safetensors', 'masks')
-    shop = shop or load_task(config_of(run))
-    masks = load_masks(path, shop.unet)                                                   # whatever was tried on it before
-    return shop, masks, masks.values()
+    task = task or load_task(config_of(run))
+    masks = load_masks(path, task.unet) # whatever was tried on it before
+    return task, masks, masks.values()
 
 # %% ../../nbs/maskpro/55_train.ipynb #47ba3d84
 def baseline(
     run:Run, # with initial masks
-    shop:MaskTask|None=None, # with the initial mask set
+    task:MaskTask|None=None, # with the initial mask set
 )->dict: # mean and deviation of the losses, and what could be resolved
-    "Step 2: losses of the initial mask on the pool."
-    shop, masks, initial = with_masks(run, shop)
-    path, pool = run.path/'baseline_losses.npz', shop.pool()
-    if path.exists(): raise FileExistsError(f"baseline losses are written once, and {path} exists; start a new record with `enigma-lab maskpro masks`")
-    losses = [masks_loss(masks, shop.loss, batch, initial) for batch in pool]
+    "Compute the losses of the initial mask on the pool, step 2."
+    task, masks, initial = with_masks(run, task)
+    path, pool = run.path/'baseline_losses.npz', task.pool()
+    if path.exists():
+        raise FileExistsError(f"baseline losses are written once, and {path} exists; start a new "
+            f"record with `enigma-lab maskpro masks`")
+    losses = [masks_loss(masks, task.loss, batch, initial) for batch in pool]
     other = initial.clone()
-    swap = torch.randperm(len(other), generator=torch.Generator().manual_seed(0))[:max(1, len(other)//100)]
-    other[swap] = other[swap].flip(1)                                                     # a mask that differs in a hundredth of the groups
-    effect = minimal_detectable_effect(torch.tensor(losses), torch.tensor([masks_loss(masks, shop.loss, batch, other) for batch in pool]))
+    order = torch.randperm(len(other), generator=torch.Generator().manual_seed(0))
+    swap = order[:max(1, len(other)//100)]
+    other[swap] = other[swap].flip(1) # a mask that differs in a hundredth of the groups
+    changed = [masks_loss(masks, task.loss, batch, other) for batch in pool]
+    effect = minimal_detectable_effect(torch.tensor(losses), torch.tensor(changed))
     masks.set(initial)
-    np.savez(path, losses=np.array(losses), pool=pool_fingerprint(pool), initial=pool_fingerprint([initial]), weights=pool_fingerprint([masks.weights()]))
-    return dict(batches=len(pool), mean=float(np.mean(losses)), std=float(np.std(losses, ddof=1)), detectable=effect, detectable_unpaired=2.8*float(np.std(losses, ddof=1))*(2/len(pool))**.5)
+    np.savez(path, losses=np.array(losses), pool=pool_fingerprint(pool),
+        initial=pool_fingerprint([initial]), weights=pool_fingerprint([masks.weights()]))
+    std = float(np.std(losses, ddof=1))
+    return dict(batches=len(pool), mean=float(np.mean(losses)), std=std, detectable=effect,
+        detectable_unpaired=2.8*std*(2/len(pool))**.5)
 
-def masks_loss(masks, loss, batch, values): # mean over the parts of a batch
+# %% ../../nbs/maskpro/55_train.ipynb #235c3d04
+def masks_loss(
+    masks:Masks, # of a model
+    loss, # (model, part) -> scalar tensor
+    batch:list, # parts
+    values:Tensor, # (G, M)
+)->float: # mean over the parts
+    "Compute the loss of a batch under a mask."
     return sum(masks.loss(loss, part, values) for part in batch)/len(batch)
 
 # %% ../../nbs/maskpro/55_train.ipynb #a817e8e6
@@ -176,93 +220,131 @@ def known_baselines(
     pool:list, # of batches
     initial:Tensor, # (G, M)
     weights:Tensor, # (G, M)
-)->list[float]:
-    "The losses of step 2, if they belong to this pool, mask and model."
+)->list[float]: # a loss for each batch
+    "Read the losses of step 2, if they belong to this pool, mask and model."
     stored = np.load(need(run, 'baseline_losses.npz', 'baseline'))
-    for name, now in dict(pool=pool_fingerprint(pool), initial=pool_fingerprint([initial]), weights=pool_fingerprint([weights])).items():
-        if str(stored[name]) != now: raise ValueError(f"baseline losses must be of the same {name}, got {stored[name]} in {run.name} and {now} now; run `enigma-lab maskpro baseline` on a new record")
+    prints = dict(pool=pool_fingerprint(pool), initial=pool_fingerprint([initial]),
+        weights=pool_fingerprint([weights]))
+    for name, now in prints.items():
+        if str(stored[name]) != now:
+            raise ValueError(f"baseline losses must be of the same {name}, got {stored[name]} in "
+                f"{run.name} and {now} now; run `enigma-lab maskpro baseline` on a new record")
     return stored['losses'].tolist()
 
 # %% ../../nbs/maskpro/55_train.ipynb #79cc012f
 def learn(
     run:Run, # with initial masks, and baseline losses where the estimator compares with them
-    shop:MaskTask|None=None, # with the initial mask set
+    task:MaskTask|None=None, # with the initial mask set
     show=None, # called with each row of the history
 )->MaskRun|None: # `None`: other processes did it
-    "Step 3: learn, and save masks, logits and a pipeline."
+    "Learn, and save masks, logits and a pipeline, step 3."
     from enigma_lab.maskpro import train # its functions as other processes find them
-    if (run.path/'learned_masks.safetensors').exists(): raise FileExistsError(f"masks are learned once, and {run.name} has learned_masks.safetensors; start a new record with `enigma-lab maskpro masks`")
+    if (run.path/'learned_masks.safetensors').exists():
+        raise FileExistsError(f"masks are learned once, and {run.name} has "
+            f"learned_masks.safetensors; start a new record with `enigma-lab maskpro masks`")
     config = config_of(run)
-    if config.world == 1: return learn_here(run, shop, show)
+    if config.world == 1: return learn_here(run, task, show)
     launch(train.learn_here, run, gpus=config.gpus, processes=config.processes)
 
 # %% ../../nbs/maskpro/55_train.ipynb #4edf6e3e
-def learn_here(run:Run, shop:MaskTask|None=None, show=None)->MaskRun|None: # `None`: of several processes
-    "What each process of a learning does."
-    shop, masks, initial = with_masks(run, shop)
-    c, method, accelerator = shop.config, make_method(shop.config.estimator), None
-    if c.world > 1:
-        from accelerate import Accelerator
-        accelerator = Accelerator(cpu=not c.gpus)
-        if accelerator.num_processes != c.world: raise RuntimeError(f"{c.world} processes must learn together, got a world of {accelerator.num_processes}")
-    steps, budget = steps_of(c, len(shop.train))
-    pool = shop.pool() if method.pool else None
+def learn_here(
+    run:Run, # with initial masks
+    task:MaskTask|None=None, # whose model gets them; `None`: opened here
+    show=None, # called with each row of the history
+)->MaskRun|None: # `None`: of several processes
+    "Learn, in each of the processes."
+    task, masks, initial = with_masks(run, task)
+    c, method, first = task.config, make_method(task.config.estimator), rank() == 0
+    accelerator = join_world(c) if c.world > 1 else None
+    steps, budget = steps_of(c, len(task.train))
+    pool = task.pool() if method.pool else None
     known = known_baselines(run, pool, initial, masks.weights()) if method.pool else None
-    validation = [[batch] for batch in fixed_batches(shop.images.validation.to(shop.train.device), 2, num_steps=shop.num_steps, seed=321)]
-    tracker = open_tracker('none' if rank() else c.tracker, run, c.project, c.experiment)
-    state = run.path/'state.safetensors' if rank() == 0 else None
-    if state is not None: (run.path/'history.jsonl').unlink(missing_ok=True)                             # a state has what counts of it
-    with tracker:
-        found = learn_masks(shop.unet, shop.loss, pool or shop.fresh, c.estimator, budget, initial=initial, validation=validation, state=state, accelerator=accelerator, baselines=known,
-            log=logger(run, tracker, show) if rank() == 0 else None, max_steps=steps, logits=c.logits or None, learning_rate=c.learning_rate or None, seed=c.seed, eval_steps=c.eval_steps, patience=c.patience)
-    if rank() == 0: save_learned(run, shop, found)
+    held_out = task.images.validation.to(task.train.device)
+    held_out = fixed_batches(held_out, 2, num_steps=task.num_steps, seed=321)
+    state = run.path/'state.safetensors' if first else None
+    if first: (run.path/'history.jsonl').unlink(missing_ok=True) # a state has what counts of it
+    with open_tracker(c.tracker if first else 'none', run, c.project, c.experiment) as tracker:
+        found = learn_masks(
+            task.unet, task.loss, pool or task.fresh, c.estimator, budget, initial=initial,
+            validation=[[batch] for batch in held_out], state=state, accelerator=accelerator,
+            baselines=known, log=logger(run, tracker, show) if first else None,
+            max_steps=steps, logits=c.logits or None, learning_rate=c.learning_rate or None,
+            seed=c.seed, eval_steps=c.eval_steps, patience=c.patience)
+    if first: save_learned(run, task, found)
     return found if c.world == 1 else None
 
-def logger(run, tracker, show): # a function of a row
-    "Write a row to the record and the tracker."
+# %% ../../nbs/maskpro/55_train.ipynb #a4c74e33
+def join_world(
+    c:MaskProConfig, # the settings
+): # accelerate's `Accelerator`
+    "Join the processes that learn together, and check their number."
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=not c.gpus)
+    if accelerator.num_processes != c.world:
+        raise RuntimeError(f"{c.world} processes must learn together, "
+            f"got a world of {accelerator.num_processes}")
+    return accelerator
+
+def logger(
+    run:Run, # an open record
+    tracker, # of `open_tracker`
+    show, # called with each row; `None`: not
+): # a function of a row
+    "Make a function that writes a row to the record and the tracker."
     def log(row):
         run.log(**row)
-        flat = {k: v for k, v in row.items() if not isinstance(v, (dict, list))} | {f'sparsity/{k}': v for k, v in row.get('sparsity', {}).items()}
-        tracker.log(**flat, **{f'logit_gap/{2*k}_to_{2*k + 2}': n for k, n in enumerate(row.get('logit_gap_histogram', []))})
+        flat = {k: v for k, v in row.items() if not isinstance(v, (dict, list))}
+        flat |= {f'sparsity/{k}': v for k, v in row.get('sparsity', {}).items()}
+        gaps = enumerate(row.get('logit_gap_histogram', []))
+        tracker.log(**flat, **{f'logit_gap/{2*k}_to_{2*k + 2}': n for k, n in gaps})
         if show: show(row)
     return log
 
 # %% ../../nbs/maskpro/55_train.ipynb #76c91993
 def save_learned(
     run:Run, # an open record
-    shop:MaskTask, # whose model has the learned masks
+    task:MaskTask, # whose model has the learned masks
     found:MaskRun, # of `learn_masks`
 ):
-    "Masks, logits, curves, summary, and a pipeline with the masks baked in."
+    "Save masks, logits, curves, summary, and a pipeline with the masks baked in."
     masks, tried = found.masks, [row for row in found.history if 'loss' in row]
     save_masks(masks, run.path/'learned_masks.safetensors')
-    if shop.config.save_logits:
+    if task.config.save_logits:
         (run.path/'logits').mkdir(exist_ok=True)
-        save_file({name: x.contiguous().half().cpu() for name, x in masks.unpack(found.logits.clamp(-6e4, 6e4)).items()}, run.path/'logits'/'logits.safetensors')
+        logits = masks.unpack(found.logits.clamp(-6e4, 6e4)) # what half precision can hold
+        logits = {name: x.contiguous().half().cpu() for name, x in logits.items()}
+        save_file(logits, run.path/'logits'/'logits.safetensors')
     np.save(run.path/'loss_training.npy', np.array([row['loss'] for row in tried]))
-    np.save(run.path/'loss_improvements.npy', np.array([row.get('loss_gain', np.nan) for row in tried]))
+    gains = np.array([row.get('loss_gain', np.nan) for row in tried])
+    np.save(run.path/'loss_improvements.npy', gains)
     look = [row for row in found.history if 'changed' in row][-1]
-    write_json(run.path/'training_summary.json', dict(estimator=shop.config.estimator, steps=found.steps, forwards=found.forwards, groups=len(found.learned), changed=found.changed,
-        **{k: look[k] for k in ('entropy_bits', 'tried', 'loss_s', 'mask_s', 'gain', 'gain_from', 'gain_to', 'val_loss') if k in look}))
+    names = 'entropy_bits tried loss_s mask_s gain gain_from gain_to val_loss'.split()
+    summary = dict(estimator=task.config.estimator, steps=found.steps, forwards=found.forwards,
+        groups=len(found.learned), changed=found.changed)
+    summary |= {k: look[k] for k in names if k in look}
+    write_json(run.path/'training_summary.json', summary)
     curves(run, found.history)
-    save_pipeline(run, shop, masks)
+    save_pipeline(run, task, masks)
 
 # %% ../../nbs/maskpro/55_train.ipynb #f33f2eb7
 def save_pipeline(
     run:Run, # an open record
-    shop:MaskTask, # whose model has masks, and keeps them
+    task:MaskTask, # whose model has masks, and keeps them
     masks:Masks, # of the model
 ):
-    "A diffusers folder whose weights are the masked ones."
+    "Save a diffusers folder whose weights are the masked ones."
     from diffusers import DDPMPipeline
-    bare = deepcopy(shop.unet)
+    bare = deepcopy(task.unet)
     remove_masks(bare)
     part = run.path/'checkpoint.part'
     shutil.rmtree(part, ignore_errors=True)
-    DDPMPipeline(bare, shop.scheduler).save_pretrained(part)
+    DDPMPipeline(bare, task.scheduler).save_pretrained(part)
     about = part/'unet'/'config.json'
-    write_json(about, {k: v for k, v in read_json(about).items() if k != '_name_or_path'})              # where the dense model lay is nobody's business
-    if run.checkpoint.exists(): raise FileExistsError(f"a run is written once, and {run.checkpoint} exists; start another")
+    # where the dense model lay is nobody's business
+    write_json(about, {k: v for k, v in read_json(about).items() if k != '_name_or_path'})
+    if run.checkpoint.exists():
+        raise FileExistsError(
+            f"a run is written once, and {run.checkpoint} exists; start another")
     os.replace(part, run.checkpoint)
 
 # %% ../../nbs/maskpro/55_train.ipynb #75ed3342
@@ -270,14 +352,20 @@ def curves(
     run:Run, # an open record
     history:list[dict], # rows
 ):
-    "training_curves.png: loss of what is tried, loss of the likeliest mask, how undecided it is."
+    "Plot the losses of tried and likeliest masks and what changed, `training_curves.png`."
     import matplotlib.pyplot as plt
     fig, (a, b) = plt.subplots(1, 2, figsize=(8, 2.6))
-    tried, looks = [row for row in history if 'loss' in row], [row for row in history if 'changed' in row]
-    a.plot([r['forwards'] for r in tried], [r['loss'] for r in tried], lw=.5, alpha=.6, label='tried masks')
-    if any('val_loss' in r for r in looks): a.plot([r['forwards'] for r in looks], [r['val_loss'] for r in looks], marker='o', markersize=3, label='likeliest mask, validation')
+    tried = [row for row in history if 'loss' in row]
+    looks = [row for row in history if 'changed' in row]
+    column = lambda rows, name: [r[name] for r in rows]
+    at = column(looks, 'forwards')
+    a.plot(column(tried, 'forwards'), column(tried, 'loss'), lw=.5, alpha=.6, label='tried masks')
+    if any('val_loss' in r for r in looks):
+        a.plot(at, column(looks, 'val_loss'), marker='o', markersize=3,
+            label='likeliest mask, validation')
     a.set(xlabel='forward-equivalents', ylabel='loss'); a.legend()
-    for key, label in dict(changed='groups changed', tried='groups tried').items(): b.plot([r['forwards'] for r in looks], [r[key] for r in looks], label=label)
+    b.plot(at, column(looks, 'changed'), label='groups changed')
+    b.plot(at, column(looks, 'tried'), label='groups tried')
     b.set(xlabel='forward-equivalents', ylabel='share', ylim=(0, 1)); b.legend()
     run.figure('training_curves', fig)
     plt.close(fig)
@@ -288,36 +376,49 @@ def evaluate(
     num_samples:int|None=None, # images drawn from each model; `None`: the settings'
     compute_fid:bool|None=None, # judge them; `None`: the settings'
     test:bool=True, # read the test images; False: validation
-    shop:MaskTask|None=None, # with masks set
+    task:MaskTask|None=None, # with masks set
 )->dict: # the metrics of the record
-    "Step 4: losses with intervals, distances, samples; `evaluation_results.json`."
-    if run.finished: raise FileExistsError(f"a run is written once, and {run.name} is finished; start a new record with `enigma-lab maskpro masks`")
+    "Evaluate losses, distances and samples, step 4, and write `evaluation_results.json`."
+    if run.finished:
+        raise FileExistsError(f"a run is written once, and {run.name} is finished; "
+            "start a new record with `enigma-lab maskpro masks`")
     need(run, 'learned_masks.safetensors', 'learn')
-    c, shop = config_of(run), load_task(config_of(run))
-    models = three_models(run, shop)
-    held_out = shop.images.read_test(run) if test else shop.images.validation
-    batches = fixed_batches(held_out.to(shop.train.device), c.repeats, num_steps=shop.num_steps)
-    found = dict(evaluate_models(models, batches, shop.loss, len(held_out), shop.scheduler), split='test' if test else 'validation')
+    c, task = config_of(run), load_task(config_of(run))
+    models = three_models(run, task)
+    held_out = task.images.read_test(run) if test else task.images.validation
+    batches = fixed_batches(held_out.to(task.train.device), c.repeats, num_steps=task.num_steps)
+    found = evaluate_models(models, batches, task.loss, len(held_out), task.scheduler)
+    found = dict(found, split='test' if test else 'validation')
     samples = c.num_samples if num_samples is None else num_samples
     if (c.compute_fid if compute_fid is None else compute_fid) and samples > 3:
-        features = train_features(shop.images) if shop.images.labels else InceptionFeatures()
-        distances, drawn = distance_report(models, shop.scheduler, shop.images.train, held_out[:samples], features)
+        features = train_features(task.images) if task.images.labels else InceptionFeatures()
+        distances, drawn = distance_report(
+            models, task.scheduler, task.images.train, held_out[:samples], features)
         found |= dict(distances, generated=len(held_out[:samples]))
         run.figure('samples', compare_samples(drawn))
     write_json(run.path/'evaluation_results.json', found)
-    summary = read_json(run.path/'training_summary.json')
-    finish_run(run, {**{k: v for k, v in found.items() if isinstance(v, (int, float, str))}, **{f'train_{k}': v for k, v in summary.items()}, **shop.images.card()})
+    finish_run(run, metrics_of(run, found) | task.images.card())
     return found
+
+# %% ../../nbs/maskpro/55_train.ipynb #085efb19
+def metrics_of(
+    run:Run, # with learned masks
+    found:dict, # of the evaluation
+)->dict: # numbers and words
+    "Collect what the record's metrics say, the summary of the learning included."
+    summary = read_json(run.path/'training_summary.json')
+    found = {k: v for k, v in found.items() if isinstance(v, (int, float, str))}
+    return found | {f'train_{k}': v for k, v in summary.items()}
 
 # %% ../../nbs/maskpro/55_train.ipynb #eb2d689c
 def three_models(
     run:Run, # with initial and learned masks
-    shop:MaskTask, # with the dense model
+    task:MaskTask, # with the dense model
 )->dict: # name -> model in eval mode
-    "Dense, initial and learned."
-    models = {'dense': shop.unet}
+    "Copy the model: dense, with initial masks, with learned masks."
+    models = {'dense': task.unet}
     for name in ('initial', 'learned'):
-        models[name] = deepcopy(shop.unet)
+        models[name] = deepcopy(task.unet)
         load_masks(run.path/f'{name}_masks.safetensors', models[name])
         verify_masks(models[name])
     return models
@@ -329,11 +430,11 @@ def all_steps(
     show=None, # called with each row of the history
     test:bool=True, # read the test images; False while a preset is being chosen
 )->Run: # finished
-    "All four steps."
-    shop = load_task(config)
-    run = make_masks(config, note, shop)
-    if make_method(config.estimator).pool: baseline(run, shop)
-    learn(run, shop if config.world == 1 else None, show)
+    "Take all four steps."
+    task = load_task(config)
+    run = make_masks(config, note, task)
+    if make_method(config.estimator).pool: baseline(run, task)
+    learn(run, task if config.world == 1 else None, show)
     evaluate(run, test=test)
     return run
 
@@ -343,13 +444,14 @@ def train_maskpro(
     test:bool=True, # read the test images
     **changes # fields of `MaskProConfig`
 )->Run: # finished
-    "All four steps of a preset."
+    "Train the masks of a preset, all four steps."
     return all_steps(make_maskpro_config(preset, **changes), note, test=test)
 
 # %% ../../nbs/maskpro/55_train.ipynb #d05bd3d4
 def kept_beside(
     run:Run, # of train_maskpro, finished
 )->dict: # name -> path, for `make_showcase`
-    "What a showcase of masks keeps beside the checkpoint."
+    "List what a showcase of masks keeps beside the checkpoint."
     names = ('initial_masks.safetensors', 'learned_masks.safetensors')
-    return {name: need(run, name, 'learn') for name in names} | dict(dense=Path(find_pipeline(run.config['model'])))
+    return {name: need(run, name, 'learn')
+        for name in names} | dict(dense=Path(find_pipeline(run.config['model'])))
