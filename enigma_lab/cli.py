@@ -24,7 +24,7 @@ def argument(
     p:inspect.Parameter, # of a command's function
     comment:str, # its docment
 )->tuple[str,dict]: # for `add_argument`
-    "One parameter of a function as an argument of a command line."
+    "Describe one parameter of a function as an argument of a command line."
     choices, default = get_args(p.annotation), p.default
     how = dict(help=(comment or '').replace('%', '%%'), **({'choices': choices} if choices else {'metavar': p.name.upper(), 'type': p.annotation}))
     if p.kind is p.VAR_POSITIONAL: return p.name, dict(how, nargs='*')
@@ -36,8 +36,12 @@ def argument(
 
 # %% ../nbs/cli.ipynb #81c392d1
 class Parser(argparse.ArgumentParser):
-    "argparse with errors of one line."
-    def error(self, message): self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
+    "Parse a command line, with errors of one line."
+    def error(self,
+        message:str, # what is wrong
+    ):
+        "Print one line and exit with 2."
+        self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
 
 def add_arguments(
     parser:argparse.ArgumentParser, # of one command
@@ -73,7 +77,7 @@ def command(
     return enter
 
 def command_line()->Parser:
-    "The parser of all commands in the table."
+    "Make the parser of all commands in the table."
     parser = Parser(prog='enigma-lab', description='Train, run and inspect the models of Enigma Lab.',
                     epilog='enigma-lab COMMAND --help explains one; ENIGMA_DEBUG=1 shows where an error comes from.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
@@ -87,7 +91,7 @@ def explain(
     error:Exception, # what a command raised
     extra:str, # that installs the command's libraries
 )->str: # one line
-    "What went wrong, and what to do where that is known."
+    "Say what went wrong, and what to do where that is known."
     if isinstance(error, ModuleNotFoundError) and extra and not (error.name or '').startswith('enigma_lab') and 'pip install' not in str(error):
         return f"this command needs {error.name}: pip install 'enigma_lab[{extra}]'"
     kind = '' if isinstance(error, (ValueError, OSError, RuntimeError)) else f'{type(error).__name__}: '
@@ -117,7 +121,7 @@ def main(
 def find_notebook(
     name:str, # 'train_enigma', or a path
 )->Path: # a notebook of a checkout
-    "The notebook that a person means."
+    "Find the notebook that a person means."
     root = checkout() or checkout(Path(enigma_lab.__file__).parent) or Path('.')
     for path in [Path(name), root/'nbs'/f'{name}.ipynb']:
         if checkout_of(path): return path
@@ -177,7 +181,7 @@ def showcase(
 def load_model(
     run:str, # as on the command line
 ): # a model in eval mode, and its tokenizer
-    "The language model of a run; a FileNotFoundError if it has none."
+    "Load the language model of a run. Raise FileNotFoundError if it has none."
     from enigma_lab.lab.runs import find_run
     found = find_run('' if run == '-' else run)
     if not found.checkpoint.is_dir(): raise FileNotFoundError(f"a model is read from a run's checkpoint, and {found.name} has none; name another run")
@@ -485,7 +489,7 @@ def docs():
     runpy.run_module('enigma_lab.dev.docs', run_name='__main__') # by name: nothing imports dev
 
 def bench_names()->list[str]:
-    "The benchmarks there are."
+    "List the benchmarks there are."
     from enigma_lab import bench
     return sorted(module.name for module in pkgutil.iter_modules(bench.__path__))
 

@@ -16,7 +16,7 @@ from .trackers import check_tracker
 # %% ../../nbs/lab/24_config.ipynb #12ba0638
 @dataclass(frozen=True)
 class TrainingConfig:
-    "What every training has in common."
+    "Hold the settings that every training has in common."
     gpus:int = 0 # CUDA devices, one process each; 0: the CPU
     processes:int = 1 # on the CPU
     seed:int = 0 # of weights, order and dropout
@@ -105,7 +105,9 @@ def make_from_preset(
     return make_settings(Settings(kind, presets), dict(changes, preset=preset))
 
 # %% ../../nbs/lab/24_config.ipynb #2e24e395
-def check_precision(c:TrainingConfig):
+def check_precision(
+    c:TrainingConfig, # any
+):
     "Refuse what the Trainer cannot compute in (the loop can)."
     if c.precision == 'fp16' and not c.gpus: raise ValueError("precision 'fp16' needs a GPU, got gpus=0; use -p precision fp32")
 
@@ -114,7 +116,7 @@ def count_steps(
     config:TrainingConfig, # batch and budgets
     windows:int, # of the training set
 )->int: # updates that epochs and max_steps allow; a million when only minutes count
-    "Updates of a training."
+    "Count the updates of a training."
     per_epoch = math.ceil(math.ceil(windows / (config.batch_size*config.world)) / config.accumulation)
     by_epochs = math.ceil(config.epochs * per_epoch) if config.epochs else 0
     return max(1, min([n for n in (config.max_steps, by_epochs) if n], default=1_000_000))

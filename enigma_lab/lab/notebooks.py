@@ -17,7 +17,7 @@ from .settings import check_names
 def checkout_of(
     notebook:str|Path, # any path
 )->Path|None: # the checkout; `None`: no notebook, or not ours
-    "The checkout below whose nbs/ a notebook lies."
+    "Find the checkout below whose nbs/ a notebook lies."
     path = Path(notebook).resolve()
     root = path.is_file() and path.suffix == '.ipynb' and checkout(path.parent)
     return root if root and root/'nbs' in path.parents else None
@@ -26,7 +26,7 @@ def checkout_of(
 def notebook_parameters(
     notebook:str|Path, # a notebook
 )->list[str]: # in the order of the cell; empty when no cell is tagged
-    "The names assigned in a notebook's `parameters` cell."
+    "List the names assigned in a notebook's `parameters` cell."
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
     source = next((''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])), '')
     assigned = [target for statement in ast.parse(source).body
@@ -46,7 +46,7 @@ def papermill_command(
     notebook:str|Path, # a notebook
     options:list[str], # papermill's
 )->list[str]: # the words of a command
-    "The command that runs a notebook with this Python's papermill."
+    "Make the command that runs a notebook with this Python's papermill."
     if not find_spec('papermill'): raise ModuleNotFoundError("running a notebook needs papermill: pip install 'enigma_lab[apps]'", name='papermill')
     return [sys.executable, '-m', 'papermill', str(notebook), *options]
 
@@ -54,6 +54,7 @@ def parameter_option(
     name:str, # of a parameter
     value, # text, a number, a truth value or None
 )->list[str]: # papermill's words for it
+    "Write a parameter as papermill takes it. Raise ValueError for a value that it cannot take."
     if isinstance(value, str): return ['-r', name, value]
     if isinstance(value, dict): return ['-y', json.dumps({name: value})]
     if value is None or isinstance(value, (bool, int, float)): return ['-p', name, str(value)]

@@ -22,6 +22,7 @@ from .runs import Run
 def clock(
     seconds:float, # a duration
 )->str: # minutes:seconds, or hours:minutes:seconds
+    "Write a duration as a clock shows it."
     minutes, s = divmod(round(seconds), 60)
     return f'{minutes // 60}:{minutes % 60:02}:{s:02}' if minutes >= 60 else f'{minutes}:{s:02}'
 
@@ -30,14 +31,16 @@ WORDS = dict( # a key of a history row, and how its value is said; in the order 
     val_bits_per_char=lambda v: f'val {v:.3f} bits/char', val_nll_nats=lambda v: f'val {v:.3f} nats/token',
     tokens_per_s=lambda v: f'{v:,.0f} tokens/s')
 
-def is_evaluation(row:dict)->bool:
-    "Whether a row of the history reports a validation."
+def is_evaluation(
+    row:dict, # of a history
+)->bool: # whether it has a number of validation
+    "Tell whether a row of the history reports an evaluation."
     return any(key.startswith('val_') and value is not None for key, value in row.items())
 
 def progress_line(
     row:dict, # a row of history.jsonl, any of whose keys may be missing or None
 )->str: # empty when there is nothing to say
-    "One row of a training history in words."
+    "Say one row of a training history in words."
     row = {key: value for key, value in row.items() if value is not None}
     if 'val_bits_per_char' in row: row.pop('val_nll_nats', None)
     others = [f'{key} {row[key]:.4g}' for key in row if key.startswith('val_') and key not in WORDS]
@@ -55,7 +58,7 @@ def new_rows(
     file:Path, # history.jsonl; need not exist yet
     offset:int, # bytes already read
 )->tuple[list[dict],int]: # the rows since; where to go on
-    "The complete lines that were appended to a history."
+    "Read the complete lines that were appended to a history."
     if not file.is_file(): return [], offset
     with open(file, 'rb') as f:
         f.seek(offset)
@@ -93,7 +96,7 @@ def draw_history(
     history:list[dict], # of a run
     bits:bool=True, # losses in bits per token, else in nats
 ):
-    "Training and validation loss against tokens; returns the figure."
+    "Draw training and validation loss against tokens; return the figure."
     import matplotlib.pyplot as plt
     unit = math.log(2) if bits else 1.
     fig, ax = plt.subplots()
@@ -105,7 +108,7 @@ def draw_history(
     return fig
 
 class LiveCurve:
-    "A bar and the curves, redrawn in place; does nothing outside a notebook."
+    "Show a bar and the curves, redrawn in place; do nothing outside a notebook."
     def __init__(self): self.handle = None
 
     def __call__(self, history):
@@ -122,7 +125,11 @@ class LiveCurve:
 
 # %% ../../nbs/lab/28_progress.ipynb #504cd0b7
 @contextmanager
-def watched(run:Run, show, every:float=1.):
+def watched(
+    run:Run, # written by other processes
+    show, # called with the history after each evaluation; `None`: nothing is shown
+    every:float=1., # seconds between two looks at the file
+):
     "Call `show` from a thread while other processes write the record."
     done = threading.Event()
     def watch():
@@ -139,7 +146,7 @@ def watched(run:Run, show, every:float=1.):
 
 # %% ../../nbs/lab/28_progress.ipynb #f84ab504
 def peak_mib()->float: # of this process since its start (CPU) or of the device
-    "Largest memory used so far, in MiB."
+    "Measure the largest memory used so far, in MiB."
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
 
@@ -149,7 +156,7 @@ def cost_card(
     train:Dataset, # windows with 'input_ids'
     repeats:int=5, # passes
 )->dict: # parameters, steps, tokens, minutes, memory
-    "What a training will cost, from a short probe."
+    "Estimate what a training will cost, from a short probe."
     batch = {k: torch.stack([train[i % len(train)][k] for i in range(config.batch_size)]).to(model.device) for k in train[0]}
     state = model.training
     seconds = []

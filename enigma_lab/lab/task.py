@@ -57,7 +57,7 @@ def fit_and_save(
     parts=None, # from the job's `prepare`; `None`: prepared here
     show=None, # called with the history after each look at validation
 ):
-    "One process's share of a training."
+    "Do one process's share of a training."
     if isinstance(task, str): task = find_task(task)
     parts = parts or task.prepare(config)
     with task.within(): fit(run, config, parts.model, parts.train, parts.validation, origin, show, task.callbacks(parts))
@@ -93,12 +93,14 @@ def training_report(
     run:Run, # trained
     counted:str='tokens', # what the model is fed with, for the name
 )->dict: # updates, tokens (or what is counted), seconds, MiB
-    "What a training took, from its history."
+    "Report what a training took, from its history."
     last = [row for row in run.history if 'tokens' in row][-1]
     return {'train_steps': last['step'], f'train_{counted}': last['tokens'], 'train_wall_s': last['wall_s'], 'peak_mib': round(peak_mib())}
 
-def best_val_loss(run:Run)->float: # nats (or the unit of the model's loss)
-    "The lowest loss on validation, which is that of the model that is kept."
+def best_val_loss(
+    run:Run, # trained
+)->float: # nats, or the unit of the model's loss
+    "Return the lowest loss on validation, that of the model that is kept."
     return min(row['val_nll_nats'] for row in run.history if 'val_nll_nats' in row)
 
 # %% ../../nbs/lab/35_task.ipynb #a8e01132

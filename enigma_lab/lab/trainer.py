@@ -32,12 +32,12 @@ def rate_factor(
     progress:float, # share of the budget used, 0 … 1
     config:TrainingConfig, # warmup and decay
 )->float: # share of the peak rate
-    "Warmup, stable, decay (arXiv:2404.06395, section 4)."
+    "Return the share of the peak rate: warmup, stable, decay (arXiv:2404.06395, section 4)."
     rise = min(1., (step + 1) / max(1, config.warmup_steps))
     return rise * min(1., max(0., 1 - progress) / config.decay_share if config.decay_share else 1.)
 
 class Clock:
-    "How much of a budget is used; time spent before a resume counts."
+    "Measure how much of a budget is used; time spent before a resume counts."
     def __init__(self,
         total_steps:int, # updates that steps and epochs allow
         minutes:float, # wall time; 0: no limit
@@ -45,7 +45,10 @@ class Clock:
         self.total_steps, self.seconds = total_steps, 60*minutes
         self.began, self.elapsed = time.monotonic(), 0.
 
-    def start(self, spent): # seconds spent in an earlier run
+    def start(self,
+        spent:float, # seconds spent in an earlier run
+    ):
+        "Begin to count."
         self.began = time.monotonic() - spent
         self.tick()
 
@@ -57,8 +60,10 @@ class Clock:
             torch.distributed.broadcast(now, 0)
         self.elapsed = now.item()
 
-    def progress(self, step):
-        "Share of the budget used after `step` updates."
+    def progress(self,
+        step:int, # updates done
+    )->float: # 0 … 1
+        "Return the share of the budget that is used."
         return min(1., max(step / self.total_steps, self.elapsed / self.seconds if self.seconds else 0.))
 
 # %% ../../nbs/lab/30_trainer.ipynb #675baaab
@@ -72,9 +77,23 @@ class Recorder(TrainerCallback):
     ):
         self.run, self.clock, self.show, self.tracker, self.last = run, clock, show, tracker, None
 
-    def on_train_begin(self, args, state, control, **kwargs): self.last = (state.num_input_tokens_seen, time.monotonic())
+    def on_train_begin(self,
+        args, # of the Trainer
+        state, # with the count of tokens
+        control, # unused
+        **kwargs # unused
+    ):
+        "Start the stopwatch."
+        self.last = (state.num_input_tokens_seen, time.monotonic())
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self,
+        args, # of the Trainer
+        state, # with step, epoch and tokens
+        control, # unused
+        logs=None, # numbers of this log
+        **kwargs # unused
+    ):
+        "Write a row of the history, on rank 0."
         if rank(): return
         row = dict(step=state.global_step, progress=round(self.clock.progress(state.global_step), 4), wall_s=round(self.clock.elapsed, 1),
                    epoch=round(state.epoch or 0, 3), tokens=int(state.num_input_tokens_seen))
@@ -98,35 +117,61 @@ class Budget(TrainerCallback):
     ):
         self.clock, self.stop_ppl = clock, stop_ppl
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self,
+        args, # of the Trainer
+        state, # with the step
+        control, # told to stop
+        **kwargs # unused
+    ):
+        "Stop when the budget is used up."
         self.clock.tick()
         if self.clock.progress(state.global_step) >= 1: control.should_evaluate = control.should_save = control.should_training_stop = True
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(self,
+        args, # of the Trainer
+        state, # unused
+        control, # told to stop
+        metrics=None, # of the evaluation
+        **kwargs # unused
+    ):
+        "Stop when validation is good enough."
         if self.stop_ppl and math.exp(min(50, metrics['eval_loss'])) <= self.stop_ppl: control.should_save = control.should_training_stop = True
 
 # %% ../../nbs/lab/30_trainer.ipynb #86d4d9ea
 class RecordingTrainer(Trainer):
-    "A Trainer with our optimizer and schedule that refuses to go on from NaN."
+    "Train with our optimizer and schedule, and refuse to go on from NaN."
     def __init__(self,
         config:TrainingConfig, # what to do
         clock:Clock, # how far the budget is used
-        *args, **kwargs # as for Trainer
+        *args, # of transformers' Trainer
+        **kwargs # of transformers' Trainer
     ):
         self.config, self.clock = config, clock
         super().__init__(*args, **kwargs)
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self,
+        model=None, # unused
+    ): # the optimizer
+        "Make the optimizer that the config names."
         c = self.config
         if self.optimizer is None: self.optimizer = make_optimizer(self.model, c.learning_rate, c.weight_decay, c.optimizer == 'muon')
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
+    def create_scheduler(self,
+        num_training_steps, # unused: the clock counts
+        optimizer=None, # whose rate is scheduled; `None`: the Trainer's
+    ): # the scheduler
+        "Make the schedule of `rate_factor`."
         factor = lambda step: rate_factor(step, self.clock.progress(step), self.config)
         if self.lr_scheduler is None: self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self,
+        model, # wrapped
+        inputs, # a batch
+        num_items_in_batch=None, # labels of the update
+    ): # the loss
+        "Do a step. Raise FloatingPointError for a loss that is not finite."
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss must stay finite, got {loss.item()} at step {self.state.global_step + 1}; "
@@ -139,7 +184,7 @@ def training_arguments(
     output_dir:Path, # for checkpoints
     total_steps:int, # updates
 )->TrainingArguments: # for the Trainer
-    "Our config in the Trainer's words."
+    "Write our config in the Trainer's words."
     check_precision(config)
     bf16 = config.precision == 'bf16' or (config.precision == 'auto' and config.gpus > 0 and torch.cuda.is_bf16_supported())
     return TrainingArguments(str(output_dir), use_cpu=not config.gpus, seed=config.seed, data_seed=config.seed, max_steps=total_steps,
@@ -179,7 +224,7 @@ class Sealer(TrainerCallback):
         control, # unused
         **kwargs # unused
     ):
-        "Seal the newest checkpoint."
+        "Write the digests of the newest checkpoint."
         if world_size() > 1: torch.distributed.barrier()
         folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
         if rank() == 0 and folder.is_dir(): write_json(folder/DIGESTS, file_digests(folder))
@@ -197,7 +242,10 @@ def last_checkpoint(
         warnings.warn(f'{folder} is left out: {", ".join(wrong[:3])} is not what was saved', stacklevel=2)
 
 # %% ../../nbs/lab/30_trainer.ipynb #1d9aa8a1
-def same_training(config, run:Run)->dict: # field -> (then, now), of those that differ; empty: the same
+def same_training(
+    config, # what is wanted
+    run:Run, # what was done
+)->dict: # field -> (then, now), of those that differ; empty: the same
     "Compare a config with a run's."
     now, then = json.loads(json.dumps(asdict(config))), run.config
     seen_only = {'resume', 'tracker', 'project', 'experiment', 'test', 'note'}  # how a run is watched does not change it
