@@ -16,7 +16,7 @@ import torch
 from ..data.images import load_images
 from ..lab.sweep import sweep
 from ..lab.runs import Run, finish_run, list_runs, runs_in, runs_root, start_run
-from ..ddpm import model as ddpm
+from ..ddpm import train as ddpm
 from ..ddpm.model import DenoisingLoss, draw_batch, fixed_batches
 from ..ddpm.train import load_pipeline
 from ..maskpro.estimators import Objective, make_method, scatter

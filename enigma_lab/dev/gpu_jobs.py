@@ -103,7 +103,7 @@ def train_ddpm(
     **settings # fields of `DDPMTrainConfig`
 ):
     "Train a diffusion model, resumed where it was cut."
-    from enigma_lab.ddpm import model as ddpm
+    from enigma_lab.ddpm import train as ddpm
     ddpm.train_ddpm(ddpm.make_ddpm_config(**settings))
 
 # %% ../../nbs/dev/30_gpu_jobs.ipynb #3ab61e7e

@@ -248,7 +248,7 @@ def same_training(
 )->dict: # field -> (then, now), of those that differ; empty: the same
     "Compare a config with a run's."
     now, then = json.loads(json.dumps(asdict(config))), run.config
-    seen_only = {'resume', 'tracker', 'project', 'experiment', 'test', 'note'}  # how a run is watched does not change it
+    seen_only = {'resume', 'tracker', 'project', 'experiment', 'test', 'loop', 'note'} # watched, evaluated and named otherwise, it is the same
     return {k: (then.get(k), now.get(k)) for k in sorted({*now, *then} - seen_only) if then.get(k) != now.get(k)}
 
 def resume_from(
