@@ -136,4 +136,4 @@ def test_builtin_data_by_module(tmp_path):
     result = subprocess.run(
         module(tmp_path, data='auto', max_chars=30_000), capture_output=True, text=True
     )
-    assert result.returncode == 0 and 'bits per character on test' in result.stdout, result.stderr
+    assert result.returncode == 0 and ' bpc' in result.stdout, result.stderr

@@ -139,4 +139,4 @@ def main(
     try: run = run_task(task, read_arguments(task.settings, program, arguments), show=print_evaluation)
     except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')
     except RuntimeError as e: sys.exit(str(e)) # of a process that was launched
-    print(f"{run.path}: {', '.join(headlines(run))}")
+    print(f"{run.path}: {', '.join(headlines(run.metrics))}")
