@@ -139,7 +139,7 @@ def train(
     for setting in settings:
         name, equals, value = setting.partition('=')
         if not equals: raise ValueError(f"a setting is written name=value, got {setting}; {path.name} has [{', '.join(notebook_parameters(path))}]")
-        options += ['-r', name, value] # as text: the setting's type says how to read it
+        options += ['-r' if value[:1] in '{[' else '-p', name, value] # a table is read by its setting
     words = papermill_command(path, options)
     sys.stdout.flush()
     os.execv(words[0], words)

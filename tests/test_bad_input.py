@@ -90,7 +90,7 @@ TABLE = {  # what: (call, fragments of the message)
     ),
     'config that is no JSON': (
         lambda p: read_config(file(p, 'c.json', b'{,}')),
-        ['must be JSON', 'c.json'],
+        ['must be YAML', 'c.json'],
     ),
     'diverging loss': (
         lambda p: smoke(

@@ -11,7 +11,6 @@ import atexit, base64, os, sys, threading
 from pathlib import Path
 
 from .notebooks import check_parameters, checkout_of
-from .progress import follow
 from .runs import new_run_dir
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #9cfa073e
@@ -111,6 +110,7 @@ def watch(
     run_dir:Path, # a run's folder
 ):
     "Follow a run on stderr from a thread, until this process ends."
+    from enigma_lab.lab.progress import follow # with torch, for our runs alone
     stop = threading.Event()
     thread = threading.Thread(target=follow, args=(run_dir, sys.stderr, stop), daemon=True)
     thread.start()

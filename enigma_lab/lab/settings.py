@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'FIRST', 'LAST', 'Setting', 'field_comments', 'settings_of', 'kinds_of', 'fits', 'check_value',
-           'check_fields', 'read_text', 'Settings', 'check_names', 'read_settings_file', 'make_settings',
+           'check_fields', 'read_text', 'Settings', 'check_names', 'read_settings_file', 'as_typed', 'make_settings',
            'from_notebook', 'shown_value', 'parameters_cell', 'write_settings']
 
 # %% ../../nbs/lab/23_settings.ipynb #ccede19c
@@ -163,6 +163,15 @@ def read_settings_file(
     return found
 
 # %% ../../nbs/lab/23_settings.ipynb #c67db838
+def as_typed(
+    setting:Setting, # what is set
+    value, # text, or what papermill made of it
+): # a value of the setting's type, if it is one
+    "Read a value that came from a terminal: `-p note 42` is text, `-r seed 42` a number."
+    if isinstance(value, str): return read_text(setting, value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if number and kinds_of(setting.kind) == (str,) else value
+
 def make_settings(
     settings:Settings, # what can be set
     given:dict, # name -> value; `None` keeps the preset's value
@@ -173,8 +182,7 @@ def make_settings(
     def checked(given):
         given = {k: v for k, v in given.items() if v is not None}
         check_names(given, known, settings.kind.__name__)
-        typed = lambda k, v: read_text(known[k], v) if text and isinstance(v, str) else v
-        given = {k: typed(k, v) for k, v in given.items()}
+        if text: given = {k: as_typed(known[k], v) for k, v in given.items()}
         for k, v in given.items(): check_value(known[k], v)
         return given
     given = checked(given)
