@@ -187,6 +187,8 @@ def make_settings(
         return given
     given = checked(given)
     if path := given.pop('config', ''): given = {**checked(read_settings_file(path)), **given}
+    if other := given.pop('config', ''):
+        raise ValueError(f'a file of settings names no other, got config={other!r} in {path}')
     preset = given.pop('preset', 'auto' if settings.auto else 'cpu')
     if preset == 'auto' and settings.auto: preset = settings.auto(given)
     if preset not in settings.presets:
