@@ -9,13 +9,15 @@ cfg = config['DEFAULT']
 
 extras = {key.removesuffix('_requirements'): shlex.split(value)
           for key, value in cfg.items() if key.endswith('_requirements')}
-extras['all'] = sorted(set(sum((extras[key] for key in extras if key != 'bench'), [])))  # bench: unmaintained peers, to measure against
+# bench: unmaintained peers, to measure against
+extras['all'] = sorted(set(sum((extras[key] for key in extras if key != 'bench'), [])))
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
     author=cfg['author'], author_email=cfg['author_email'], keywords=cfg['keywords'],
     license='MIT', license_files=['LICENSE'], url=cfg['git_url'],
-    long_description=open('README.md', encoding='utf-8').read(), long_description_content_type='text/markdown',
+    long_description=open('README.md', encoding='utf-8').read(),
+    long_description_content_type='text/markdown',
     packages=find_packages(include=['enigma_lab', 'enigma_lab.*']),
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg['requirements']), extras_require=extras,

@@ -26,13 +26,16 @@ def argument(
 )->tuple[str,dict]: # for `add_argument`
     "Describe one parameter of a function as an argument of a command line."
     choices, default = get_args(p.annotation), p.default
-    how = dict(help=(comment or '').replace('%', '%%'), **({'choices': choices} if choices else {'metavar': p.name.upper(), 'type': p.annotation}))
+    how = dict(help=(comment or '').replace('%', '%%'),
+               **({'choices': choices}
+                  if choices else {'metavar': p.name.upper(), 'type': p.annotation}))
     if p.kind is p.VAR_POSITIONAL: return p.name, dict(how, nargs='*')
     if default is p.empty: return p.name, how
     if p.kind is not p.KEYWORD_ONLY: return p.name, dict(how, nargs='?', default=default)
     option = '-'*(1 + (len(p.name) > 1)) + p.name
     if p.annotation is bool: return option, dict(help=how['help'], action='store_true')
-    return option, dict(how, default=default, help=how['help'] + (f' (default: {default})' if default not in ('', None) else ''))
+    return option, dict(how, default=default, help=how['help']
+                        + (f' (default: {default})' if default not in ('', None) else ''))
 
 # %% ../nbs/cli.ipynb #81c392d1
 class Parser(argparse.ArgumentParser):
@@ -59,9 +62,11 @@ def call(
 ):
     "Call a function with values by name, its `*` parameter included."
     kinds = {name: p.kind for name, p in inspect.signature(function).parameters.items()}
-    named = {name: values[name] for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY}
+    named = {name: values[name] for name, kind in kinds.items()
+             if kind is inspect.Parameter.KEYWORD_ONLY}
     placed = [v for name, kind in kinds.items() if name not in named
-              for v in (values[name] if kind is inspect.Parameter.VAR_POSITIONAL else [values[name]])]
+              for v in (values[name] if kind is inspect.Parameter.VAR_POSITIONAL
+                        else [values[name]])]
     return function(*placed, **named)
 
 # %% ../nbs/cli.ipynb #d59b1f2c
@@ -78,8 +83,10 @@ def command(
 
 def command_line()->Parser:
     "Make the parser of all commands in the table."
-    parser = Parser(prog='enigma-lab', description='Train, run and inspect the models of Enigma Lab.',
-                    epilog='enigma-lab COMMAND --help explains one; ENIGMA_DEBUG=1 shows where an error comes from.')
+    parser = Parser(prog='enigma-lab',
+                    description='Train, run and inspect the models of Enigma Lab.',
+                    epilog='enigma-lab COMMAND --help explains one; ENIGMA_DEBUG=1 shows where an '
+                           'error comes from.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', title='commands')
     for name, (function, _) in COMMANDS.items():
         summary = function.__doc__.strip()
@@ -92,9 +99,11 @@ def explain(
     extra:str, # that installs the command's libraries
 )->str: # one line
     "Say what went wrong, and what to do where that is known."
-    if isinstance(error, ModuleNotFoundError) and extra and not (error.name or '').startswith('enigma_lab') and 'pip install' not in str(error):
+    if isinstance(error, ModuleNotFoundError) and extra and not (error.name or '').startswith(
+        'enigma_lab') and 'pip install' not in str(error):
         return f"this command needs {error.name}: pip install 'enigma_lab[{extra}]'"
-    kind = '' if isinstance(error, (ValueError, OSError, RuntimeError)) else f'{type(error).__name__}: '
+    kind = ('' if isinstance(error, (ValueError, OSError, RuntimeError))
+            else f'{type(error).__name__}: ')
     return kind + (str(error).strip() or type(error).__name__).splitlines()[0]
 
 def main(
@@ -126,7 +135,9 @@ def find_notebook(
     for path in [Path(name), root/'nbs'/f'{name}.ipynb']:
         if checkout_of(path): return path
     known = sorted(path.stem for path in (root/'nbs').glob('train_*.ipynb'))
-    raise ValueError(f"a training is a notebook in the nbs/ of a checkout, got {name}; there are [{', '.join(known)}]")
+    raise ValueError(
+        f"a training is a notebook in the nbs/ of a checkout, got {name}; there are "
+        f"[{', '.join(known)}]")
 
 @command('apps')
 def train(
@@ -138,8 +149,12 @@ def train(
     options = []
     for setting in settings:
         name, equals, value = setting.partition('=')
-        if not equals: raise ValueError(f"a setting is written name=value, got {setting}; {path.name} has [{', '.join(notebook_parameters(path))}]")
-        options += ['-r' if value[:1] in '{[' else '-p', name, value] # a table is read by its setting
+        if not equals:
+            raise ValueError(
+                f"a setting is written name=value, got {setting}; {path.name} has "
+                f"[{', '.join(notebook_parameters(path))}]")
+        # a table is read by its setting
+        options += ['-r' if value[:1] in '{[' else '-p', name, value]
     words = papermill_command(path, options)
     sys.stdout.flush()
     os.execv(words[0], words)
@@ -153,7 +168,9 @@ def tokenizer(
     max_vocab:int=0, # rows at most; 0: a row for each character
 ):
     "Make a character tokenizer from a text's training part."
-    if Path(out).exists(): raise FileExistsError(f"a tokenizer is saved to a new folder, and {out} exists; give another")
+    if Path(out).exists():
+        raise FileExistsError(
+            f"a tokenizer is saved to a new folder, and {out} exists; give another")
     from enigma_lab.data.text import load_text
     from enigma_lab.lm.tokenizer import train_char_tokenizer
     made = train_char_tokenizer(load_text(data).train, max_vocab or None)
@@ -184,12 +201,15 @@ def load_model(
     "Load the language model of a run. Raise FileNotFoundError if it has none."
     from enigma_lab.lab.runs import find_run
     found = find_run('' if run == '-' else run)
-    if not found.checkpoint.is_dir(): raise FileNotFoundError(f"a model is read from a run's checkpoint, and {found.name} has none; name another run")
+    if not found.checkpoint.is_dir():
+        raise FileNotFoundError(
+            f"a model is read from a run's checkpoint, and {found.name} has none; name another run")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
     import enigma_lab.lm.model  # noqa: F401, tells transformers the model's class
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(found.checkpoint).eval(), AutoTokenizer.from_pretrained(found.checkpoint)
+    return AutoModelForCausalLM.from_pretrained(
+        found.checkpoint).eval(), AutoTokenizer.from_pretrained(found.checkpoint)
 
 @command('lm')
 def generate(
@@ -205,7 +225,8 @@ def generate(
     "Continue a text with the language model of a run."
     model, tokenizer = load_model(run)
     from enigma_lab.lm.generate import stream
-    for piece in stream(model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
+    for piece in stream(model, tokenizer, text, max_new_tokens=max_new_tokens,
+                        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         print(piece, end='', flush=True)
     print()
 
@@ -240,7 +261,8 @@ def chat(
         messages.append(dict(role='user', content=line))
         said = ''
         try:
-            for piece in stream_reply(model, tokenizer, messages, memory, max_new_tokens, temperature, top_k, top_p, seed=seed):
+            for piece in stream_reply(model, tokenizer, messages, memory, max_new_tokens,
+                                      temperature, top_k, top_p, seed=seed):
                 said += piece
                 print(piece, end='', flush=True)
         except KeyboardInterrupt: pass
@@ -258,23 +280,29 @@ def sgdd(
     loop:bool=False, # with the encoder in the loop
 ):
     "Evaluate a sentence decoder, or read sentences from their vectors."
-    if action not in ('evaluate', 'read'): raise ValueError(f"action must be 'evaluate' or 'read', got {action!r}")
+    if action not in ('evaluate', 'read'):
+        raise ValueError(f"action must be 'evaluate' or 'read', got {action!r}")
     from enigma_lab.lab.runs import find_run
     found = find_run('' if run == '-' else run, 'train_sgdd', 'sgdd')
-    if not found.checkpoint.is_dir(): raise FileNotFoundError(f"a model is read from a run's checkpoint, and {found.name} has none; name another run")
+    if not found.checkpoint.is_dir():
+        raise FileNotFoundError(
+            f"a model is read from a run's checkpoint, and {found.name} has none; name another run")
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     if action == 'evaluate':
         from enigma_lab.sgdd.train import evaluate_run
         path = evaluate_run(found, dataset, num_samples, loop)
         scores = read_json(path)['metrics']
-        print(f"{path}: {scores['sentences']} sentences, exact match {scores['exact_match']:.3f}, perplexity {scores['perplexity']:.2f}")
+        print(
+            f"{path}: {scores['sentences']} sentences, exact match {scores['exact_match']:.3f}, "
+            f"perplexity {scores['perplexity']:.2f}")
         return
     if not texts: raise ValueError("to read needs sentences, got none")
     from enigma_lab.sgdd.reconstruct import reconstruct
     from enigma_lab.sgdd.model import SGDDModel
     model = SGDDModel.from_pretrained(found.checkpoint)
-    for v in reconstruct(model, list(texts), *(() if loop else (1, 0))): print(f'{v.text}   {v.verdict} (distance {v.distance:.2g})')
+    for v in reconstruct(model, list(texts), *(() if loop else (1, 0))):
+        print(f'{v.text}   {v.verdict} (distance {v.distance:.2g})')
 
 # %% ../nbs/cli.ipynb #3082f6cb
 @command('masks')
@@ -294,8 +322,11 @@ def maskpro(
     if action == 'monitor': return modes.monitor(rounds=rounds)
     if action in modes.preset_groups:
         presets = [word for word in words if '=' not in word]
-        table = modes.run_mode(action, presets, parallel, test=not validation, **read_settings([word for word in words if '=' in word]))
-        return print(table[[c for c in ('preset', 'state', 'gap_recovered', 'learned_loss', 'train_steps', 'train_forwards') if c in table]].to_string(index=False))
+        table = modes.run_mode(action, presets, parallel, test=not validation,
+                               **read_settings([word for word in words if '=' in word]))
+        return print(table[[c for c in ('preset', 'state', 'gap_recovered', 'learned_loss',
+                                        'train_steps', 'train_forwards') if c in table]].to_string(
+                                            index=False))
     if action == 'masks':
         run = steps.make_masks(make_maskpro_config(**read_settings(words)))
         return print(f"{run.name}: {run.path/'initial_masks.safetensors'}")
@@ -303,10 +334,16 @@ def maskpro(
     run = steps.open_record(words[0] if words else '')
     if action == 'baseline': found = steps.baseline(run)
     elif action == 'learn':
-        steps.learn(run, show=lambda row: print(f"{row['step']:>6} updates   validation {row['val_loss']:.4f}   changed {row['changed']:.1%}", flush=True) if 'val_loss' in row else None)
+        steps.learn(run,
+                    show=lambda row: print(
+                        f"{row['step']:>6} updates   validation {row['val_loss']:.4f}   changed "
+                        f"{row['changed']:.1%}", flush=True) if 'val_loss' in row else None)
         found = read_json(run.path/'training_summary.json')
-    else: found = steps.evaluate(run, None if num_samples < 0 else num_samples, False if no_fid else None, not validation)
-    print(run.name + ''.join(f'\n  {k} {v:.4g}' for k, v in found.items() if isinstance(v, (int, float))))
+    else:
+        found = steps.evaluate(run, None if num_samples < 0 else num_samples,
+                               False if no_fid else None, not validation)
+    print(run.name + ''.join(f'\n  {k} {v:.4g}' for k, v in found.items()
+                             if isinstance(v, (int, float))))
 
 # %% ../nbs/cli.ipynb #0998bb7b
 @command('lm')
@@ -498,5 +535,7 @@ def bench(
     name:str, # of a module of enigma_lab.bench
 ):
     "Run a benchmark."
-    if name not in bench_names(): raise ValueError(f"there is no benchmark called {name}; there are [{', '.join(bench_names())}]")
+    if name not in bench_names():
+        raise ValueError(
+            f"there is no benchmark called {name}; there are [{', '.join(bench_names())}]")
     importlib.import_module(f'enigma_lab.bench.{name}').main()

@@ -11,7 +11,8 @@ from enigma_lab.lab.runs import checkout, find_run, list_runs
 from test_door import in_terminal, piped, run_folders, screen, write_checkout
 
 @pytest.fixture(scope='module')
-def toy(tmp_path_factory): return write_checkout(tmp_path_factory.mktemp('commands')/'enigma').resolve()
+def toy(tmp_path_factory):
+    return write_checkout(tmp_path_factory.mktemp('commands')/'enigma').resolve()
 
 def enigma(toy, *words): return piped('enigma-lab', *words, cwd=toy)
 
@@ -21,18 +22,22 @@ def test_help(toy):
     for name in 'train generate runs docs bench'.split():
         assert f'    {name}' in overview.stdout
         help = enigma(toy, name, '--help')
-        assert help.returncode == 0 and help.stdout.startswith(f'usage: enigma-lab {name} ') and help.stderr == ''
+        assert help.returncode == 0 and help.stdout.startswith(
+            f'usage: enigma-lab {name} ') and help.stderr == ''
     assert '--max_new_tokens' in enigma(toy, 'generate', '--help').stdout
 
 def test_help_is_quick(toy):
-    code = "import sys\nfrom enigma_lab.cli import main\nmain([])\nassert not {'torch', 'papermill', 'pandas', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys\nfrom enigma_lab.cli import main\nmain([])\nassert not {'torch', 'papermill', "
+        "'pandas', 'transformers'} & set(sys.modules)")
     assert piped(sys.executable, '-c', code, cwd=toy).returncode == 0
 
 def test_train_and_runs(toy):
     code, text = in_terminal('enigma-lab', 'train', 'train_toy', 'steps=6', cwd=toy)
     assert code == 0, text
     first, = run_folders(toy, 'train_toy')
-    assert json.loads((first/'metrics.json').read_text()) == {'val_nll_nats': .5} and (first/'train_toy.ipynb').exists()
+    assert json.loads((first/'metrics.json').read_text()) == {'val_nll_nats': .5} and (
+        first/'train_toy.ipynb').exists()
     # the same progress as papermill's door
     assert 'step 5 · val 2.011 bits/char' in screen(text)
     alone = enigma(toy, 'runs', 'compare', 'train_toy')
@@ -53,7 +58,8 @@ def test_train_and_runs(toy):
     (['train'], 'arguments are required: NOTEBOOK'),
     (['train', 'train_nothing'], 'there are [train_bad, train_quick, train_toy]'),
     (['train', 'foreign.ipynb'], 'got foreign.ipynb; there are [train_bad'),
-    (['train', 'train_toy', 'step=5'], "train_toy.ipynb has no parameter 'step'; it has [steps, data]"),
+    (['train', 'train_toy', 'step=5'], "train_toy.ipynb has no parameter 'step'; it has [steps, "
+                                       "data]"),
     (['train', 'train_toy', 'steps'], 'a setting is written name=value, got steps'),
     (['runs', 'list', 'train_other'], 'no runs of train_other'),
     (['runs', 'train_tyo'], 'near are [train_toy'),
@@ -93,26 +99,36 @@ def test_a_table_fits(committed, monkeypatch, capsys, width):
         assert [find_run(line.split()[0]).env['started'] for line in out.splitlines()[1:]] == ages
     # the time in a name is what tells runs apart
     if width >= 80:
-        for line, run in zip(out.splitlines()[1:], sorted(committed, key=lambda run: -run.env['started'])): assert line[:19].startswith(run.name[:19]) and ' finished ' in line
+        for line, run in zip(out.splitlines()[1:],
+                             sorted(committed, key=lambda run: -run.env['started'])):
+            assert line[:19].startswith(run.name[:19]) and ' finished ' in line
     code, out, err = said(capsys, 'runs')
-    assert len(out.splitlines()) == 21 and err == f'{len(committed) - 20} older runs are left out; -n 0 shows all\n'
+    assert len(
+        out.splitlines()) == 21 and err == f'{len(committed) - 20} older runs are left out; -n 0 shows all\n'
     wide = ','.join(list(committed[-1].metrics)[:30])
-    assert max(map(len, said(capsys, 'runs', committed[-1].path.parent.name, '-n', '0', '--columns', 'name,' + wide)[1].splitlines())) <= width
+    assert max(map(len, said(capsys, 'runs', committed[-1].path.parent.name, '-n', '0', '--columns',
+                             'name,' + wide)[1].splitlines())) <= width
 
 def test_json(committed, capsys):
     code, out, err = said(capsys, 'runs', '--json', '-n', '0')
     told = {run['name']: run for run in map(json.loads, out.splitlines())}
     assert code == 0 and told.keys() == {run.name for run in committed}
-    for run in committed: assert (told[run.name]['config'], told[run.name]['metrics'], told[run.name]['state']) == (run.config, run.metrics, 'finished')
-    some = [json.loads(line) for line in said(capsys, 'runs', 'train_enigma', '--json', '--columns', 'name,seed')[1].splitlines()]
-    assert some == [dict(name=run.name, seed=run.config['seed']) for run in reversed(committed) if run.path.parent.name == 'train_enigma']
+    for run in committed:
+        assert (told[run.name]['config'], told[run.name]['metrics'],
+                told[run.name]['state']) == (run.config, run.metrics, 'finished')
+    some = [json.loads(line) for line in said(capsys, 'runs', 'train_enigma', '--json', '--columns',
+                                              'name,seed')[1].splitlines()]
+    assert some == [dict(name=run.name, seed=run.config['seed']) for run in reversed(committed)
+                    if run.path.parent.name == 'train_enigma']
 
 def test_one_run(committed, capsys):
     for run in committed[::5]:
         code, out, err = said(capsys, 'runs', run.name)
         assert code == 0 and err == '' and out.splitlines()[0] == run.name and str(run.path) in out
         for part in (run.config, run.metrics, run.env):
-            for key, value in part.items(): assert any(line.split() == f'{key} {value}'.split() for line in out.splitlines()), (run.name, key)
+            for key, value in part.items():
+                assert any(line.split() == f'{key} {value}'.split()
+                           for line in out.splitlines()), (run.name, key)
         # some are called as a notebook
         if run.path.parent.name == 'showcase': continue
         # the time alone, where it is one run's
@@ -125,7 +141,8 @@ def test_one_run(committed, capsys):
 
 def test_unknown_run(committed, capsys):
     code, out, err = said(capsys, 'runs', 'train_enigma/20261121-063830-record-seed9')
-    assert code == 2 and out == '' and 'train_enigma/20261121-063830-record-seed0' in err and len(err.splitlines()) == 1
+    assert code == 2 and out == '' and 'train_enigma/20261121-063830-record-seed0' in err and len(
+        err.splitlines()) == 1
 
 def test_nothing_there(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path))
@@ -135,13 +152,16 @@ def test_nothing_there(monkeypatch, tmp_path, capsys):
 
 def test_a_note_reaches_the_folder(toy):
     notebook = toy/'nbs'/'train_noted.ipynb'
-    notebook.write_text((toy/'nbs'/'train_quick.ipynb').read_text().replace("data = 'auto'", "data = 'auto'\\nnote = ''"))
+    notebook.write_text((toy/'nbs'/'train_quick.ipynb').read_text().replace(
+        "data = 'auto'", "data = 'auto'\\nnote = ''"))
     for words in (['-p', 'note', 'hup'], ['-y', 'note: hup'], ['-p', 'note', 'a/b']):
         before = set(run_folders(toy, 'train_noted'))
         result = piped('papermill', notebook, *words, cwd=toy)
         assert result.returncode == 0, result.stderr
         made, = set(run_folders(toy, 'train_noted')) - before
-        assert made.name[15:18] in ('-hu', '-a-') and made.name.rstrip('-2').endswith(('-hup', '-a-b')) and str(made) in nbformat.read(made/notebook.name, 4).cells[-1].outputs[0].text
+        assert made.name[15:18] in ('-hu', '-a-') and made.name.rstrip('-2').endswith(
+            ('-hup', '-a-b')) and str(made) in nbformat.read(made/notebook.name,
+                                                             4).cells[-1].outputs[0].text
 
 def test_no_model(toy):
     result = enigma(toy, 'generate', '-', 'text')
@@ -155,10 +175,12 @@ def test_generate(toy, monkeypatch):
     monkeypatch.setenv('ENIGMA_RUNS', str(toy/'runs'))
     tokenizer = train_char_tokenizer(['the bombe stopped at noon'])
     run = start_run('train_enigma', dict(dim=16))
-    model = EnigmaForCausalLM(EnigmaConfig(vocab_size=len(tokenizer), dim=16, num_layers=1, num_heads=2, max_len=32))
+    model = EnigmaForCausalLM(EnigmaConfig(vocab_size=len(tokenizer), dim=16, num_layers=1,
+                                           num_heads=2, max_len=32))
     for saved in (model, tokenizer): saved.save_pretrained(run.checkpoint)
     finish_run(run, dict(val_nll_nats=5.))
-    first, again, other = [enigma(toy, 'generate', which, 'the bombe', '--max_new_tokens', '20', '--seed', seed)
+    first, again, other = [enigma(toy, 'generate', which, 'the bombe', '--max_new_tokens', '20',
+                                  '--seed', seed)
                            for which, seed in (('-', '1'), (run.name, '1'), (str(run.path), '2'))]
     assert first.returncode == 0 and len(first.stdout) > 1, first.stderr
     assert first.stderr == ''                                                # nothing but the text

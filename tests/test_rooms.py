@@ -16,7 +16,8 @@ from enigma_lab.lab.runs import checkout
 ROOT = checkout(Path(__file__).parent)
 MODULES = [m.name for m in pkgutil.walk_packages(enigma_lab.__path__, 'enigma_lab.') if not m.ispkg]
 MODULES = [name for name in MODULES if not name.endswith('._modidx')]
-FLOORS = dict(lab=0, machine=1, data=2, ddpm=3, lm=4, flow=4, sgdd=4, maskpro=4, bench=5, apps=5, cli=6, dev=7)
+FLOORS = dict(lab=0, machine=1, data=2, ddpm=3, lm=4, flow=4, sgdd=4, maskpro=4, bench=5, apps=5,
+              cli=6, dev=7)
 GONE = { # without a successor: why
     'apps.chat.newest_conversation': 'a chat begins empty; an earlier one is opened by name',
     'cli.run_line': 'the table of runs is made in lab.runs',
@@ -46,7 +47,8 @@ def faults(graph):
             here, there = room(name), room(other)
             if here == there: continue
             if there == 'dev': wrong.append(f'{name} imports {other}: nothing imports dev')
-            elif FLOORS[there] > FLOORS[here]: wrong.append(f'{name} imports {other}: an arrow upward')
+            elif FLOORS[there] > FLOORS[here]:
+                wrong.append(f'{name} imports {other}: an arrow upward')
             elif FLOORS[there] == FLOORS[here]:
                 wrong.append(f'{name} imports {other}: an arrow sideways')
     return wrong
@@ -55,7 +57,8 @@ def test_imports_point_down():
     graph = {name: imports_of(name) for name in MODULES}
     assert sum(map(len, graph.values())) > 150
     assert not faults(graph)
-    with_one_more = {**graph, 'enigma_lab.machine.rotor': {'enigma_lab.lm.model', 'enigma_lab.dev.docs'}}
+    with_one_more = {**graph,
+                     'enigma_lab.machine.rotor': {'enigma_lab.lm.model', 'enigma_lab.dev.docs'}}
     assert len(faults(with_one_more)) == 2
 
 def test_no_circle():
@@ -66,7 +69,8 @@ def test_no_circle():
 
 def test_maskpro_holds_no_diffusion_model():
     names = {node.id for name in MODULES if room(name) == 'maskpro'
-             for node in ast.walk(ast.parse((ROOT/(name.replace('.', '/') + '.py')).read_text(encoding='utf-8')))
+             for node in ast.walk(
+                 ast.parse((ROOT/(name.replace('.', '/') + '.py')).read_text(encoding='utf-8')))
              if isinstance(node, ast.Name)}
     assert 'Tensor' in names and not names & {'UNet2DModel', 'DDPMScheduler', 'DDIMScheduler'}
 
@@ -99,14 +103,16 @@ def libraries():
     "What the modules import of other libraries, at the top."
     found = set()
     for name in MODULES:
-        for node in ast.parse((ROOT/(name.replace('.', '/') + '.py')).read_text(encoding='utf-8')).body:
+        for node in ast.parse(
+            (ROOT/(name.replace('.', '/') + '.py')).read_text(encoding='utf-8')).body:
             if isinstance(node, ast.Import): found |= {a.name for a in node.names}
             if isinstance(node, ast.ImportFrom) and not node.level:
                 found |= {node.module, *(f'{node.module}.{a.name}' for a in node.names)}
     return sorted(name for name in found if not name.startswith('enigma_lab'))
 
 def import_all(folder, modules):
-    code = IMPORT_ALL.format(root=str(ROOT), folder=str(folder), modules=modules, others=libraries())
+    code = IMPORT_ALL.format(root=str(ROOT), folder=str(folder), modules=modules,
+                             others=libraries())
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
 
@@ -127,7 +133,8 @@ for line in {names!r}:
 def test_names_of_the_last_version_work():
     "Every public name of 0.1.0 is found where it was, moved or renamed."
     assert len(OLD) > 1000
-    done = subprocess.run([sys.executable, '-c', LOOK_UP.format(names=OLD)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', LOOK_UP.format(names=OLD)], capture_output=True,
+                          text=True)
     lost = [line for line in done.stdout.splitlines() if line.split()[0] not in GONE]
     assert done.returncode == 0 and not lost, done.stdout[-3000:] + done.stderr[-1000:]
 

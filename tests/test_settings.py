@@ -17,13 +17,19 @@ from enigma_lab.lab.task import read_arguments, read_words
 ROOT = checkout(Path(__file__).parent)
 NOTEBOOKS = {path.stem: path for path in training_notebooks(ROOT)}
 VALID = dict( # another value than the default, where not any will do
-    preset='smoke', optimizer='adamw', precision='fp32', tracker='tensorboard', machine='both', rotor='roll',
+    preset='smoke', optimizer='adamw', precision='fp32', tracker='tensorboard', machine='both',
+    rotor='roll',
     method='full', initial='random', estimator='pge', groups='flat', schedule='linear', size='tiny',
-    parametrization='plu', grid=2**-10, reversible=True, exact=True, conditioning='cross', positions='rope',
-    norm='post', noise='uniform', weights='bound', data='small', phase=2, base='a run', effective_batch=0,
-    shape={}, save_steps=4000, position_rows=512, eval_steps=50, n=1, num_positions=8, dim=96, num_heads=4, epochs=2, processes=2,
-    gradient_accumulation_steps=2, max_steps=7, minutes=4, budget=77, share=.5, dropout=.1, gpus=0, config='')
-LOOSE = {'gpus', 'config', 'effective_batch', 'shape', 'rev_scale', 'exact'} # need more than themselves, or a device
+    parametrization='plu', grid=2**-10, reversible=True, exact=True, conditioning='cross',
+    positions='rope',
+    norm='post', noise='uniform', weights='bound', data='small', phase=2, base='a run',
+    effective_batch=0,
+    shape={}, save_steps=4000, position_rows=512, eval_steps=50, n=1, num_positions=8, dim=96,
+    num_heads=4, epochs=2, processes=2,
+    gradient_accumulation_steps=2, max_steps=7, minutes=4, budget=77, share=.5, dropout=.1, gpus=0,
+    config='')
+# need more than themselves, or a device
+LOOSE = {'gpus', 'config', 'effective_batch', 'shape', 'rev_scale', 'exact'}
 
 def source(path):
     cells = nbformat.read(path, 4).cells
@@ -46,11 +52,14 @@ def reached(settings, config, name, value):
 
 def ways(settings, name, value, folder):
     "A config by each way of starting a training."
-    both = dict(data='small', phase=2, base='a run') if name in ('phase', 'base') and 'phase' in settings.all else {}
+    both = (dict(data='small', phase=2, base='a run') if name in ('phase', 'base')
+            and 'phase' in settings.all else {})
     given = {**both, name: value}
-    cell = {key: None for key in settings.all} # as papermill fills a cell of which nothing else is set
+    # as papermill fills a cell of which nothing else is set
+    cell = {key: None for key in settings.all}
     yield from_notebook(settings, {**cell, **given})
-    yield from_notebook(settings, {**cell, **{k: str(v) for k, v in given.items()}}) # -r, and words of enigma-lab
+    # -r, and words of enigma-lab
+    yield from_notebook(settings, {**cell, **{k: str(v) for k, v in given.items()}})
     file = Path(folder)/'settings.yaml'
     file.write_text(yaml.safe_dump(given), encoding='utf-8')
     yield from_notebook(settings, {**cell, 'config': str(file)})
@@ -85,9 +94,11 @@ def test_each_setting_has_a_meaning(name):
     settings, lines = settings_of(name), source(NOTEBOOKS[name]).splitlines()
     for setting in settings.all.values():
         assert setting.comment, f'{name}: {setting.name} needs a comment beside the field'
-        assert any(line.startswith(f'{setting.name}: ') and line.endswith(f'# {setting.comment}') for line in lines)
+        assert any(line.startswith(f'{setting.name}: ') and line.endswith(f'# {setting.comment}')
+                   for line in lines)
 
-BAD = dict(minutes="'3'", learning_rate='nan', seed='1.5', batch_size='2.5', gradient_checkpointing='perhaps')
+BAD = dict(minutes="'3'", learning_rate='nan', seed='1.5', batch_size='2.5',
+           gradient_checkpointing='perhaps')
 
 @pytest.mark.parametrize('name', ['train_enigma', 'train_lora', 'train_ddpm'])
 def test_what_makes_no_sense_is_refused_by_every_way(name, tmp_path):
@@ -95,20 +106,23 @@ def test_what_makes_no_sense_is_refused_by_every_way(name, tmp_path):
     for field, text in BAD.items():
         cell = {key: None for key in settings.all}
         file = tmp_path/'bad.yaml'
-        file.write_text(yaml.safe_dump({field: yaml.safe_load(text) if field != 'learning_rate' else float('nan')}))
+        file.write_text(yaml.safe_dump({field: yaml.safe_load(text) if field != 'learning_rate'
+                                        else float('nan')}))
         tries = [lambda: from_notebook(settings, {**cell, field: text}),
                  lambda: make_settings(settings, dict(config=str(file))),
                  lambda: read_arguments(settings, 'train', [f'{field}={text}'])]
         for attempt in tries:
             with pytest.raises(ValueError, match=f'{field} must be'): attempt()
-    for both in (dict(effective_batch=32, gradient_accumulation_steps=3, batch_size=8), dict(max_char=1)):
+    for both in (dict(effective_batch=32, gradient_accumulation_steps=3, batch_size=8),
+                 dict(max_char=1)):
         with pytest.raises(ValueError): make_settings(settings, both)
     with pytest.raises(ValueError, match='name=value'): read_words(['seed'])
 
 def test_a_new_field_is_reached_after_one_command(tmp_path):
     "In a copy of the package; without the command the check fails."
     import shutil
-    shutil.copytree(ROOT/'enigma_lab', tmp_path/'enigma_lab', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(ROOT/'enigma_lab', tmp_path/'enigma_lab',
+                    ignore=shutil.ignore_patterns('__pycache__'))
     (tmp_path/'nbs').mkdir()
     shutil.copy(ROOT/'settings.ini', tmp_path)
     for path in NOTEBOOKS.values(): shutil.copy(path, tmp_path/'nbs')
@@ -116,19 +130,27 @@ def test_a_new_field_is_reached_after_one_command(tmp_path):
     text = module.read_text(encoding='utf-8')
     field = "    preset:str = 'cpu' # preset, see `presets`\n"
     assert field in text
-    module.write_text(text.replace(field, field + "    warmth:float = .5 # of the colours, 0 … 1\n"), encoding='utf-8')
-    run = lambda *words: subprocess.run([sys.executable, '-m', *words], cwd=tmp_path, capture_output=True, text=True,
-                                        env={**__import__('os').environ, 'PYTHONPATH': str(tmp_path)})
+    module.write_text(text.replace(field,
+                                   field + "    warmth:float = .5 # of the colours, 0 … 1\n"),
+                      encoding='utf-8')
+    run = lambda *words: subprocess.run([sys.executable, '-m', *words], cwd=tmp_path,
+                                        capture_output=True, text=True,
+                                        env={**__import__('os').environ,
+                                             'PYTHONPATH': str(tmp_path)})
     before = run('enigma_lab.dev.parameters', '--check')
     assert before.returncode == 1 and 'train_ddpm.ipynb' in before.stdout, before.stderr
     assert run('enigma_lab.dev.parameters').returncode == 0
     assert run('enigma_lab.dev.parameters', '--check').returncode == 0
     assert 'warmth: float = 0.5  # of the colours, 0 … 1' in source(tmp_path/'nbs/train_ddpm.ipynb')
-    code = ("from enigma_lab.ddpm.train import settings\nfrom enigma_lab.lab.settings import from_notebook, make_settings\n"
+    code = (
+        "from enigma_lab.ddpm.train import settings\nfrom enigma_lab.lab.settings import "
+        "from_notebook, make_settings\n"
             "from enigma_lab.lab.task import read_arguments\n"
-            "print(from_notebook(settings, dict(warmth=.25)).warmth, make_settings(settings, dict(warmth=.25)).warmth, "
+            "print(from_notebook(settings, dict(warmth=.25)).warmth, make_settings(settings, "
+            "dict(warmth=.25)).warmth, "
             "read_arguments(settings, 'x', ['warmth=.25']).warmth)")
     assert run('json.tool', '--help').returncode == 0
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
+                          text=True,
                           env={**__import__('os').environ, 'PYTHONPATH': str(tmp_path)})
     assert done.stdout.split() == ['0.25']*3, done.stderr

@@ -33,7 +33,8 @@ VARIANTS = { # name -> fields of EnigmaConfig
     'both, roll': dict(machine='both', rotor='roll'),
     'two streams': dict(machine='none', reversible=True),
     'between, roll': dict(machine='between', rotor='roll', reversible=True)}
-TEXTS = dict(builtin='auto', shakespeare='tinyshakespeare/input.txt', chinese='zh_text/modern_zhuziqing.txt.xz', enciphered='auto')
+TEXTS = dict(builtin='auto', shakespeare='tinyshakespeare/input.txt',
+             chinese='zh_text/modern_zhuziqing.txt.xz', enciphered='auto')
 
 def narrowed(
     variant:str, # of VARIANTS
@@ -42,7 +43,11 @@ def narrowed(
 )->dict: # the variant's fields with the `mlp_dim` at which it reaches as many parameters as 'none'
     "Pay for the machine with the width of the blocks' network."
     def reachable(fields, **more):
-        with torch.device('meta'): model = EnigmaForCausalLM(make_config(preset, shape=fields).model_config().__class__.preset(preset, vocab_size=vocab_size, **fields, **more))
+        with torch.device('meta'):
+            model = EnigmaForCausalLM(make_config(preset,
+                                                  shape=fields).model_config().__class__.preset(
+                                                      preset, vocab_size=vocab_size, **fields,
+                                                      **more))
         return parameter_card(model)['reachable'], model.config
     target, c = reachable(VARIANTS['none'])
     cost = reachable(VARIANTS[variant])[0] - target
@@ -63,7 +68,8 @@ def cipher(
 
 class Enciphered(Dataset):
     "Windows whose token at position t goes through permutation t mod PERIOD."
-    def __init__(self, windows:Windows, table:Tensor): self.windows, self.table = windows, table # table: from `cipher`
+    # table: from `cipher`
+    def __init__(self, windows:Windows, table:Tensor): self.windows, self.table = windows, table
     def __len__(self): return len(self.windows)
 
     def __getitem__(self, i):
@@ -77,7 +83,8 @@ def bits_per_token(model, windows:Dataset, number:int=96, batch:int=8)->float:
     "Mean code length over evenly spread windows, without the first token of each."
     chosen = range(0, len(windows), max(1, len(windows) // number))[:number]
     losses = [model.eval()(ids, labels=ids, use_cache=False).loss.item() * len(ids)
-              for i in range(0, len(chosen), batch) if len(ids := torch.stack([windows[j]['input_ids'] for j in chosen[i:i+batch]]))]
+              for i in range(0, len(chosen), batch)
+              if len(ids := torch.stack([windows[j]['input_ids'] for j in chosen[i:i+batch]]))]
     return sum(losses) / len(chosen) / math.log(2)
 
 def cell(
@@ -93,54 +100,76 @@ def cell(
     max_chars:int=0, # of the text; 0: all
 )->Run: # finished
     "Train and score one variant on one text."
-    data = TEXTS[text] if TEXTS[text] == 'auto' else str((checkout() or Path('.'))/folder/TEXTS[text])
-    make = lambda **shape: make_config(preset, data=data, seed=seed, learning_rate=learning_rate, minutes=0, max_steps=steps, batch_size=batch_size, max_chars=max_chars,
-                                       eval_steps=steps, save_steps=steps, eval_windows=8, shape=shape)
+    data = (TEXTS[text] if TEXTS[text] == 'auto'
+            else str((checkout() or Path('.'))/folder/TEXTS[text]))
+    make = lambda **shape: make_config(preset, data=data, seed=seed, learning_rate=learning_rate,
+                                       minutes=0, max_steps=steps, batch_size=batch_size,
+                                       max_chars=max_chars,
+                                       eval_steps=steps, save_steps=steps, eval_windows=8,
+                                       shape=shape)
     parts = prepare(make(machine='none'))
     config = make(**narrowed(variant, len(parts.tokenizer), preset))
     parts = prepare(config)
-    hide = (lambda windows: Enciphered(windows, cipher(len(parts.tokenizer)))) if text == 'enciphered' else (lambda windows: windows)
-    run = start_run('cell', dict(asdict(config), variant=variant, text=text, split=split, data=TEXTS[text]))
+    hide = ((lambda windows: Enciphered(windows, cipher(len(parts.tokenizer))))
+            if text == 'enciphered' else (lambda windows: windows))
+    run = start_run('cell', dict(asdict(config), variant=variant, text=text, split=split,
+                                 data=TEXTS[text]))
     fit(run, config, parts.model, hide(parts.train), hide(parts.validation))
     documents = parts.corpus.validation if split == 'validation' else parts.corpus.read_test(run)
-    bits = bits_per_token(parts.model, hide(Windows(documents, parts.tokenizer, parts.model.config.max_len)))
+    bits = bits_per_token(parts.model,
+                          hide(Windows(documents, parts.tokenizer, parts.model.config.max_len)))
     card, last = parameter_card(parts.model), [row for row in run.history if 'tokens' in row][-1]
     shutil.rmtree(run.path/'checkpoints')
-    return finish_run(run, dict(bits_per_token=bits, reachable_parameters=card['reachable'], train_tokens=last['tokens'], train_wall_s=last['wall_s'], vocabulary=len(parts.tokenizer)))
+    return finish_run(run, dict(bits_per_token=bits, reachable_parameters=card['reachable'],
+                                train_tokens=last['tokens'], train_wall_s=last['wall_s'],
+                                vocabulary=len(parts.tokenizer)))
 
 # %% ../../nbs/bench/20_ablation.ipynb #827af9cb
 RATES = .005, .01, .02
 
 def best_rates(trials)->dict[str,float]: # a table of cells -> variant -> learning rate
     done = trials[trials.state == 'finished']
-    return {v: rows.loc[rows.bits_per_token.idxmin(), 'learning_rate'] for v, rows in done.groupby('variant')}
+    return {v: rows.loc[rows.bits_per_token.idxmin(), 'learning_rate']
+            for v, rows in done.groupby('variant')}
 
 def main(arguments:list[str]=()):
     "Run what is missing of the ablation; prints the table."
-    parser = argparse.ArgumentParser('python -m enigma_lab.bench.ablation', description=main.__doc__)
-    parser.add_argument('--folder', default='../shared/data', help='where tinyshakespeare/ and zh_text/ lie, relative to the checkout')
+    parser = argparse.ArgumentParser('python -m enigma_lab.bench.ablation',
+                                     description=main.__doc__)
+    parser.add_argument('--folder', default='../shared/data',
+                        help='where tinyshakespeare/ and zh_text/ lie, relative to the checkout')
     parser.add_argument('--texts', nargs='+', default=list(TEXTS), choices=TEXTS)
     parser.add_argument('--variants', nargs='+', default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument('--parallel', type=int, default=1, help='cells at a time; 0: in this process')
-    for name, default in dict(steps=150, preset='cpu', batch_size=4, max_chars=0, name='ablation').items():
+    parser.add_argument('--parallel', type=int, default=1,
+                        help='cells at a time; 0: in this process')
+    for name, default in dict(steps=150, preset='cpu', batch_size=4, max_chars=0,
+                              name='ablation').items():
         parser.add_argument(f'--{name}', type=type(default), default=default)
     given = parser.parse_args(arguments)
-    fixed = dict(folder=given.folder, steps=given.steps, preset=given.preset, batch_size=given.batch_size, max_chars=given.max_chars)
+    fixed = dict(folder=given.folder, steps=given.steps, preset=given.preset,
+                 batch_size=given.batch_size, max_chars=given.max_chars)
     task, show = 'enigma_lab.bench.ablation:cell', lambda line: print(line, flush=True)
     grid = dict(variant=given.variants, learning_rate=list(RATES))
-    rates = best_rates(sweep(task, grid, f'{given.name}-trials', given.parallel, show=show, text='builtin', seed=100, **fixed))
-    cells = [dict(seed=seed, text=text, variant=variant, learning_rate=rates[variant]) for seed in given.seeds for text in given.texts for variant in given.variants if variant in rates]
+    rates = best_rates(sweep(task, grid, f'{given.name}-trials', given.parallel, show=show,
+                             text='builtin', seed=100, **fixed))
+    cells = [dict(seed=seed, text=text, variant=variant, learning_rate=rates[variant])
+             for seed in given.seeds for text in given.texts for variant in given.variants
+             if variant in rates]
     table = sweep(task, cells, given.name, given.parallel, show=show, split='test', **fixed)
     print(effects(table).to_string())
-    if (table.state != 'finished').any(): sys.exit(f"{(table.state != 'finished').sum()} of {len(table)} cells have no result; see the logs in {runs_root()/'sweeps'/given.name}")
+    if (table.state != 'finished').any():
+        sys.exit(
+            f"{(table.state != 'finished').sum()} of {len(table)} cells have no result; see the "
+            f"logs in {runs_root()/'sweeps'/given.name}")
 
 # %% ../../nbs/bench/20_ablation.ipynb #944c3c1a
 def results(name:str='ablation'): # a DataFrame of finished cells, perhaps empty
     "The finished cells of a sweep, from its records."
     import pandas as pd
     found = [run for run in runs_in(runs_root()/'sweeps'/name/'cell') if run.finished]
-    return pd.DataFrame([{k: run.config[k] for k in ('variant', 'text', 'seed', 'learning_rate')} | run.metrics for run in found])
+    return pd.DataFrame([{k: run.config[k] for k in ('variant', 'text', 'seed', 'learning_rate')}
+                         | run.metrics for run in found])
 
 def effects(
     table, # of cells: variant, text, seed, bits_per_token
@@ -149,10 +178,16 @@ def effects(
     import pandas as pd
     rows = []
     for text in dict.fromkeys(table.text):
-        bits = table[table.text == text].pivot(index='seed', columns='variant', values='bits_per_token')
+        bits = table[table.text == text].pivot(index='seed', columns='variant',
+                                               values='bits_per_token')
         gains = paired_differences(-bits[[v for v in VARIANTS if v in bits]], 'none')
-        rows.append(gains.assign(text=text, mean=-gains['mean']).rename(columns={'mean': 'bits per token', 'difference': 'gain'}).rename_axis('variant').reset_index())
-    return pd.concat(rows)[['text', 'variant', 'bits per token', 'seeds', 'gain', 'from', 'to']].reset_index(drop=True)
+        rows.append(gains.assign(text=text,
+                                 mean=-gains['mean']).rename(
+                                     columns={'mean': 'bits per token',
+                                              'difference': 'gain'}).rename_axis(
+                                                  'variant').reset_index())
+    return pd.concat(rows)[['text', 'variant', 'bits per token', 'seeds', 'gain', 'from',
+                            'to']].reset_index(drop=True)
 
 # %% ../../nbs/bench/20_ablation.ipynb #aa347bfb
 def conclusion(
@@ -160,12 +195,16 @@ def conclusion(
 )->str: # Markdown
     "A sentence by rule: a gain is one whose interval lies above 0."
     found = effects(table)
-    if found.gain.isna().all() or found.seeds.min() < 2: return 'No conclusion yet: fewer than two seeds are finished.'
-    say = lambda rows: ', '.join(f"{r.variant} ({r.gain:+.3f}, {r['from']:+.3f} to {r['to']:+.3f})" for _, r in rows.iterrows()) or 'no variant'
+    if found.gain.isna().all() or found.seeds.min() < 2:
+        return 'No conclusion yet: fewer than two seeds are finished.'
+    say = lambda rows: ', '.join(f"{r.variant} ({r.gain:+.3f}, {r['from']:+.3f} to {r['to']:+.3f})"
+                                 for _, r in rows.iterrows()) or 'no variant'
     lines = []
     for text, rows in found.groupby('text', sort=False):
         rows = rows[rows.variant != 'none']
-        lines.append(f"- **{text}**: better than a plain transformer by bits per token: {say(rows[rows['from'] > 0])}; worse: {say(rows[rows.to < 0])}.")
+        lines.append(
+            f"- **{text}**: better than a plain transformer by bits per token: "
+            f"{say(rows[rows['from'] > 0])}; worse: {say(rows[rows.to < 0])}.")
     return '\n'.join(lines)
 
 # %% ../../nbs/bench/20_ablation.ipynb #88856175

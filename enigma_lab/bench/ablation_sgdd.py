@@ -30,7 +30,9 @@ from ..sgdd.sampling import maskgit_sample
 from ..sgdd.train import NewNoise, collapse_signs, make_sgdd_config, prepare_sgdd
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #9390bdc9
-FACTORS = dict(conditioning=('cross', 'memory', 'adaln'), positions=('rope', 'both'), num_vectors=(1, 4), weights=('flat', 'bound')) # the first of each: as originally described
+# the first of each: as originally described
+FACTORS = dict(conditioning=('cross', 'memory', 'adaln'), positions=('rope', 'both'),
+               num_vectors=(1, 4), weights=('flat', 'bound'))
 
 def shape_of(
     conditioning:str, # of FACTORS
@@ -40,7 +42,8 @@ def shape_of(
 )->dict: # fields of `SGDDConfig`
     "What makes a cell's decoder another one."
     width = SGDDConfig.preset(size, vocab_size=1, mask_id=0, pad_id=0).dim
-    return dict(conditioning=conditioning, positions=positions, weights=weights, proj_dim=width if conditioning == 'cross' else 0)
+    return dict(conditioning=conditioning, positions=positions, weights=weights,
+                proj_dim=width if conditioning == 'cross' else 0)
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #f7b0cebf
 TIMES = .25, .5, .75, 1. # shares that are hidden
@@ -56,8 +59,11 @@ def loss_at(
     "Cross-entropy of hidden tokens at one time."
     data = SentenceVectors(tokens, z, model.config)
     content = data.labels != -100
-    x_t, hidden = model.diffusion.q_sample(data.tokens, torch.full((len(z),), t), content, at_least_one=True, generator=torch.Generator().manual_seed(seed))
-    return F.nll_loss(model.log_probs(x_t, model.vector(z), content, hidden), data.tokens[hidden]).item()
+    x_t, hidden = model.diffusion.q_sample(data.tokens, torch.full((len(z),), t), content,
+                                           at_least_one=True,
+                                           generator=torch.Generator().manual_seed(seed))
+    return F.nll_loss(model.log_probs(x_t, model.vector(z), content, hidden),
+                      data.tokens[hidden]).item()
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #fd7558cf
 def evaluate(
@@ -68,9 +74,11 @@ def evaluate(
     scores = evaluate_generation(model, texts)
     written, z = [e['written'] for e in scores['examples']], encode_cached(model.encoder, texts)
     tokens, signs = normal_form(model, texts)[0], collapse_signs(model, z[:100], written[:100])
-    kept = ('sentences', 'exact_match', 'exact_match_from', 'exact_match_to', 'token_accuracy', 'nelbo_bits', 'evaluations')
+    kept = ('sentences', 'exact_match', 'exact_match_from', 'exact_match_to', 'token_accuracy',
+            'nelbo_bits', 'evaluations')
     losses = {f'loss_nats_{100*t:.0f}': loss_at(model, tokens, z, t) for t in TIMES}
-    return {k: scores[k] for k in kept} | losses | {k: signs[k] for k in ('place_difference', 'repeated_share')}
+    return {k: scores[k] for k in kept} | losses | {k: signs[k]
+                                                    for k in ('place_difference', 'repeated_share')}
 
 def cell(
     conditioning:str, # of FACTORS
@@ -88,15 +96,20 @@ def cell(
     "Train and score one combination, on one thread."
     torch.set_num_threads(1)
     looks = max(1, steps//3)
-    config = make_sgdd_config('cpu', data=data, size=size, num_vectors=num_vectors, shape=shape_of(conditioning, positions, weights, size), seed=seed,
-        minutes=0, max_steps=steps, batch_size=batch_size, max_sentences=max_sentences, eval_steps=looks, eval_windows=sentences, save_steps=looks)
+    config = make_sgdd_config('cpu', data=data, size=size, num_vectors=num_vectors,
+        shape=shape_of(conditioning, positions, weights, size), seed=seed,
+        minutes=0, max_steps=steps, batch_size=batch_size, max_sentences=max_sentences,
+        eval_steps=looks, eval_windows=sentences, save_steps=looks)
     parts = prepare_sgdd(config)
-    run = start_run('cell', dict(asdict(config), conditioning=conditioning, positions=positions, weights=weights))
+    run = start_run('cell', dict(asdict(config), conditioning=conditioning, positions=positions,
+                                 weights=weights))
     clock = UpdateClock(process_time)
-    fit(run, config, parts.model, parts.train, parts.validation, callbacks=(NewNoise(parts.train), clock))
+    fit(run, config, parts.model, parts.train, parts.validation,
+        callbacks=(NewNoise(parts.train), clock))
     shutil.rmtree(run.path/'checkpoints')
     scores = evaluate(parts.model.eval(), parts.corpus.validation[:sentences])
-    return finish_run(run, dict(scores, parameters=parts.model.parameter_card()['trainable'], train_cpu_s=clock.spent))
+    return finish_run(run, dict(scores, parameters=parts.model.parameter_card()['trainable'],
+                                train_cpu_s=clock.spent))
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #aef2717d
 def effects(
@@ -107,20 +120,25 @@ def effects(
     import pandas as pd
     rows = []
     for factor, (first, *levels) in FACTORS.items():
-        scores = cells.pivot(index=[*(f for f in FACTORS if f != factor), 'seed'], columns=factor, values=score)
+        scores = cells.pivot(index=[*(f for f in FACTORS if f != factor), 'seed'], columns=factor,
+                             values=score)
         for level in [level for level in levels if {first, level} <= set(scores)]:
             more = (scores[level] - scores[first]).dropna()
             of_seed = more.groupby('seed').mean()
             mean, half = of_seed.mean(), half_width(of_seed)
-            rows.append({'factor': factor, 'level': level, 'against': first, 'difference': mean, 'from': mean - half, 'to': mean + half, 'seeds': len(of_seed),
-                'least': more.min(), 'most': more.max(), 'higher': int((more > 0).sum()), 'pairs': len(more)})
+            rows.append({'factor': factor, 'level': level, 'against': first, 'difference': mean,
+                'from': mean - half, 'to': mean + half, 'seeds': len(of_seed),
+                'least': more.min(), 'most': more.max(), 'higher': int((more > 0).sum()),
+                'pairs': len(more)})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #44f3f41c
 CURVES = { # question -> setting -> arguments of `maskgit_sample`; the first setting is the base
     'calls': {n: dict(steps=n) for n in (16, 8, 4, 2, 1)},
-    **{f'guidance, {formula}': {w: dict(guidance=float(w), formula=formula, ramp=formula == 'log') for w in (0, .5, 1, 2, 4)} for formula in ('log', 'prob')},
-    'order': {order: dict(order=order, steps=16 if order == 'threshold' else 4) for order in ('confidence', 'random', 'remask', 'threshold')}}
+    **{f'guidance, {formula}': {w: dict(guidance=float(w), formula=formula, ramp=formula == 'log')
+                                for w in (0, .5, 1, 2, 4)} for formula in ('log', 'prob')},
+    'order': {order: dict(order=order, steps=16 if order == 'threshold' else 4)
+              for order in ('confidence', 'random', 'remask', 'threshold')}}
 
 def measure(
     run:Run, # an open record
@@ -137,8 +155,10 @@ def measure(
             right = [float(a == b) for a, b in zip(written, wanted)]
             base = base or right
             score, gain = bootstrap(right), bootstrap([a - b for a, b in zip(right, base)])
-            run.log(case=case, setting=setting, **dict(zip(('exact_match', 'from', 'to'), score)), **dict(zip(('gain', 'gain_from', 'gain_to'), gain)),
-                token_accuracy=token_accuracy(normal_form(model, written)[0], tokens), evaluations=done.evaluations/len(texts))
+            run.log(case=case, setting=setting, **dict(zip(('exact_match', 'from', 'to'), score)),
+                **dict(zip(('gain', 'gain_from', 'gain_to'), gain)),
+                token_accuracy=token_accuracy(normal_form(model, written)[0], tokens),
+                evaluations=done.evaluations/len(texts))
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #e67ee37c
 DEFAULT = dict(conditioning='adaln', positions='both', num_vectors=4, weights='flat')
@@ -147,20 +167,27 @@ def around(
     default:dict=DEFAULT, # factor -> level
 )->list[dict]: # the default, and what differs from it in one factor
     "One choice at a time."
-    return [default] + [{**default, factor: level} for factor, levels in FACTORS.items() for level in levels if level != default[factor]]
+    return [default] + [{**default, factor: level} for factor, levels in FACTORS.items()
+                        for level in levels if level != default[factor]]
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #ba10d262
 FULL = dict(name='ablation_sgdd', seeds=[0], around=False, model='showcase/sgdd', written=200,
-    recipe=dict(steps=120, data='hard', size='small', batch_size=128, max_sentences=6000, sentences=500))
-SMALL = dict(FULL, name='ablation_sgdd-small', written=12, recipe=dict(steps=2, data='small', size='tiny', batch_size=8, max_sentences=48, sentences=8))
+    recipe=dict(steps=120, data='hard', size='small', batch_size=128, max_sentences=6000,
+                sentences=500))
+SMALL = dict(FULL, name='ablation_sgdd-small', written=12,
+             recipe=dict(steps=2, data='small', size='tiny', batch_size=8, max_sentences=48,
+                         sentences=8))
 
 def main(arguments:list[str]=()): # of the command line
     "Train what is missing, write with the trained model, record; prints the tables."
-    parser = argparse.ArgumentParser('python -m enigma_lab.bench.ablation_sgdd', description=main.__doc__)
+    parser = argparse.ArgumentParser('python -m enigma_lab.bench.ablation_sgdd',
+                                     description=main.__doc__)
     parser.add_argument('--small', action='store_true', help='tiny models, to see that it works')
-    parser.add_argument('--parallel', type=int, default=1, help='cells at a time; 0: in this process')
+    parser.add_argument('--parallel', type=int, default=1,
+                        help='cells at a time; 0: in this process')
     parser.add_argument('--seeds', nargs='+', type=int, help=f"{FULL['seeds']}")
-    parser.add_argument('--around', action='store_const', const=True, help='one choice at a time, not all combinations')
+    parser.add_argument('--around', action='store_const', const=True,
+                        help='one choice at a time, not all combinations')
     parser.add_argument('--steps', type=int, help=f"updates of a cell, {FULL['recipe']['steps']}")
     parser.add_argument('--model', help=f"a trained run whose sampler is tried, {FULL['model']}")
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
@@ -169,15 +196,23 @@ def main(arguments:list[str]=()): # of the command line
     torch.set_num_threads(1)
     trained = find_run(o['model'])
     model = SGDDModel.from_pretrained(trained.checkpoint)
-    grid = [dict(seed=seed, **choice) for seed in o['seeds'] for choice in around()] if o['around'] else dict(seed=o['seeds'], **FACTORS)
-    done = sweep('enigma_lab.bench.ablation_sgdd:cell', grid, o['name'], parallel, show=lambda line: print(line, flush=True), **o['recipe'])
+    grid = ([dict(seed=seed, **choice) for seed in o['seeds'] for choice in around()] if o['around']
+            else dict(seed=o['seeds'], **FACTORS))
+    done = sweep('enigma_lab.bench.ablation_sgdd:cell', grid, o['name'], parallel,
+                 show=lambda line: print(line, flush=True), **o['recipe'])
     run = start_run('bench_ablation_sgdd', o)
-    for row in done.to_dict('records'): run.log(case='cell' if row['state'] == 'finished' else 'missing', **{k: v for k, v in row.items() if v == v})
+    for row in done.to_dict('records'):
+        run.log(case='cell' if row['state'] == 'finished' else 'missing',
+                **{k: v for k, v in row.items() if v == v})
     measure(run, model, load_sentences(trained.config['data']).validation[:o['written']])
     finish_run(run, summary(run))
     cells = cells_of(run)
-    print(*(t.to_string(index=False) for t in (table(cells), effects(cells), settings_of(run))), verdict(run), sep='\n\n')
-    if missing := int((done.state != 'finished').sum()): sys.exit(f"{missing} of {len(done)} cells have no result; see the logs in {runs_root()/'sweeps'/o['name']}")
+    print(*(t.to_string(index=False) for t in (table(cells), effects(cells), settings_of(run))),
+          verdict(run), sep='\n\n')
+    if missing := int((done.state != 'finished').sum()):
+        sys.exit(
+            f"{missing} of {len(done)} cells have no result; see the logs in "
+            f"{runs_root()/'sweeps'/o['name']}")
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #76103da9
 def cells_of(run:Run): # of `main` -> a DataFrame: a line for each finished cell
@@ -197,9 +232,13 @@ def table(
     rows = []
     for levels, own in cells.groupby(list(FACTORS)):
         mean, half = own.mean(numeric_only=True), half_width(own.exact_match)
-        low, high = (mean.exact_match - half, mean.exact_match + half) if len(own) > 1 else (mean.exact_match_from, mean.exact_match_to)
-        rows.append(dict(zip(FACTORS, levels)) | {'seeds': len(own), 'token_accuracy': mean.token_accuracy, 'exact_match': mean.exact_match, 'from': low, 'to': high} |
-            {k: mean[k] for k in ('nelbo_bits', *(f'loss_nats_{100*t:.0f}' for t in TIMES), 'place_difference')} |
+        low, high = ((mean.exact_match - half, mean.exact_match + half) if len(own) > 1
+                     else (mean.exact_match_from, mean.exact_match_to))
+        rows.append(dict(zip(FACTORS, levels))
+            | {'seeds': len(own), 'token_accuracy': mean.token_accuracy,
+               'exact_match': mean.exact_match, 'from': low, 'to': high} |
+            {k: mean[k] for k in ('nelbo_bits', *(f'loss_nats_{100*t:.0f}' for t in TIMES),
+                                  'place_difference')} |
             dict(parameters=int(mean.parameters), train_cpu_s=mean.train_cpu_s))
     return type(cells)(rows).sort_values('token_accuracy', ascending=False, ignore_index=True)
 
@@ -210,12 +249,18 @@ def plot_cells(
 ): # axes
     "A score of every combination as a matrix."
     import matplotlib.pyplot as plt
-    wide = cells.pivot_table(score, ['conditioning', 'num_vectors'], ['positions', 'weights'], sort=False)
+    wide = cells.pivot_table(score, ['conditioning', 'num_vectors'], ['positions', 'weights'],
+                             sort=False)
     ax = plt.subplots(figsize=(4.2, 2.8))[1]
     ax.imshow(wide, cmap='Blues', vmin=0, vmax=1.5, aspect='auto')
-    for (i, j), value in ((at, wide.iloc[at]) for at in ((i, j) for i in range(wide.shape[0]) for j in range(wide.shape[1]))): ax.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=8)
-    ax.set(xticks=range(wide.shape[1]), xticklabels=[f'{p}\n{w}' for p, w in wide.columns], yticks=range(wide.shape[0]),
-        yticklabels=[f'{c}, {k} vector{"s"*(k > 1)}' for c, k in wide.index], title=score.replace('_', ' '))
+    for (i, j), value in ((at, wide.iloc[at])
+                          for at in ((i, j) for i in range(wide.shape[0])
+                                     for j in range(wide.shape[1]))):
+        ax.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=8)
+    ax.set(xticks=range(wide.shape[1]), xticklabels=[f'{p}\n{w}' for p, w in wide.columns],
+        yticks=range(wide.shape[0]),
+        yticklabels=[f'{c}, {k} vector{"s"*(k > 1)}' for c, k in wide.index],
+        title=score.replace('_', ' '))
     ax.grid(False)
     return ax
 
@@ -227,12 +272,17 @@ def plot_settings(run:Run): # of `main` -> a figure
     bars = lambda rows: [rows.exact_match - rows['from'], rows.to - rows.exact_match]
     for case, ax in zip(('calls', 'guidance, log', 'guidance, prob'), (axes[0], axes[1], axes[1])):
         rows = t[t.case == case].sort_values('setting')
-        ax.errorbar(rows.setting.astype(float), rows.exact_match, bars(rows), fmt='o-', ms=3, lw=1, label=case.split(', ')[-1])
+        ax.errorbar(rows.setting.astype(float), rows.exact_match, bars(rows), fmt='o-', ms=3, lw=1,
+                    label=case.split(', ')[-1])
     orders = t[t.case == 'order']
     axes[2].errorbar(range(len(orders)), orders.exact_match, bars(orders), fmt='o', ms=3, lw=1)
-    axes[2].set(xticks=range(len(orders)), xlim=(-.5, len(orders) - .5), xlabel='order, and calls for a sentence')
-    axes[2].set_xticklabels([f'{r.setting}\n{r.evaluations:.1f}' for r in orders.itertuples()], fontsize=7)
-    axes[0].set(xscale='log', xticks=[1, 2, 4, 8, 16], xticklabels=[1, 2, 4, 8, 16], xlabel='calls', ylabel='exact match'); axes[0].minorticks_off()
+    axes[2].set(xticks=range(len(orders)), xlim=(-.5, len(orders) - .5),
+                xlabel='order, and calls for a sentence')
+    axes[2].set_xticklabels([f'{r.setting}\n{r.evaluations:.1f}' for r in orders.itertuples()],
+                            fontsize=7)
+    axes[0].set(xscale='log', xticks=[1, 2, 4, 8, 16], xticklabels=[1, 2, 4, 8, 16], xlabel='calls',
+                ylabel='exact match')
+    axes[0].minorticks_off()
     axes[1].set(xlabel='weight of guidance'); axes[1].legend(fontsize=7)
     return fig
 
@@ -241,29 +291,57 @@ def verdict(run:Run)->str: # of `main` -> Markdown
     "What the record shows, by rule."
     cells = cells_of(run)
     best, lines = table(cells).iloc[0], []
-    seeds, missing = cells.seed.nunique(), sum(line.get('case') == 'missing' for line in run.history)
-    lines.append(f"- Best of {len(table(cells))} after {run.config['recipe']['steps']} updates: {best.conditioning}, {best.positions}, {best.num_vectors} vector{'s'*int(best.num_vectors > 1)}, {best.weights}: {best.token_accuracy:.3f} of the tokens, and {best.exact_match:.3f} of the sentences ({best['from']:.3f} to {best.to:.3f}).")
+    seeds, missing = cells.seed.nunique(), sum(line.get('case') == 'missing'
+                                               for line in run.history)
+    lines.append(
+        f"- Best of {len(table(cells))} after {run.config['recipe']['steps']} updates: "
+        f"{best.conditioning}, {best.positions}, {best.num_vectors} "
+        f"vector{'s'*int(best.num_vectors > 1)}, {best.weights}: {best.token_accuracy:.3f} of the "
+        f"tokens, and {best.exact_match:.3f} of the sentences ({best['from']:.3f} to "
+        f"{best.to:.3f}).")
     for e in effects(cells).to_dict('records'):
-        one = 'higher in all pairs' if e['higher'] == e['pairs'] else f"higher in {e['higher']} of {e['pairs']} pairs"
-        said = one if e['seeds'] < 2 else f"{e['from']:+.3f} to {e['to']:+.3f} over {e['seeds']} seeds"
-        lines.append(f"- {e['factor']}, {e['level']} against {e['against']}: {e['difference']:+.3f} token accuracy on average, {e['least']:+.3f} to {e['most']:+.3f} by the setting of the rest; {said}.")
+        one = ('higher in all pairs' if e['higher'] == e['pairs']
+               else f"higher in {e['higher']} of {e['pairs']} pairs")
+        said = (one if e['seeds'] < 2
+                else f"{e['from']:+.3f} to {e['to']:+.3f} over {e['seeds']} seeds")
+        lines.append(
+            f"- {e['factor']}, {e['level']} against {e['against']}: {e['difference']:+.3f} token "
+            f"accuracy on average, {e['least']:+.3f} to {e['most']:+.3f} by the setting of the "
+            f"rest; {said}.")
     apart = cells.groupby('positions').place_difference
-    if {'rope', 'both'} <= set(apart.groups): lines.append(f"- Places of an empty canvas are told apart by {apart.max()['rope']:.1g} at most with rotations alone, by {apart.min()['both']:.2g} at least with both.")
+    if {'rope', 'both'} <= set(apart.groups):
+        lines.append(
+            f"- Places of an empty canvas are told apart by {apart.max()['rope']:.1g} at most with "
+            f"rotations alone, by {apart.min()['both']:.2g} at least with both.")
     for case, rows in settings_of(run).groupby('case', sort=False):
-        told = [f"{r['setting']} ({r['gain']:+.3f}, {r['gain_from']:+.3f} to {r['gain_to']:+.3f})" for r in rows.to_dict('records') if r['gain_from'] > 0 or r['gain_to'] < 0]
-        lines.append(f"- Sampler, {case}, against {rows.iloc[0].setting}: {'told apart are ' + ', '.join(told) if told else 'nothing is told apart'}.")
-    if seeds < 2: lines.append('- **The cells rest on one seed**: how much of a difference is the chance of weights and order is not known from it.')
+        told = [f"{r['setting']} ({r['gain']:+.3f}, {r['gain_from']:+.3f} to {r['gain_to']:+.3f})"
+                for r in rows.to_dict('records') if r['gain_from'] > 0 or r['gain_to'] < 0]
+        lines.append(
+            f"- Sampler, {case}, against {rows.iloc[0].setting}: "
+            f"{'told apart are ' + ', '.join(told) if told else 'nothing is told apart'}.")
+    if seeds < 2:
+        lines.append(
+            '- **The cells rest on one seed**: how much of a difference is the chance of weights '
+            'and order is not known from it.')
     if missing: lines.append(f'- {missing} cells have no result.')
     return '\n'.join(lines)
 
 def summary(run:Run)->dict: # of `main` -> ready for metrics.json
     "The numbers a claim may name."
     cells = cells_of(run)
-    found = dict(cells=len(cells), seeds=int(cells.seed.nunique()), best_token_accuracy=float(table(cells).token_accuracy.max()), best_exact_match=float(cells.exact_match.max()))
+    found = dict(cells=len(cells), seeds=int(cells.seed.nunique()),
+                 best_token_accuracy=float(table(cells).token_accuracy.max()),
+                 best_exact_match=float(cells.exact_match.max()))
     for score in ('token_accuracy', 'nelbo_bits'):
-        for e in effects(cells, score).to_dict('records'): found |= {f"{e['factor']}_{e['level']}_{score}_{k}": e[k] for k in ('difference', 'least', 'most', 'higher', 'pairs')}
-    for level, rows in cells.groupby('positions'): found |= {f'{level}_place_difference_least': rows.place_difference.min(), f'{level}_place_difference_most': rows.place_difference.max()}
-    for r in settings_of(run).to_dict('records'): found |= {f"{r['case']}_{r['setting']}_{k}".replace(', ', '_'): r[k] for k in ('exact_match', 'gain', 'gain_from', 'gain_to', 'evaluations')}
+        for e in effects(cells, score).to_dict('records'):
+            found |= {f"{e['factor']}_{e['level']}_{score}_{k}": e[k]
+                      for k in ('difference', 'least', 'most', 'higher', 'pairs')}
+    for level, rows in cells.groupby('positions'):
+        found |= {f'{level}_place_difference_least': rows.place_difference.min(),
+                  f'{level}_place_difference_most': rows.place_difference.max()}
+    for r in settings_of(run).to_dict('records'):
+        found |= {f"{r['case']}_{r['setting']}_{k}".replace(', ', '_'): r[k]
+                  for k in ('exact_match', 'gain', 'gain_from', 'gain_to', 'evaluations')}
     return found
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #8d1facf4

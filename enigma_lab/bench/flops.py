@@ -11,7 +11,8 @@ import torch
 from ..lm.model import EnigmaConfig, EnigmaForCausalLM, parameter_card
 
 # %% ../../nbs/bench/03_flops.ipynb #35ff9726
-PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, '4090': 165e12} # dense bf16, from the makers' data sheets
+# dense bf16, from the makers' data sheets
+PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, '4090': 165e12}
 
 def peak_flops(
     device:str, # its name, as torch gives it
@@ -34,4 +35,5 @@ def mfu(
     "Model FLOPs utilisation."
     with torch.device('meta'): card = parameter_card(EnigmaForCausalLM(config))
     peak = peak_flops(device)
-    return tokens_per_s * flops_per_token(card['total'] - card['position_table'], config) / peak if peak else None
+    return (tokens_per_s * flops_per_token(card['total'] - card['position_table'], config) / peak
+            if peak else None)

@@ -20,7 +20,8 @@ from ..lm.train import make_config, prepare
 
 # %% ../../nbs/bench/14_grid.ipynb #237f2410
 ROWS = {'one stream': dict(reversible=False), 'two streams': dict(reversible=True),
-    **{f'grid 2^-{n}': dict(reversible=True, exact=True, grid=2.**-n) for n in (8, 10, 12, 14, 16)}} # row -> fields of EnigmaConfig
+    # row -> fields of EnigmaConfig
+    **{f'grid 2^-{n}': dict(reversible=True, exact=True, grid=2.**-n) for n in (8, 10, 12, 14, 16)}}
 
 def cell(
     row:str, # of ROWS
@@ -30,28 +31,38 @@ def cell(
     max_chars:int=0, # of the text; 0: all
 )->Run: # finished
     "Train one row and score it on validation."
-    config = make_config(preset, seed=seed, minutes=0, max_steps=steps, batch_size=4, max_chars=max_chars, eval_steps=max(1, steps//10), save_steps=steps, eval_windows=16,
+    config = make_config(preset, seed=seed, minutes=0, max_steps=steps, batch_size=4,
+        max_chars=max_chars, eval_steps=max(1, steps//10), save_steps=steps, eval_windows=16,
         shape=dict(ROWS[row], machine='none'))
     parts = prepare(config)
     run = start_run('cell', dict(asdict(config), row=row))
     fit(run, config, parts.model, parts.train, parts.validation)
-    bits = bits_per_token(parts.model, Windows(parts.corpus.validation, parts.tokenizer, parts.model.config.max_len))
+    bits = bits_per_token(parts.model, Windows(parts.corpus.validation, parts.tokenizer,
+                                               parts.model.config.max_len))
     tokens = [line for line in run.history if 'tokens' in line][-1]['tokens']
     shutil.rmtree(run.path/'checkpoints')
-    return finish_run(run, dict(bits_per_token=bits, parameters=parameter_card(parts.model)['total'], train_tokens=tokens))
+    return finish_run(run,
+                      dict(bits_per_token=bits, parameters=parameter_card(parts.model)['total'],
+                           train_tokens=tokens))
 
 def main(arguments:list[str]=()): # of the command line
     "Train what is missing; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.grid', description=main.__doc__)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument('--parallel', type=int, default=1, help='cells at a time; 0: in this process')
+    parser.add_argument('--parallel', type=int, default=1,
+                        help='cells at a time; 0: in this process')
     parser.add_argument('--rows', nargs='+', default=list(ROWS), choices=ROWS)
-    for name, default in dict(steps=150, preset='cpu', max_chars=0, name='grid').items(): parser.add_argument(f'--{name}', type=type(default), default=default)
+    for name, default in dict(steps=150, preset='cpu', max_chars=0, name='grid').items():
+        parser.add_argument(f'--{name}', type=type(default), default=default)
     given = parser.parse_args(arguments)
-    cells = sweep('enigma_lab.bench.grid:cell', dict(seed=given.seeds, row=given.rows), given.name, given.parallel, show=lambda line: print(line, flush=True),
+    cells = sweep('enigma_lab.bench.grid:cell', dict(seed=given.seeds, row=given.rows), given.name,
+        given.parallel, show=lambda line: print(line, flush=True),
         steps=given.steps, preset=given.preset, max_chars=given.max_chars)
     print(cost_table(results(given.name)).to_string(index=False))
-    if (cells.state != 'finished').any(): sys.exit(f"{(cells.state != 'finished').sum()} of {len(cells)} cells have no result; see the logs in {runs_root()/'sweeps'/given.name}")
+    if (cells.state != 'finished').any():
+        sys.exit(
+            f"{(cells.state != 'finished').sum()} of {len(cells)} cells have no result; see the "
+            f"logs in {runs_root()/'sweeps'/given.name}")
 
 # %% ../../nbs/bench/14_grid.ipynb #cd065c39
 def results(name:str='grid')->list[Run]: # finished
@@ -65,17 +76,23 @@ def cost_table(
 ): # a DataFrame: a line for each row
     "Bits per token, and the difference to another row, paired by seed."
     import pandas as pd
-    bits = pd.DataFrame([dict(row=run.config['row'], seed=run.config['seed'], bits=run.metrics['bits_per_token']) for run in runs]).pivot(index='seed', columns='row', values='bits')
+    bits = pd.DataFrame([dict(row=run.config['row'], seed=run.config['seed'],
+                              bits=run.metrics['bits_per_token']) for run in runs]).pivot(
+                                  index='seed', columns='row', values='bits')
     table = paired_differences(bits[[name for name in ROWS if name in bits]], base)
-    return table.rename(columns=dict(mean='bits per token', difference=f'more than {base}')).rename_axis('row').reset_index()
+    return table.rename(columns=dict(mean='bits per token',
+                                     difference=f'more than {base}')).rename_axis(
+                                         'row').reset_index()
 
 def plot_losses(runs:list[Run]): # axes
     "Validation loss of every cell against tokens, a colour for each row."
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(5.4, 3))[1]
     for run in runs:
-        looks = [(line['tokens'], line['val_nll_nats']) for line in run.history if 'val_nll_nats' in line]
-        ax.plot(*zip(*looks), color=f"C{list(ROWS).index(run.config['row'])}", lw=1, label=run.config['row'] if run.config['seed'] == runs[0].config['seed'] else None)
+        looks = [(line['tokens'], line['val_nll_nats']) for line in run.history
+                 if 'val_nll_nats' in line]
+        ax.plot(*zip(*looks), color=f"C{list(ROWS).index(run.config['row'])}", lw=1,
+                label=run.config['row'] if run.config['seed'] == runs[0].config['seed'] else None)
     ax.set(xlabel='tokens', ylabel='validation loss, nats per token')
     ax.legend(fontsize=7)
     return ax

@@ -32,32 +32,49 @@ from ..lm.train import TaskData, make_config, prepare
 
 # %% ../../nbs/bench/30_lm.ipynb #df4066be
 ROWS = { # row -> our variant of the ablation, or how a peer is made
-    'ours, machine off': 'none', 'ours, machine on': 'input, table', 'plain rotary': PlainRotary, 'GPT-2': lambda c: quickened(gpt2(c))}
+    'ours, machine off': 'none', 'ours, machine on': 'input, table', 'plain rotary': PlainRotary,
+    'GPT-2': lambda c: quickened(gpt2(c))}
 PEER, TRIAL_SEED = 'plain rotary', 100 # the main peer; the seed of all trials
 
 def reachable(model:nn.Module)->int: # parameters that a text of the context's length reaches
-    return parameter_card(model)['reachable'] if isinstance(model, EnigmaForCausalLM) else sum(p.numel() for p in model.parameters())
+    return (parameter_card(model)['reachable'] if isinstance(model, EnigmaForCausalLM)
+            else sum(p.numel() for p in model.parameters()))
 
-def shape(row:str, preset:str, vocab_size:int)->EnigmaConfig: # of ROWS; of `lm.model.presets`; V -> without an end token, for equal lengths are compared
+def shape(
+    row:str, # of ROWS
+    preset:str, # of `lm.model.presets`
+    vocab_size:int, # V
+)->EnigmaConfig: # without an end token, for equal lengths are compared
     "A row's shape, with the width at which it reaches as many parameters as ours without a machine."
-    make = lambda **fields: EnigmaConfig.preset(preset, vocab_size=vocab_size, eos_token_id=None, **fields)
+    make = lambda **fields: EnigmaConfig.preset(preset, vocab_size=vocab_size, eos_token_id=None,
+                                                **fields)
     if isinstance(ROWS[row], str): return make(**narrowed(ROWS[row], vocab_size, preset))
     c = make(machine='none')
     with torch.device('meta'): excess = reachable(ROWS[row](c)) - reachable(EnigmaForCausalLM(c))
     return make(machine='none', mlp_dim=4*c.dim - round(excess / (c.num_layers * (2*c.dim + 1))))
 
-def build(row:str, preset:str, vocab_size:int, seed:int=0)->nn.Module: # as for `shape`; seed of the weights -> on the default device
+def build(
+    row:str, # as for `shape`
+    preset:str, # seed of the weights
+    vocab_size:int,
+    seed:int=0,
+)->nn.Module: # on the default device
     "A row's model."
     set_seed(seed)
-    return (EnigmaForCausalLM if isinstance(ROWS[row], str) else ROWS[row])(shape(row, preset, vocab_size))
+    return (EnigmaForCausalLM if isinstance(ROWS[row], str)
+            else ROWS[row])(shape(row, preset, vocab_size))
 
 # %% ../../nbs/bench/30_lm.ipynb #2628e564
-def updates(model:nn.Module, batch:dict[str,Tensor])->dict[str,Callable]: # perhaps compiled; input_ids and labels -> case and one call
+def updates(
+    model:nn.Module, # perhaps compiled
+    batch:dict[str,Tensor], # input_ids and labels
+)->dict[str,Callable]: # case and one call
     "A training step, whole and without the optimizer."
     optimizer, kind = make_optimizer(model.train(), 1e-3), batch['input_ids'].device.type
     def passes():
         model.zero_grad()
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == 'cuda'): loss = model(**batch).loss
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == 'cuda'):
+            loss = model(**batch).loss
         loss.backward()
     def update():
         passes()
@@ -68,37 +85,54 @@ def updates(model:nn.Module, batch:dict[str,Tensor])->dict[str,Callable]: # perh
 def measure_speed(run:Run, parts:TaskData): # an open record; data and vocabulary
     "Training steps of all rows, in turn."
     c, windows, sides = run.config, [parts.train[i] for i in range(run.config['batch_size'])], {}
-    batch = {k: torch.stack([w[k] for w in windows]).to(c['device']) for k in ('input_ids', 'labels')}
+    batch = {k: torch.stack([w[k] for w in windows]).to(c['device'])
+             for k in ('input_ids', 'labels')}
     for row in ROWS:
         for end in ('', ' + compile') if c['compile'] else ('',):
             model = build(row, c['preset'], len(parts.tokenizer)).to(c['device'])
-            sides |= {(case, row + end): f for case, f in updates(torch.compile(model) if end else model, batch).items()}
+            sides |= {(case, row + end): f
+                      for case, f in updates(torch.compile(model) if end else model, batch).items()}
     alternate(run, sides, batch['input_ids'].numel())
 
 # %% ../../nbs/bench/30_lm.ipynb #8de9d8ad
-def writers(model:nn.Module, prompt:Tensor, new_tokens:int)->dict[str,Callable]: # ours or GPT-2; (1, T) int64; to write -> loop and one call
+def writers(
+    model:nn.Module, # ours or GPT-2
+    prompt:Tensor, # (1, T) int64
+    new_tokens:int, # to write
+)->dict[str,Callable]: # loop and one call
     "Greedy continuation, by transformers and by us."
     how = dict(attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0)
     return {'HF generate': lambda: model.eval().generate(prompt, max_new_tokens=new_tokens, **how),
-            'our loop': lambda: generate(model.eval(), prompt, eos_token_id=[], max_new_tokens=new_tokens, temperature=0.)}
+            'our loop': lambda: generate(model.eval(), prompt, eos_token_id=[],
+                                         max_new_tokens=new_tokens, temperature=0.)}
 
-def own_times(f:Callable, top:int=8)->list[dict]: # what to look into; how many functions -> function, calls, own_ms, share of the whole
+def own_times(
+    f:Callable, # what to look into
+    top:int=8, # how many functions
+)->list[dict]: # function, calls, own_ms, share of the whole
     "Where the time goes, by functions' own time."
     with cProfile.Profile() as profile: f()
     stats = pstats.Stats(profile).stats
-    total, name = sum(s[2] for s in stats.values()), lambda file, _, function: function if file == '~' else f'{Path(file).stem}.{function}'
-    return [dict(function=name(*where), calls=calls, own_ms=round(1e3*own, 2), share=round(own/total, 4))
-            for where, (_, calls, own, *_) in sorted(stats.items(), key=lambda item: -item[1][2])[:top]]
+    total, name = sum(s[2]
+                      for s in stats.values()), lambda file, _, function: function if file == '~' else f'{Path(file).stem}.{function}'
+    return [dict(function=name(*where), calls=calls, own_ms=round(1e3*own, 2),
+                 share=round(own/total, 4))
+            for where, (_, calls, own, *_) in sorted(stats.items(),
+                                                     key=lambda item: -item[1][2])[:top]]
 
 def measure_generation(run:Run, parts:TaskData): # an open record; data and vocabulary
     "Generation of ours and of GPT-2, in turn, and a profile of ours."
     c, vocab_size, sides = run.config, len(parts.tokenizer), {}
-    prompt, models = parts.train[0]['input_ids'][None, :8].to(c['device']), {'GPT-2': gpt2(shape('GPT-2', c['preset'], vocab_size))}
-    for row in ROWS.keys() - {PEER}: models[row.replace('GPT-2', 'GPT-2 quickened')] = build(row, c['preset'], vocab_size)
+    prompt, models = parts.train[0]['input_ids'][None, :8].to(c['device']), {
+        'GPT-2': gpt2(shape('GPT-2', c['preset'], vocab_size))}
+    for row in ROWS.keys() - {PEER}:
+        models[row.replace('GPT-2', 'GPT-2 quickened')] = build(row, c['preset'], vocab_size)
     for row, model in sorted(models.items()):
-        sides |= {('generation', f'{row}, {loop}'): f for loop, f in writers(model.to(c['device']), prompt, c['new_tokens']).items()}
+        sides |= {('generation', f'{row}, {loop}'): f
+                  for loop, f in writers(model.to(c['device']), prompt, c['new_tokens']).items()}
     alternate(run, sides, c['new_tokens'])
-    once(run, lambda: dict(functions=own_times(sides['generation', 'ours, machine off, our loop'])), case='profile')
+    once(run, lambda: dict(functions=own_times(sides['generation', 'ours, machine off, our loop'])),
+         case='profile')
 
 # %% ../../nbs/bench/30_lm.ipynb #38d984cf
 def train_once(
@@ -112,13 +146,18 @@ def train_once(
     looks:int, # at the documents, about
 )->dict: # curve of (tokens, seconds, bits per character), empty when it diverged; bits_per_char and train_s at its end
     "Train a row with the library's engine."
-    every, clock = max(1, steps//looks), UpdateClock(time.process_time if c['device'] == 'cpu' else time.perf_counter)
-    recipe = make_config(c['preset'], gpus=int(c['device'] == 'cuda'), seed=seed, learning_rate=learning_rate, minutes=0, max_steps=steps,
-        batch_size=c['batch_size'], eval_steps=every, save_steps=1000*every, eval_windows=c['eval_windows'])
-    model, windows = build(row, c['preset'], len(parts.tokenizer), seed), Windows(documents, parts.tokenizer, parts.train.window)
+    every, clock = max(1, steps//looks), UpdateClock(time.process_time if c['device'] == 'cpu'
+                                                     else time.perf_counter)
+    recipe = make_config(c['preset'], gpus=int(c['device'] == 'cuda'), seed=seed,
+        learning_rate=learning_rate, minutes=0, max_steps=steps,
+        batch_size=c['batch_size'], eval_steps=every, save_steps=1000*every,
+        eval_windows=c['eval_windows'])
+    model, windows = build(row, c['preset'], len(parts.tokenizer),
+                           seed), Windows(documents, parts.tokenizer, parts.train.window)
     bits = len(windows.tokens) / sum(map(len, documents)) / math.log(2)
     try:
-        with tempfile.TemporaryDirectory() as scratch: fit(Run(Path(scratch)), recipe, model, parts.train, windows, callbacks=(clock,))
+        with tempfile.TemporaryDirectory() as scratch:
+            fit(Run(Path(scratch)), recipe, model, parts.train, windows, callbacks=(clock,))
     except FloatingPointError: return dict(curve=[], bits_per_char=None, train_s=None)
     curve = [(tokens, round(spent, 3), nats*bits) for tokens, spent, nats in clock.curve]
     return dict(curve=curve, bits_per_char=curve[-1][2], train_s=curve[-1][1])
@@ -126,14 +165,17 @@ def train_once(
 # %% ../../nbs/bench/30_lm.ipynb #432f2427
 def best_rate(trials:list[dict])->float: # lines of one row's trials
     "The learning rate with the fewest bits."
-    return min(trials, key=lambda t: math.inf if t['bits_per_char'] is None else t['bits_per_char'])['learning_rate']
+    return min(trials, key=lambda t: math.inf if t['bits_per_char'] is None
+               else t['bits_per_char'])['learning_rate']
 
 def measure_quality(run:Run, parts:TaskData): # an open record; data and vocabulary
     "Trials on validation, then results on the test documents."
     c = run.config
     def one(part, documents, row, seed, rate, *budget):
-        return once(run, lambda: train_once(c, parts, documents, row, seed, rate, *budget), case='training', part=part, row=row, seed=seed, learning_rate=rate)
-    rates = {row: best_rate([one('trial', parts.corpus.validation, row, TRIAL_SEED, rate, c['trial_steps'], 4) for rate in RATES]) for row in ROWS}
+        return once(run, lambda: train_once(c, parts, documents, row, seed, rate, *budget),
+                    case='training', part=part, row=row, seed=seed, learning_rate=rate)
+    rates = {row: best_rate([one('trial', parts.corpus.validation, row, TRIAL_SEED, rate,
+                                 c['trial_steps'], 4) for rate in RATES]) for row in ROWS}
     test = parts.corpus.read_test(run)
     for seed in c['seeds']:
         for row in ROWS: one('result', test, row, seed, rates[row], c['steps'], c['looks'])
@@ -143,7 +185,8 @@ def probe(row:str, vocab_size:int, c:dict): # of ROWS; rows of the embedding; a 
     "Print how far two updates push the high-water mark, MiB."
     def train(preset, batch_size):
         model = build(row, preset, vocab_size).to(c['device'])
-        ids = torch.zeros(batch_size, model.config.max_position_embeddings, dtype=torch.int64, device=c['device'])
+        ids = torch.zeros(batch_size, model.config.max_position_embeddings, dtype=torch.int64,
+                          device=c['device'])
         update = updates(model, dict(input_ids=ids, labels=ids))['update']
         update(); update()
     train('smoke', 2)
@@ -153,15 +196,23 @@ def probe(row:str, vocab_size:int, c:dict): # of ROWS; rows of the embedding; a 
     train(c['preset'], c['batch_size'])
     print(json.dumps(high_water(c['device']) - before))
 
-def measure_memory(run:Run, parts:TaskData, rows=ROWS): # an open record; data and vocabulary; which rows
+def measure_memory(
+    run:Run, # an open record
+    parts:TaskData, # data and vocabulary
+    rows=ROWS, # which rows
+):
     "Peak memory of each row's updates, each in a fresh process."
     for row in rows:
-        command = [sys.executable, '-c', f'from enigma_lab.bench.lm import probe; probe({row!r}, {len(parts.tokenizer)}, {run.config})']
-        work = lambda: subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+        command = [sys.executable, '-c',
+                   f'from enigma_lab.bench.lm import probe; probe({row!r}, {len(parts.tokenizer)}, '
+                   f'{run.config})']
+        work = lambda: subprocess.run(command, stdout=subprocess.PIPE, text=True,
+                                      check=True).stdout.splitlines()[-1]
         once(run, lambda: dict(peak_mib=json.loads(work())), case='memory', row=row)
 
 # %% ../../nbs/bench/30_lm.ipynb #72e6af4e
-CASES = {'update': PEER, 'forward and backward': PEER, 'generation': 'GPT-2, HF generate'} # case -> what the others are divided by
+# case -> what the others are divided by
+CASES = {'update': PEER, 'forward and backward': PEER, 'generation': 'GPT-2, HF generate'}
 
 def ratios(
     run:Run, # perhaps unfinished
@@ -171,45 +222,67 @@ def ratios(
     import pandas as pd
     lines = pd.DataFrame([line for line in run.history if line.get('case') == case])
     if not len(lines): return lines
-    wall, cpu = (lines.pivot(index='round', columns='side', values=unit)[list(lines.side.unique())] for unit in ('wall_ms', 'cpu_ms'))
+    wall, cpu = (lines.pivot(index='round', columns='side', values=unit)[list(lines.side.unique())]
+                 for unit in ('wall_ms', 'cpu_ms'))
     times = lambda x: x.rdiv(x[CASES[case]], axis=0)
     speed = 1e3*lines.tokens[0] / wall
-    table = pd.DataFrame({f'tokens_per_s{end}': speed.quantile(q) for end, q in {'': .5, '_low': .25, '_high': .75}.items()})
+    table = pd.DataFrame({f'tokens_per_s{end}': speed.quantile(q)
+                          for end, q in {'': .5, '_low': .25, '_high': .75}.items()})
     for unit, ratio in dict(times_base=times(wall), times_base_cpu=times(cpu)).items():
         intervals = [median_interval(ratio[side].dropna()) for side in ratio]
-        table = table.assign(**{unit: ratio.median(), f'{unit}_low': [low for low, _ in intervals], f'{unit}_high': [high for _, high in intervals]})
+        table = table.assign(**{unit: ratio.median(), f'{unit}_low': [low for low, _ in intervals],
+                                f'{unit}_high': [high for _, high in intervals]})
     table = table.assign(rounds=wall.count())
-    flops = {line['row']: line['flops_per_token'] for line in run.history if line.get('case') == 'size'}
+    flops = {line['row']: line['flops_per_token'] for line in run.history
+             if line.get('case') == 'size'}
     peak = peak_flops(run.env['devices'][0]) if run.config['device'] == 'cuda' else None
-    if peak and case != 'generation': table['mfu'] = [v * flops[side.removesuffix(' + compile')] / peak for side, v in table.tokens_per_s.items()]
+    if peak and case != 'generation':
+        table['mfu'] = [v * flops[side.removesuffix(' + compile')] / peak
+                        for side, v in table.tokens_per_s.items()]
     return table
 
 # %% ../../nbs/bench/30_lm.ipynb #edb219af
-def bits_at(curve:list, column:int, limit:float)->float: # of (tokens, seconds, bits), perhaps empty; 0: tokens, 1: seconds; of that
+def bits_at(
+    curve:list, # of (tokens, seconds, bits), perhaps empty
+    column:int, # 0: tokens, 1: seconds
+    limit:float, # of that
+)->float:
     "Bits per character at the last look within a limit; at the first when there is none."
-    return [point[2] for point in curve if point[column] <= limit or point is curve[0]][-1] if curve else math.nan
+    return ([point[2] for point in curve if point[column] <= limit or point is curve[0]][-1]
+            if curve else math.nan)
 
-def untuned(trials:list[dict], results:list[dict])->str: # lines of one row -> empty: there is nothing to say against it
+def untuned(
+    trials:list[dict], # lines of one row
+    results:list[dict],
+)->str: # empty: there is nothing to say against it
     "Why a row may not have been at its best."
-    falls = [1 - r['bits_per_char'] / bits_at(r['curve'], 0, .75*r['curve'][-1][0]) for r in results if r['curve']]
+    falls = [1 - r['bits_per_char'] / bits_at(r['curve'], 0, .75*r['curve'][-1][0]) for r in results
+             if r['curve']]
     fall = sum(falls) / max(1, len(falls))
     edge = best_rate(trials) in (min(RATES), max(RATES))
-    reasons = {'best rate at the edge': edge, f'still falls {fall:.1%}': fall > .02, 'a seed diverged': len(falls) < len(results)}
-    return 'peer not tuned: ' + ', '.join(why for why, so in reasons.items() if so) if any(reasons.values()) else ''
+    reasons = {'best rate at the edge': edge, f'still falls {fall:.1%}': fall > .02,
+               'a seed diverged': len(falls) < len(results)}
+    return ('peer not tuned: ' + ', '.join(why for why, so in reasons.items() if so)
+            if any(reasons.values()) else '')
 
 def scores(run:Run): # a pandas table, a line for each row
     "Bits per character at equal tokens and at equal time, means over the seeds."
     import pandas as pd
     lines, table, limit = [line for line in run.history if line.get('case') == 'training'], {}, {}
     for r in lines:
-        if r['part'] == 'result' and r['curve']: limit[r['seed']] = min(r['train_s'], limit.get(r['seed'], math.inf))
+        if r['part'] == 'result' and r['curve']:
+            limit[r['seed']] = min(r['train_s'], limit.get(r['seed'], math.inf))
     for row in ROWS:
-        trials, results = ([line for line in lines if (line['row'], line['part']) == (row, part)] for part in ('trial', 'result'))
+        trials, results = ([line for line in lines if (line['row'], line['part']) == (row, part)]
+                           for part in ('trial', 'result'))
         if not results: continue
-        numbers = [(r['bits_per_char'], bits_at(r['curve'], 1, limit.get(r['seed'], 0)), r['train_s']) for r in results]
+        numbers = [(r['bits_per_char'], bits_at(r['curve'], 1, limit.get(r['seed'], 0)),
+                    r['train_s']) for r in results]
         ends, timed, spent = (pd.Series(x, dtype=float) for x in zip(*numbers))
-        table[row] = dict(learning_rate=best_rate(trials), bits_per_char=ends.mean(), bits_per_char_low=ends.min(), bits_per_char_high=ends.max(),
-            bits_per_char_equal_time=timed.mean(), train_s=spent.mean(), seeds=len(results), note=untuned(trials, results))
+        table[row] = dict(learning_rate=best_rate(trials), bits_per_char=ends.mean(),
+            bits_per_char_low=ends.min(), bits_per_char_high=ends.max(),
+            bits_per_char_equal_time=timed.mean(), train_s=spent.mean(), seeds=len(results),
+            note=untuned(trials, results))
     return pd.DataFrame(table).T.infer_objects()
 
 # %% ../../nbs/bench/30_lm.ipynb #46d840ae
@@ -218,52 +291,82 @@ TIMED = 'speed', 'generation' # parts that need the machine for themselves
 # %% ../../nbs/bench/30_lm.ipynb #ed6b0193
 def summary(run:Run)->dict: # ready for metrics.json
     "Every table's numbers under flat names; what diverged is missing."
-    slug = lambda *words: '_'.join(words).lower().replace(', ', '_').replace(' + ', '_').replace(' ', '_').replace('-', '')
+    slug = lambda *words: '_'.join(words).lower().replace(', ', '_').replace(' + ', '_').replace(
+        ' ', '_').replace('-', '')
     tables = {**{case: ratios(run, case) for case in CASES}, 'quality': scores(run)}
-    metrics = {slug(name, side, column): value for name, table in tables.items() for side, line in table.iterrows() for column, value in line.items()}
+    metrics = {slug(name, side, column): value for name, table in tables.items()
+               for side, line in table.iterrows() for column, value in line.items()}
     for line in run.history:
-        if line.get('case') in ('memory', 'size'): metrics |= {slug(line['row'], k): v for k, v in line.items() if k not in ('case', 'row')}
-    finite = {k: v if isinstance(v, (str, int)) else float(v) for k, v in metrics.items() if isinstance(v, str) or math.isfinite(v)}
+        if line.get('case') in ('memory', 'size'):
+            metrics |= {slug(line['row'], k): v for k, v in line.items()
+                        if k not in ('case', 'row')}
+    finite = {k: v if isinstance(v, (str, int)) else float(v) for k, v in metrics.items()
+              if isinstance(v, str) or math.isfinite(v)}
     return finite | dict(loaded=busy(run, *TIMED))
 
 def verdict(run:Run)->str: # Markdown
     "What the record shows, by rule: the whole interval of the median must pass."
-    if busy(run, *TIMED): return 'The machine was busy with other work: **this run makes no claim.**'
-    lines = ['- Quality was measured beside other work; what is said of equal time is approximate.'] if busy(run, 'quality') else []
-    for case, side, least in [('update', 'ours, machine off', .95), ('update', 'ours, machine on', 0), ('generation', 'ours, machine off, our loop', 2.)]:
+    if busy(run, *TIMED):
+        return 'The machine was busy with other work: **this run makes no claim.**'
+    lines = (
+        ['- Quality was measured beside other work; what is said of equal time is approximate.']
+        if busy(run, 'quality') else [])
+    for case, side, least in [('update', 'ours, machine off', .95),
+                              ('update', 'ours, machine on', 0),
+                              ('generation', 'ours, machine off, our loop', 2.)]:
         table = ratios(run, case)
         if side not in table.index: continue
         middle, low, high = table.loc[side, ['times_base', 'times_base_low', 'times_base_high']]
-        shown = f"; at least {least} is {'shown' if low >= least else 'refuted' if high < least else 'undecided'}" if least else ''
-        lines.append(f"- {case}, {side}: {middle:.2f} ({low:.2f} to {high:.2f}) times the tokens per second of {CASES[case]}{shown}.")
+        shown = (
+            f"; at least {least} is "
+            f"{'shown' if low >= least else 'refuted' if high < least else 'undecided'}"
+            if least else '')
+        lines.append(
+            f"- {case}, {side}: {middle:.2f} ({low:.2f} to {high:.2f}) times the tokens per second "
+            f"of {CASES[case]}{shown}.")
     return '\n'.join(lines)
 
 # %% ../../nbs/bench/30_lm.ipynb #5f84bd99
-PARTS = dict(speed=measure_speed, generation=measure_generation, memory=measure_memory, quality=measure_quality)
-FULL = dict(preset='cpu', rounds=41, sample_ms=0, batch_size=8, new_tokens=200, steps=240, trial_steps=80, looks=40, eval_windows=32, max_chars=0, seeds=[0, 1, 2])
+PARTS = dict(speed=measure_speed, generation=measure_generation, memory=measure_memory,
+             quality=measure_quality)
+FULL = dict(preset='cpu', rounds=41, sample_ms=0, batch_size=8, new_tokens=200, steps=240,
+            trial_steps=80, looks=40, eval_windows=32, max_chars=0, seeds=[0, 1, 2])
 CUDA = FULL | dict(preset='base', batch_size=16)
-SMALL = dict(preset='smoke', rounds=2, sample_ms=0, batch_size=2, new_tokens=8, steps=4, trial_steps=2, looks=4, eval_windows=4, max_chars=60_000, seeds=[0, 1])
+SMALL = dict(preset='smoke', rounds=2, sample_ms=0, batch_size=2, new_tokens=8, steps=4,
+             trial_steps=2, looks=4, eval_windows=4, max_chars=60_000, seeds=[0, 1])
 
-def read_options(arguments:list[str])->tuple[dict,str]: # of the command line -> config; the run to go on with
+def read_options(
+    arguments:list[str], # of the command line
+)->tuple[dict,str]: # config; the run to go on with
     "What to measure."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.lm', description=main.__doc__)
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--small', action='store_true', help='tiny models, to see that it works')
-    parser.add_argument('--resume', default='', help='go on with an unfinished run, whose options it has')
+    parser.add_argument('--resume', default='',
+                        help='go on with an unfinished run, whose options it has')
     parser.add_argument('--parts', nargs='+', default=list(PARTS), choices=PARTS)
     for name, value in FULL.items():
-        parser.add_argument(f'--{name}', type=int if name == 'seeds' else type(value), nargs='+' if name == 'seeds' else None, help=f'{value} on the CPU')
+        parser.add_argument(f'--{name}', type=int if name == 'seeds' else type(value),
+                            nargs='+' if name == 'seeds' else None, help=f'{value} on the CPU')
     given = vars(parser.parse_args(arguments))
-    if given['device'] == 'cuda' and not torch.cuda.is_available(): raise ValueError("device 'cuda' needs a GPU, and torch sees none; use --device cpu")
-    sizes, resume = SMALL if given.pop('small') else dict(cpu=FULL, cuda=CUDA)[given['device']], given.pop('resume')
-    return sizes | {k: v for k, v in given.items() if v is not None} | dict(compile=given['device'] == 'cuda'), resume
+    if given['device'] == 'cuda' and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' needs a GPU, and torch sees none; use --device cpu")
+    sizes, resume = SMALL if given.pop('small') else dict(cpu=FULL, cuda=CUDA)[
+        given['device']], given.pop('resume')
+    return sizes | {k: v for k, v in given.items()
+                    if v is not None} | dict(compile=given['device'] == 'cuda'), resume
 
-def open_run(config:dict, resume:str)->Run: # what to measure; a record to go on with, or empty -> its history has whole lines only
+def open_run(
+    config:dict, # what to measure
+    resume:str, # a record to go on with, or empty
+)->Run: # its history has whole lines only
     "A new record, or an unfinished one."
     if not resume: return start_run('bench_lm', config)
     run = find_run(resume)
-    if run.finished: raise FileExistsError(f"a run is written once, and {run.name} is finished; start another")
-    (run.path/'history.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in run.history), encoding='utf-8')
+    if run.finished:
+        raise FileExistsError(f"a run is written once, and {run.name} is finished; start another")
+    (run.path/'history.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in run.history),
+                                          encoding='utf-8')
     write_json(run.path/'env.json', dict(run.env, process_start_s=0))
     return run
 
@@ -271,16 +374,23 @@ def open_run(config:dict, resume:str)->Run: # what to measure; a record to go on
 def main(arguments:list[str]=()): # of the command line
     "Measure the language model beside its peers; prints the tables."
     run = open_run(*read_options(arguments))
-    c, parts = run.config, prepare(make_config(run.config['preset'], max_chars=run.config['max_chars']))
+    c, parts = run.config, prepare(make_config(run.config['preset'],
+                                               max_chars=run.config['max_chars']))
     for row in ROWS:
-        with torch.device('meta'): n, s = reachable(build(row, c['preset'], len(parts.tokenizer))), shape(row, c['preset'], len(parts.tokenizer))
-        once(run, lambda: dict(reachable_parameters=n, mlp_dim=s.mlp_dim, flops_per_token=flops_per_token(n, s)), case='size', row=row)
+        with torch.device('meta'):
+            n, s = reachable(build(row, c['preset'], len(parts.tokenizer))), shape(
+                row, c['preset'], len(parts.tokenizer))
+        once(run, lambda: dict(reachable_parameters=n, mlp_dim=s.mlp_dim,
+                               flops_per_token=flops_per_token(n, s)), case='size', row=row)
     for part in c['parts']:
         look_at_load(run, part)
         PARTS[part](run, parts)
         look_at_load(run, part)
     finish_run(run, summary(run))
-    print(run.name, *(table.round(3).to_string() for table in [*(ratios(run, case) for case in CASES), scores(run)] if len(table)), verdict(run), sep='\n\n')
+    print(run.name,
+          *(table.round(3).to_string()
+            for table in [*(ratios(run, case) for case in CASES), scores(run)] if len(table)),
+          verdict(run), sep='\n\n')
     return run
 
 # %% ../../nbs/bench/30_lm.ipynb #4583b569

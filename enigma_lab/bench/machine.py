@@ -36,10 +36,13 @@ def stir(
 )->nn.Module: # the same
     "Move every parameter away from its special start."
     g = torch.Generator().manual_seed(seed)
-    shape = dict(packed=(0, std), skew=(0, std), size=(.5, .1), log_scale=(0, .2), bias=(0, .1), v=(0, 1)) # name -> mean, deviation
+    # name -> mean, deviation
+    shape = dict(packed=(0, std), skew=(0, std), size=(.5, .1), log_scale=(0, .2), bias=(0, .1),
+                 v=(0, 1))
     with torch.no_grad():
         for name, p in module.named_parameters():
-            mean, deviation = shape.get(name.split('.')[-1]) or (0, p.shape[-1]**-.5)                     # the rest: weights
+            # the rest: weights
+            mean, deviation = shape.get(name.split('.')[-1]) or (0, p.shape[-1]**-.5)
             p.copy_(mean + deviation*torch.randn(p.shape, generator=g))
     return module
 
@@ -54,7 +57,8 @@ def round_trip(
     y = f(x, positions)
     errors = [f.inverse(y, positions) - x, f(f.inverse(x, positions), positions) - x]
     return dict(relative_error=max((e.norm() / x.norm()).item() for e in errors),
-        max_error=max(e.abs().max().item() for e in errors), repeatable=torch.equal(f(x, positions), y))
+        max_error=max(e.abs().max().item() for e in errors),
+        repeatable=torch.equal(f(x, positions), y))
 
 def batch(
     dim:int, # channels
@@ -63,7 +67,8 @@ def batch(
     device:str, # e.g. 'cpu'
 )->Tensor: # (ROWS, dim)
     "A batch of standard normal vectors."
-    return torch.randn(ROWS, dim, generator=torch.Generator().manual_seed(1000 + seed)).to(device, dtype)
+    return torch.randn(ROWS, dim,
+                       generator=torch.Generator().manual_seed(1000 + seed)).to(device, dtype)
 
 # %% ../../nbs/bench/05_machine.ipynb #f1f153b4
 def measure_rotors(
@@ -76,12 +81,18 @@ def measure_rotors(
         for parametrization in ('plu', 'orthogonal'):
             for label, std in spreads(dim).items():
                 for seed in seeds:
-                    f = stir(InvertibleConv1x1Stack(dim, ROTORS, parametrization, seed), std, seed).to(device, torch.float64)
-                    with torch.no_grad(): cond = torch.linalg.cond(f(torch.eye(dim, dtype=torch.float64, device=device))).item()
+                    f = stir(InvertibleConv1x1Stack(dim, ROTORS, parametrization, seed), std,
+                             seed).to(device, torch.float64)
+                    with torch.no_grad():
+                        cond = torch.linalg.cond(
+                            f(torch.eye(dim, dtype=torch.float64, device=device))).item()
                     for name, dtype in DTYPES.items():
                         row = round_trip(f.to(dtype), batch(dim, seed, dtype, device))
-                        yield dict(case='rotors', dim=dim, parametrization=parametrization, off_diagonals=label, dtype=name, seed=seed, **row, condition_number=cond,
-                            error_over_bound=row['relative_error'] / (50 * torch.finfo(dtype).eps * cond))
+                        yield dict(case='rotors', dim=dim, parametrization=parametrization,
+                            off_diagonals=label, dtype=name, seed=seed, **row,
+                            condition_number=cond,
+                            error_over_bound=row['relative_error'] / (
+                                50 * torch.finfo(dtype).eps * cond))
 
 # %% ../../nbs/bench/05_machine.ipynb #17e90854
 def measure_matrices(
@@ -92,11 +103,16 @@ def measure_matrices(
     "Condition number of a single PLU matrix, and log-determinants against the whole matrix's, in float64."
     for dim in dims:
         for label, std in spreads(dim).items():
-            f = stir(InvertibleConv1x1Stack(dim, len(seeds), seed=seeds[0]), std, seeds[0]).to(device, torch.float64)
+            f = stir(InvertibleConv1x1Stack(dim, len(seeds), seed=seeds[0]), std,
+                     seeds[0]).to(device, torch.float64)
             eye, nats = torch.eye(dim, dtype=torch.float64, device=device), []
             with torch.no_grad():
-                for rotor in f.parts: nats.append((rotor.wiring.log_dets()[0] - torch.linalg.slogdet(rotor(eye))[1]).abs().item())
-            yield dict(case='matrices', dim=dim, off_diagonals=label, condition_number=condition_numbers(f.parts[0])[0], log_det_error_nats=max(nats))
+                for rotor in f.parts:
+                    nats.append((rotor.wiring.log_dets()[0]
+                                 - torch.linalg.slogdet(rotor(eye))[1]).abs().item())
+            yield dict(case='matrices', dim=dim, off_diagonals=label,
+                       condition_number=condition_numbers(f.parts[0])[0],
+                       log_det_error_nats=max(nats))
 
 # %% ../../nbs/bench/05_machine.ipynb #b9658b67
 def measure_blocks(
@@ -109,7 +125,8 @@ def measure_blocks(
         for seed in seeds:
             f = stir(RevBlock(dim), 0, seed)
             for name, dtype in DTYPES.items():
-                yield dict(case='rev_block', dim=dim, dtype=name, seed=seed, **round_trip(f.to(device, dtype), batch(dim, seed, dtype, device)))
+                yield dict(case='rev_block', dim=dim, dtype=name, seed=seed,
+                           **round_trip(f.to(device, dtype), batch(dim, seed, dtype, device)))
 
 def measure_enigma(
     dims, # widths
@@ -120,13 +137,18 @@ def measure_enigma(
     for dim in dims:
         for reciprocal in (False, True):
             for seed in seeds:
-                f = stir(Enigma(dim, num_rotors=ROTORS, num_positions=2, reciprocal=reciprocal, seed=seed), .01, seed)
+                f = stir(Enigma(dim, num_rotors=ROTORS, num_positions=2, reciprocal=reciprocal,
+                                seed=seed), .01, seed)
                 for name, dtype in DTYPES.items():
-                    f, x, t = f.to(device, dtype), batch(dim, seed, dtype, device), torch.arange(ROWS, device=device)
+                    f, x, t = f.to(device, dtype), batch(dim, seed, dtype,
+                                                         device), torch.arange(ROWS, device=device)
                     row = round_trip(f, x, t)
                     if reciprocal:
-                        with torch.no_grad(): row['twice_relative_error'] = ((f(f(x, t), t) - x).norm() / x.norm()).item()
-                    yield dict(case='enigma', dim=dim, reciprocal=reciprocal, dtype=name, seed=seed, **row)
+                        with torch.no_grad():
+                            row['twice_relative_error'] = (
+                                (f(f(x, t), t) - x).norm() / x.norm()).item()
+                    yield dict(case='enigma', dim=dim, reciprocal=reciprocal, dtype=name, seed=seed,
+                               **row)
 
 # %% ../../nbs/bench/05_machine.ipynb #7d28b55c
 def measure_times(
@@ -141,31 +163,40 @@ def measure_times(
         with torch.no_grad():
             W = f(torch.eye(dim, device=device)).T.contiguous()
             y, dense = f(x), x @ W.T
-            sides = {'triangular solves': lambda: f.inverse(y), 'torch.inverse': lambda: dense @ torch.inverse(W).T}
+            sides = {'triangular solves': lambda: f.inverse(y),
+                     'torch.inverse': lambda: dense @ torch.inverse(W).T}
             times = compare_times(sides, device=device)
             for name, g in sides.items():
-                yield dict(case='times', dim=dim, side=name, **times[name], relative_error=((g() - x).norm() / x.norm()).item())
+                yield dict(case='times', dim=dim, side=name, **times[name],
+                           relative_error=((g() - x).norm() / x.norm()).item())
 
 # %% ../../nbs/bench/05_machine.ipynb #302f1789
 def summary(
     rows:list[dict], # what the measures yield
 )->dict: # ready for metrics.json
     "The worst of every kind, and the times at the largest width."
-    worst = lambda column, **which: max(row[column] for row in rows if all(row.get(k) == v for k, v in which.items()))
+    worst = lambda column, **which: max(row[column] for row in rows
+                                        if all(row.get(k) == v for k, v in which.items()))
     metrics = dict(
         rotors_error_over_bound_worst=worst('error_over_bound', case='rotors'),
         rotors_condition_number_worst=worst('condition_number', case='rotors'),
         matrix_condition_number_worst=worst('condition_number', case='matrices'),
         log_det_error_nats_worst=worst('log_det_error_nats', case='matrices'),
-        repeatable_calls_share=statistics.mean(row['repeatable'] for row in rows if 'repeatable' in row))
+        repeatable_calls_share=statistics.mean(row['repeatable'] for row in rows
+                                               if 'repeatable' in row))
     for dtype in DTYPES:
         for case in ('rotors', 'rev_block', 'enigma'):
-            for column in ('relative_error', 'max_error'): metrics[f'{case}_{column}_{dtype}_worst'] = worst(column, case=case, dtype=dtype)
-        metrics[f'enigma_twice_relative_error_{dtype}_worst'] = worst('twice_relative_error', case='enigma', dtype=dtype, reciprocal=True)
+            for column in ('relative_error', 'max_error'):
+                metrics[f'{case}_{column}_{dtype}_worst'] = worst(column, case=case, dtype=dtype)
+        metrics[f'enigma_twice_relative_error_{dtype}_worst'] = worst(
+            'twice_relative_error', case='enigma', dtype=dtype, reciprocal=True)
     largest = worst('dim')
     for row in rows:
         if row['case'] == 'times' and row['dim'] == largest:
-            for unit in ('wall_ms', 'cpu_ms'): metrics[f"{row['side'].replace(' ', '_').replace('.', '_')}_d{largest}_{unit}"] = row[unit]
+            for unit in ('wall_ms', 'cpu_ms'):
+                metrics[
+                    f"{row['side'].replace(' ', '_').replace('.', '_')}_d{largest}_{unit}"] = row[
+                        unit]
     return metrics
 
 # %% ../../nbs/bench/05_machine.ipynb #9686e1d0
@@ -175,17 +206,22 @@ def main(
     seeds:tuple=(0, 1, 2), # of weights and vectors
 )->Run: # finished
     "Measure how exactly the machine is undone, and record it."
-    if not dims or not seeds: raise ValueError(f"a measurement needs a width and a seed, got dims={dims} and seeds={seeds}")
+    if not dims or not seeds:
+        raise ValueError(
+            f"a measurement needs a width and a seed, got dims={dims} and seeds={seeds}")
     for dim in dims: check_even(dim, 'to split in two halves')
     if torch.device(device).type == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f"device must exist, got {device!r} on a machine without CUDA; use 'cpu'")
-    run = start_run('bench_machine', dict(device=device, dims=list(dims), seeds=list(seeds), rows=ROWS, rotors=ROTORS))
+    run = start_run('bench_machine', dict(device=device, dims=list(dims), seeds=list(seeds),
+                                          rows=ROWS, rotors=ROTORS))
     rows = []
-    for measure in (measure_rotors, measure_matrices, measure_blocks, measure_enigma, measure_times):
+    for measure in (measure_rotors, measure_matrices, measure_blocks, measure_enigma,
+                    measure_times):
         for row in measure(dims, seeds, device):
             run.log(**row)
             rows.append(row)
-    for name, value in sorted(finish_run(run, summary(rows)).metrics.items()): print(f'{name:48} {value:.3g}')
+    for name, value in sorted(finish_run(run, summary(rows)).metrics.items()):
+        print(f'{name:48} {value:.3g}')
     return run
 
 # %% ../../nbs/bench/05_machine.ipynb #ccab68cc
@@ -202,10 +238,13 @@ def plot_errors(
     rotors = [row for row in rows if row['case'] == 'rotors']
     for color, (name, dtype) in zip(('#0072B2', '#D55E00'), DTYPES.items()):
         for marker, parametrization in (('o', 'plu'), ('s', 'orthogonal')):
-            points = [(row['condition_number'], row['relative_error']) for row in rotors if (row['dtype'], row['parametrization']) == (name, parametrization)]
-            ax.loglog(*zip(*points), marker, color=color, ms=4, alpha=.7, label=f'{parametrization}, {name}')
+            points = [(row['condition_number'], row['relative_error']) for row in rotors
+                      if (row['dtype'], row['parametrization']) == (name, parametrization)]
+            ax.loglog(*zip(*points), marker, color=color, ms=4, alpha=.7,
+                      label=f'{parametrization}, {name}')
         ends = [1, max(row['condition_number'] for row in rotors)]
-        ax.loglog(ends, [50 * torch.finfo(dtype).eps * cond for cond in ends], '--', color=color, lw=1)
+        ax.loglog(ends, [50 * torch.finfo(dtype).eps * cond for cond in ends], '--', color=color,
+                  lw=1)
     ax.set(xlabel='condition number of four rotors', ylabel='relative error, worse order')
     ax.legend(fontsize=7)
     return ax
@@ -218,7 +257,8 @@ def error_table(
     import pandas as pd
     rotors = pd.DataFrame([row for row in rows if row['case'] == 'rotors'])
     settings = ['parametrization', 'dim', 'off_diagonals']
-    table = rotors.pivot_table(index=settings, columns='dtype', values=['relative_error', 'max_error'], aggfunc='max')
+    table = rotors.pivot_table(index=settings, columns='dtype',
+                               values=['relative_error', 'max_error'], aggfunc='max')
     table.insert(0, ('condition_number', ''), rotors.groupby(settings).condition_number.max())
     return table.map('{:.1e}'.format)
 
@@ -228,4 +268,5 @@ def time_table(
     "The times of both sides."
     import pandas as pd
     times = pd.DataFrame([row for row in rows if row['case'] == 'times'])
-    return times[['dim', 'side', 'wall_ms', 'wall_ms_low', 'wall_ms_high', 'cpu_ms', 'relative_error']].map(lambda v: f'{v:.3g}' if isinstance(v, float) else v)
+    return times[['dim', 'side', 'wall_ms', 'wall_ms_low', 'wall_ms_high', 'cpu_ms',
+                  'relative_error']].map(lambda v: f'{v:.3g}' if isinstance(v, float) else v)

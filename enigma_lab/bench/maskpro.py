@@ -28,7 +28,10 @@ from ..maskpro.masks import apply_masks, find_masks, verify_masks
 from ..maskpro.scores import KINDS, initial_mask
 
 # %% ../../nbs/bench/50_maskpro.ipynb #2c8ba11d
-TUNED = {'simple': (.05, .15, .3, .6), 'gumbel': (.02, .05, .1, .2), 'pge': (.25, .35, .5, 1.), 'leave-one-out': (.25, .5, 1., 2.), 'pge-unpaired': (.12, .25, .5, 1.), 'finetune': (3e-4, 1e-3, 3e-3, 1e-2)} # rates of the trials
+# rates of the trials
+TUNED = {'simple': (.05, .15, .3, .6), 'gumbel': (.02, .05, .1, .2), 'pge': (.25, .35, .5, 1.),
+         'leave-one-out': (.25, .5, 1., 2.), 'pge-unpaired': (.12, .25, .5, 1.),
+         'finetune': (3e-4, 1e-3, 3e-3, 1e-2)}
 UNTUNED = 'pge-literal', 'pge-ported' # as published; as in the port to diffusion models
 ROWS = ('dense', *KINDS, *TUNED, *UNTUNED)
 
@@ -39,7 +42,11 @@ def train_ddpm(
     note:str='',
 )->Run: # finished
     "A dense model; the test images are not read."
-    return ddpm.train_ddpm(ddpm.make_ddpm_config('cpu', seed=seed, size=size, minutes=0., max_steps=max_steps, eval_steps=max(1, max_steps//13), save_steps=max(1, max_steps//13)*13), note=note, test=False)
+    return ddpm.train_ddpm(ddpm.make_ddpm_config('cpu', seed=seed, size=size, minutes=0.,
+                                                 max_steps=max_steps,
+                                                 eval_steps=max(1, max_steps//13),
+                                                 save_steps=max(1, max_steps//13)*13), note=note,
+                           test=False)
 
 def finetuned(
     masks, # of a model whose weights are changed
@@ -54,7 +61,10 @@ def finetuned(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=.1)
     masks.model.train()
     for step in range(steps):
-        optimizer.zero_grad(); loss(masks.model, batches(step)).backward(); optimizer.step(); schedule.step()
+        optimizer.zero_grad()
+        loss(masks.model, batches(step)).backward()
+        optimizer.step()
+        schedule.step()
     masks.model.eval()
 
 # %% ../../nbs/bench/50_maskpro.ipynb #75d5aa4d
@@ -66,7 +76,8 @@ def free_batch(
     "A batch whose times are left to chance."
     g = torch.Generator().manual_seed(seed)
     x = images[torch.randint(len(images), (64,), generator=g)]
-    return ddpm.Noised(x, torch.randint(num_steps, (64,), generator=g), torch.randn(x.shape, generator=g))
+    return ddpm.Noised(x, torch.randint(num_steps, (64,), generator=g),
+                       torch.randn(x.shape, generator=g))
 
 def learned(
     row:str, # of `METHODS`, or 'pge-ported'
@@ -78,9 +89,12 @@ def learned(
     **how # of `learn_masks`
 ): # a `MaskRun`
     "Learn a mask by a row's method."
-    if row != 'pge-ported': return learn_masks(unet, loss, pool if make_method(row).pool else batch, row, **how)
+    if row != 'pge-ported':
+        return learn_masks(unet, loss, pool if make_method(row).pool else batch, row, **how)
     masks, other = find_masks(unet), [free(k) for k in range(len(pool))]
-    return learn_masks(unet, loss, [free(2**20 + k) for k in range(len(pool))], 'pge-literal', baselines=[masks.loss(loss, b, masks.values()) for b in other], **dict(how, logits=5.))
+    return learn_masks(unet, loss, [free(2**20 + k) for k in range(len(pool))], 'pge-literal',
+                       baselines=[masks.loss(loss, b, masks.values()) for b in other],
+                       **dict(how, logits=5.))
 
 # %% ../../nbs/bench/50_maskpro.ipynb #27778890
 def mask_trial(
@@ -95,25 +109,40 @@ def mask_trial(
     "One method on one dense model."
     unet, scheduler = load_pipeline(dense)
     images, loss = load_images('digits'), DenoisingLoss(scheduler)
-    run = start_run('mask_trial', dict(row=row, dense=dense.split('/')[-2], seed=seed, learning_rate=learning_rate, budget=budget, test=test, samples=samples))
-    batch = lambda k: draw_batch(images.train, 64, scheduler.config.num_train_timesteps, torch.Generator().manual_seed(batch_seed(seed, k)))
+    run = start_run('mask_trial', dict(row=row, dense=dense.split('/')[-2], seed=seed,
+                                       learning_rate=learning_rate, budget=budget, test=test,
+                                       samples=samples))
+    batch = lambda k: draw_batch(images.train, 64, scheduler.config.num_train_timesteps,
+                                 torch.Generator().manual_seed(batch_seed(seed, k)))
     pool = [batch(2**31 + k) for k in range(16)]
     masks = apply_masks(unet) if row != 'dense' else None
     begin, found = time.process_time(), None
-    if row in KINDS: masks.set(initial_mask(masks, row, loss, [batch(2**30 + k) for k in range(8)], seed))
+    if row in KINDS:
+        masks.set(initial_mask(masks, row, loss, [batch(2**30 + k) for k in range(8)], seed))
     elif row == 'finetune': finetuned(masks, loss, batch, learning_rate, budget)
     elif row != 'dense':
-        free = lambda k: free_batch(images.train, scheduler.config.num_train_timesteps, batch_seed(seed, k))
-        found = learned(row, unet, loss, batch, pool, free, budget=budget, learning_rate=learning_rate or None, seed=seed, eval_steps=10**9,
+        free = lambda k: free_batch(images.train, scheduler.config.num_train_timesteps,
+                                    batch_seed(seed, k))
+        found = learned(row, unet, loss, batch, pool, free, budget=budget,
+            learning_rate=learning_rate or None, seed=seed, eval_steps=10**9,
             log=lambda line: run.log(**line) if 'changed' in line else None)
     metrics = dict(train_cpu_s=time.process_time() - begin)
-    if masks: verify_masks(unet); metrics.update(forwards=found.forwards if found else budget//3*3 if row == 'finetune' else 0, changed=found.changed if found else 0., tried=found.tried.float().mean().item() if found else 0.)
+    if masks:
+        verify_masks(unet)
+        metrics.update(forwards=found.forwards if found else budget//3*3 if row == 'finetune'
+                       else 0, changed=found.changed if found else 0.,
+                       tried=found.tried.float().mean().item() if found else 0.)
     held_out = images.read_test(run) if test else images.validation
-    each = each_loss(unet, fixed_batches(held_out, 8, num_steps=scheduler.config.num_train_timesteps), loss).reshape(8, -1).mean(0)
+    each = each_loss(unet,
+                     fixed_batches(held_out, 8, num_steps=scheduler.config.num_train_timesteps),
+                     loss).reshape(8, -1).mean(0)
     np.save(run.path/'losses.npy', each.numpy())
     if samples:
         features = train_features(images)
-        metrics['frechet'] = frechet_distance(image_features(features, images.train), image_features(features, sample_images(unet, scheduler, samples)))
+        metrics['frechet'] = frechet_distance(image_features(features, images.train),
+                                              image_features(features,
+                                                             sample_images(unet, scheduler,
+                                                                           samples)))
     return finish_run(run, dict(metrics, loss=each.mean().item()))
 
 # %% ../../nbs/bench/50_maskpro.ipynb #759b1e4d
@@ -124,46 +153,67 @@ def cells_of(
     once:tuple=('gumbel', 'pge-literal', 'pge-ported', 'pge-unpaired', 'leave-one-out'), # rows with the first seed alone
 )->list[dict]:
     "What is to be run for the record."
-    rows = [(row, seed) for row in ROWS for seed in (seeds[:1] if row in ('dense', *KINDS, *once) else seeds)]
-    return [dict(row=row, dense=folder, seed=seed, learning_rate=rates.get(row, 0.)) for folder in folders for row, seed in rows]
+    rows = [(row, seed) for row in ROWS
+            for seed in (seeds[:1] if row in ('dense', *KINDS, *once) else seeds)]
+    return [dict(row=row, dense=folder, seed=seed, learning_rate=rates.get(row, 0.))
+            for folder in folders for row, seed in rows]
 
 def chosen_rates(table)->dict: # row -> rate; of a table of trials
     "The best of each row's trials, on validation."
-    return {row: float(group.loc[group.loss.idxmin(), 'learning_rate']) for row, group in table.groupby('row')}
+    return {row: float(group.loc[group.loss.idxmin(), 'learning_rate'])
+            for row, group in table.groupby('row')}
 
 def main(arguments:list[str]=()): # of the command line
     "Dense models, trials, records; prints the leaderboard."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.maskpro', description=main.__doc__)
-    parser.add_argument('--parallel', type=int, default=1, help='cells at a time; 0: in this process')
-    for name, default in dict(dense=3, seeds=3, budget=1500, dense_steps=2600, samples=400, draws=40, size='digits', name='maskpro').items(): parser.add_argument(f'--{name}', type=type(default), default=default)
+    parser.add_argument('--parallel', type=int, default=1,
+                        help='cells at a time; 0: in this process')
+    for name, default in dict(dense=3, seeds=3, budget=1500, dense_steps=2600, samples=400,
+                              draws=40, size='digits', name='maskpro').items():
+        parser.add_argument(f'--{name}', type=type(default), default=default)
     parser.add_argument('--rows', nargs='+', default=list(ROWS), choices=ROWS)
     g = parser.parse_args(arguments)
     say = lambda line: print(line, flush=True)
-    sweep('enigma_lab.bench.maskpro:train_ddpm', dict(seed=list(range(g.dense))), g.name, g.parallel, show=say, max_steps=g.dense_steps, size=g.size)
+    sweep('enigma_lab.bench.maskpro:train_ddpm', dict(seed=list(range(g.dense))), g.name,
+          g.parallel, show=say, max_steps=g.dense_steps, size=g.size)
     folders = [str(run.checkpoint) for run in records(g.name, 'train_ddpm')]
-    trials = sweep('enigma_lab.bench.maskpro:mask_trial', [dict(row=row, learning_rate=rate) for row, rates in TUNED.items() if row in g.rows for rate in rates], f'{g.name}-trials', g.parallel,
+    trials = sweep('enigma_lab.bench.maskpro:mask_trial',
+        [dict(row=row, learning_rate=rate) for row, rates in TUNED.items() if row in g.rows
+         for rate in rates], f'{g.name}-trials', g.parallel,
         show=say, dense=folders[0], seed=100, budget=g.budget, test=False, samples=0)
     rates = chosen_rates(trials)
-    todo = [cell for cell in cells_of(folders, list(range(g.seeds)), rates) if cell['row'] in g.rows]
-    done = sweep('enigma_lab.bench.maskpro:mask_trial', todo, g.name, g.parallel, show=say, budget=g.budget, samples=g.samples)
-    if not any(run.finished and run.config['sweep'] == g.name for run in list_runs('bench_maskpro')):
-        run, noise = start_run('bench_maskpro', dict(sweep=g.name, gaps=[3., 5.], draws=g.draws)), scatter_table(folders[0], draws=g.draws)
-        finish_run(run, {f'{gap.replace(" ", "_")}_{row}': float(x) for gap, column in noise.items() for row, x in column.items()})
+    todo = [cell for cell in cells_of(folders, list(range(g.seeds)), rates)
+            if cell['row'] in g.rows]
+    done = sweep('enigma_lab.bench.maskpro:mask_trial', todo, g.name, g.parallel, show=say,
+                 budget=g.budget, samples=g.samples)
+    if not any(run.finished and run.config['sweep'] == g.name
+               for run in list_runs('bench_maskpro')):
+        run, noise = start_run('bench_maskpro',
+                               dict(sweep=g.name, gaps=[3., 5.],
+                                    draws=g.draws)), scatter_table(folders[0], draws=g.draws)
+        finish_run(run, {f'{gap.replace(" ", "_")}_{row}': float(x) for gap, column in noise.items()
+                         for row, x in column.items()})
     print(leaderboard(g.name).round(4).to_string())
-    if (done.state != 'finished').any(): sys.exit(f"{(done.state != 'finished').sum()} of {len(done)} cells have no result; see the logs in {runs_root()/'sweeps'/g.name}")
+    if (done.state != 'finished').any():
+        sys.exit(
+            f"{(done.state != 'finished').sum()} of {len(done)} cells have no result; see the logs "
+            f"in {runs_root()/'sweeps'/g.name}")
 
 # %% ../../nbs/bench/50_maskpro.ipynb #ccef526a
 def records(name:str='maskpro', task:str='mask_trial')->list[Run]: # finished, in order
     "The finished cells of a sweep."
     found = [run for run in runs_in(runs_root()/'sweeps'/name/task) if run.finished]
-    return sorted(found, key=lambda run: (run.config.get('dense', ''), run.config['seed'], run.name))
+    return sorted(found, key=lambda run: (run.config.get('dense', ''), run.config['seed'],
+                                          run.name))
 
 def losses_of(
     runs:list[Run], # of `records`
 )->dict: # row -> dense model -> list over seeds of (images,) losses
     "What each method loses on each image."
     found = {}
-    for run in runs: found.setdefault(run.config['row'], {}).setdefault(run.config['dense'], []).append(np.load(run.open('losses.npy')))
+    for run in runs:
+        found.setdefault(run.config['row'], {}).setdefault(run.config['dense'], []).append(
+            np.load(run.open('losses.npy')))
     return found
 
 def resample(
@@ -196,16 +246,22 @@ def leaderboard(
     losses = losses_of(runs)
     models = set(losses.get('dense', {}))
     rows = [row for row in ROWS if models and set(losses.get(row, {})) == models]
-    if not {'dense', base} <= {*rows}: raise ValueError(f"a leaderboard needs the rows 'dense' and {base!r} for every dense model, got {rows}")
+    if not {'dense', base} <= {*rows}:
+        raise ValueError(
+            f"a leaderboard needs the rows 'dense' and {base!r} for every dense model, got {rows}")
     rng = np.random.default_rng(0)
     gap = lambda m: {row: (m[base] - m[row])/(m[base] - m['dense']) for row in rows}
-    means, once, again = resample(losses, rows, None), gap(resample(losses, rows, None)), [gap(resample(losses, rows, rng)) for _ in range(resamples)]
+    means, once, again = resample(losses, rows, None), gap(resample(losses, rows, None)), [
+        gap(resample(losses, rows, rng)) for _ in range(resamples)]
     table = {}
     for row in rows:
         low, high = np.quantile([g[row] for g in again], [.025, .975])
         of = [run.metrics for run in runs if run.config['row'] == row]
-        table[row] = dict(loss=means[row], gap=once[row], **{'from': low, 'to': high}, frechet=np.mean([m.get('frechet', np.nan) for m in of]), changed=np.mean([m.get('changed', 0.) for m in of]),
-            forwards=max(m.get('forwards', 0) for m in of), cpu_s=np.median([m['train_cpu_s'] for m in of]), runs=len(of))
+        table[row] = dict(loss=means[row], gap=once[row], **{'from': low, 'to': high},
+            frechet=np.mean([m.get('frechet', np.nan) for m in of]),
+            changed=np.mean([m.get('changed', 0.) for m in of]),
+            forwards=max(m.get('forwards', 0) for m in of),
+            cpu_s=np.median([m['train_cpu_s'] for m in of]), runs=len(of))
     return pd.DataFrame(table).T.astype(dict(forwards=int, runs=int))
 
 # %% ../../nbs/bench/50_maskpro.ipynb #0b7fb30a
@@ -213,9 +269,12 @@ def plot_gaps(table): # axes; of `leaderboard`
     "Share of the gap with its interval, a line for each method."
     ax = plt_axes(len(table))
     for i, (row, t) in enumerate(table.iterrows()):
-        ax.plot([t['from'], t['to']], [i, i], color='C0', lw=2); ax.plot(t['gap'], i, 'o', color='C0', markersize=4)
+        ax.plot([t['from'], t['to']], [i, i], color='C0', lw=2)
+        ax.plot(t['gap'], i, 'o', color='C0', markersize=4)
     ax.axvline(0, color='0.6', lw=1); ax.axvline(1, color='0.6', lw=1)
-    ax.set(yticks=range(len(table)), yticklabels=table.index, xlabel='share of the gap won back', xlim=(-1.5, 1.1)); ax.invert_yaxis()
+    ax.set(yticks=range(len(table)), yticklabels=table.index, xlabel='share of the gap won back',
+           xlim=(-1.5, 1.1))
+    ax.invert_yaxis()
     return ax
 
 def plt_axes(rows:int): # axes high enough for so many rows
@@ -235,7 +294,8 @@ def scatter_table(
     images, loss = load_images('digits'), DenoisingLoss(scheduler)
     masks = apply_masks(unet)
     initial, rows = masks.values(), {}
-    pool = [[draw_batch(images.train, 64, scheduler.config.num_train_timesteps, torch.Generator().manual_seed(k))] for k in range(8)]
+    pool = [[draw_batch(images.train, 64, scheduler.config.num_train_timesteps,
+                        torch.Generator().manual_seed(k))] for k in range(8)]
     for gap in gaps:
         for name in names:
             objective = Objective(masks, loss, initial)

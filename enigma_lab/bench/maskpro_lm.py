@@ -40,9 +40,11 @@ def window_losses(
     "The loss of each window by itself."
     found = []
     for start in range(0, min(most, len(windows)), 16):
-        ids = torch.stack([windows[i]['input_ids'] for i in range(start, min(most, len(windows), start + 16))])
+        ids = torch.stack([windows[i]['input_ids']
+                           for i in range(start, min(most, len(windows), start + 16))])
         logits = model(input_ids=ids).logits[:, :-1].float()
-        found.append(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction='none').view(len(ids), -1).mean(1))
+        found.append(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(),
+                                     reduction='none').view(len(ids), -1).mean(1))
     return torch.cat(found).double()
 
 # %% ../../nbs/bench/52_maskpro_lm.ipynb #4fec8f1c
@@ -63,45 +65,68 @@ def lm_trial(
     "One method on one language model."
     from transformers import AutoTokenizer
     source = find_run(model)
-    net, tokenizer = EnigmaForCausalLM.from_pretrained(source.checkpoint).float().eval(), AutoTokenizer.from_pretrained(source.checkpoint)
+    net, tokenizer = EnigmaForCausalLM.from_pretrained(
+        source.checkpoint).float().eval(), AutoTokenizer.from_pretrained(source.checkpoint)
     corpus = load_text(source.config['data'], max_chars or None)
     train = Windows(corpus.train, tokenizer, net.config.max_position_embeddings)
-    run = start_run('lm_trial', dict(row=row, dense=source.name, seed=seed, n=n, m=m, budget=budget, batch_size=batch_size, windows=windows, max_chars=max_chars, test=test))
+    run = start_run('lm_trial', dict(row=row, dense=source.name, seed=seed, n=n, m=m, budget=budget,
+                                     batch_size=batch_size, windows=windows, max_chars=max_chars,
+                                     test=test))
     def batch(k):
-        rows = torch.randint(len(train), (batch_size,), generator=torch.Generator().manual_seed(batch_seed(seed, k)))
+        rows = torch.randint(len(train), (batch_size,),
+                             generator=torch.Generator().manual_seed(batch_seed(seed, k)))
         return torch.stack([train[i]['input_ids'] for i in rows.tolist()])
     pool = [batch(2**31 + k) for k in range(16)]
-    masks, found, begin = None if row == 'dense' else apply_masks(net, n, m), None, time.process_time()
+    masks, found, begin = None if row == 'dense' else apply_masks(
+        net, n, m), None, time.process_time()
     if row in ('magnitude', 'wanda'): masks.set(initial_mask(masks, row, next_token_loss, pool[:8]))
-    elif row != 'dense': found = learn_masks(net, next_token_loss, pool if METHODS[row].pool else batch, row, budget, seed=seed, eval_steps=10**9, log=lambda line: run.log(**line) if 'changed' in line else None)
+    elif row != 'dense':
+        found = learn_masks(net, next_token_loss, pool if METHODS[row].pool else batch, row, budget,
+                            seed=seed, eval_steps=10**9, log=lambda line: run.log(**line)
+                            if 'changed' in line else None)
     spent = time.process_time() - begin
     if masks: verify_masks(net)
-    held_out = Windows(corpus.read_test(run) if test else corpus.validation, tokenizer, net.config.max_position_embeddings)
+    held_out = Windows(corpus.read_test(run) if test else corpus.validation, tokenizer,
+                       net.config.max_position_embeddings)
     each = window_losses(net, held_out, windows)
     np.save(run.path/'losses.npy', each.numpy())
-    return finish_run(run, dict(loss=each.mean().item(), windows=len(each), train_cpu_s=spent, groups=masks.num_groups if masks else 0, forwards=found.forwards if found else 0, changed=found.changed if found else 0.))
+    return finish_run(run, dict(loss=each.mean().item(), windows=len(each), train_cpu_s=spent,
+                                groups=masks.num_groups if masks else 0, forwards=found.forwards
+                                if found else 0, changed=found.changed if found else 0.))
 
 # %% ../../nbs/bench/52_maskpro_lm.ipynb #6ce9dc71
 def gap_intervals(
     name:str, # of the sweep
 )->float: # the gap of the mask by magnitude to the dense model, in widths of its interval
     "Whether there is enough to win back."
-    losses = {run.config['row']: np.load(run.open('losses.npy')) for run in records(name, 'lm_trial') if run.config['row'] in ('dense', 'magnitude')}
+    losses = {run.config['row']: np.load(run.open('losses.npy'))
+              for run in records(name, 'lm_trial') if run.config['row'] in ('dense', 'magnitude')}
     more = losses['magnitude'] - losses['dense']
     return float(more.mean()/(2*1.96*more.std(ddof=1)/len(more)**.5))
 
 def main(arguments:list[str]=()): # of the command line
     "Run what is missing, at 2:4 and where that costs too little at 1:4; prints the table."
-    parser = argparse.ArgumentParser('python -m enigma_lab.bench.maskpro_lm', description=main.__doc__)
-    parser.add_argument('--parallel', type=int, default=1, help='cells at a time; 0: in this process')
-    for option, default in dict(seeds=3, budget=600, batch_size=8, windows=200, max_chars=0, model='showcase/train_enigma', name='maskpro-lm').items(): parser.add_argument(f'--{option}', type=type(default), default=default)
+    parser = argparse.ArgumentParser('python -m enigma_lab.bench.maskpro_lm',
+                                     description=main.__doc__)
+    parser.add_argument('--parallel', type=int, default=1,
+                        help='cells at a time; 0: in this process')
+    for option, default in dict(seeds=3, budget=600, batch_size=8, windows=200, max_chars=0,
+                                model='showcase/train_enigma', name='maskpro-lm').items():
+        parser.add_argument(f'--{option}', type=type(default), default=default)
     g = parser.parse_args(arguments)
     for n in (2, 1):
-        name, fixed = f'{g.name}-{n}of4', dict(n=n, budget=g.budget, batch_size=g.batch_size, windows=g.windows, max_chars=g.max_chars, model=str(find_run(g.model).path))
-        todo = [dict(row=row, seed=seed) for row in ROWS for seed in (range(g.seeds) if row in METHODS else [0])]
-        done = sweep('enigma_lab.bench.maskpro_lm:lm_trial', todo, name, g.parallel, show=lambda line: print(line, flush=True), **fixed)
+        name, fixed = f'{g.name}-{n}of4', dict(n=n, budget=g.budget, batch_size=g.batch_size,
+                                               windows=g.windows, max_chars=g.max_chars,
+                                               model=str(find_run(g.model).path))
+        todo = [dict(row=row, seed=seed) for row in ROWS
+                for seed in (range(g.seeds) if row in METHODS else [0])]
+        done = sweep('enigma_lab.bench.maskpro_lm:lm_trial', todo, name, g.parallel,
+                     show=lambda line: print(line, flush=True), **fixed)
         print(leaderboard(name, 'lm_trial').round(4).to_string())
-        if (done.state != 'finished').any(): sys.exit(f"{(done.state != 'finished').sum()} of {len(done)} cells have no result; see the logs in {runs_root()/'sweeps'/name}")
+        if (done.state != 'finished').any():
+            sys.exit(
+                f"{(done.state != 'finished').sum()} of {len(done)} cells have no result; see the "
+                f"logs in {runs_root()/'sweeps'/name}")
         if gap_intervals(name) >= 10: return
 
 # %% ../../nbs/bench/52_maskpro_lm.ipynb #8c0cb6e6

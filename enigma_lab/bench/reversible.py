@@ -37,10 +37,12 @@ def peak_mib(
     torch.set_num_threads(1)
     blocks = make_blocks(depth, dim)
     module, mix = build(name.removesuffix(', compiled'), blocks), nn.Linear(2*dim, 2*dim)
-    if name.endswith(', compiled'): module = torch.compile(module, fullgraph=True, dynamic=False, backend='aot_eager')
+    if name.endswith(', compiled'):
+        module = torch.compile(module, fullgraph=True, dynamic=False, backend='aot_eager')
     x = torch.randn(batch, tokens, 2*dim)
     def step():
-        for p in blocks.parameters(): p.grad = None # a compiled backward pass hands over all gradients at its end
+        # a compiled backward pass hands over all gradients at its end
+        for p in blocks.parameters(): p.grad = None
         module(mix(x)).pow(2).mean().backward()
     step() # what kernels allocate once; the gradients stay
     ctypes.CDLL('libc.so.6').malloc_trim(0)
@@ -50,24 +52,29 @@ def peak_mib(
     return resident('VmHWM') - base
 
 def resident(what:str)->float: # MiB; what: 'VmRSS' for now, 'VmHWM' for the peak
-    return int(next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(what)).split()[1]) / 2**10
+    return int(next(line for line in Path('/proc/self/status').read_text().splitlines()
+                    if line.startswith(what)).split()[1]) / 2**10
 
 COMPILED = 'ours, compiled', 'ours, exact, compiled'
-EXACT_MALLOC = dict(OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='1', MALLOC_MMAP_THRESHOLD_='32768', MALLOC_TRIM_THRESHOLD_='0', MALLOC_TOP_PAD_='0')
+EXACT_MALLOC = dict(OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='1', MALLOC_MMAP_THRESHOLD_='32768',
+                    MALLOC_TRIM_THRESHOLD_='0', MALLOC_TOP_PAD_='0')
 
 def in_process(**kwargs)->float: # MiB
     "`peak_mib` in a process of its own."
     code = f'from enigma_lab.bench.reversible import peak_mib; print(peak_mib(**{kwargs!r}))'
-    return float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=os.environ | EXACT_MALLOC).stdout.split()[-1])
+    return float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                                check=True, env=os.environ | EXACT_MALLOC).stdout.split()[-1])
 
 # %% ../../nbs/bench/10_reversible.ipynb #cc2ac92c
-SHAPES = dict(large=dict(depth=8, dim=256, batch=2, tokens=256), small=dict(depth=16, dim=64, batch=1, tokens=64))
+SHAPES = dict(large=dict(depth=8, dim=256, batch=2, tokens=256),
+              small=dict(depth=16, dim=64, batch=1, tokens=64))
 
 def training_step(name, depth, dim, batch, tokens): # a function without arguments
     module, x = build(name, make_blocks(depth, dim)), torch.randn(batch, tokens, 2*dim)
     return lambda: module(x.clone().requires_grad_()*1.).pow(2).mean().backward()
 
-class Everywhere(contextlib.nullcontext): parents = {'Global'} # in place of torch's module tracker, which cannot follow RevTorch
+# in place of torch's module tracker, which cannot follow RevTorch
+class Everywhere(contextlib.nullcontext): parents = {'Global'}
 
 def flops(step)->int: # of a call
     counter = FlopCounterMode(display=False)
@@ -79,7 +86,8 @@ def measure_time(run:Run): # an open record
     "A line of the history for every engine and round."
     for shape in run.config['shapes']:
         steps = {name: training_step(name, **SHAPES[shape]) for name in run.config['engines']}
-        for name, step in steps.items(): once(run, lambda: dict(flops=flops(step)), case='flops', shape=shape, engine=name)
+        for name, step in steps.items():
+            once(run, lambda: dict(flops=flops(step)), case='flops', shape=shape, engine=name)
         for i in range(run.config['rounds']):
             for name, step in steps.items():
                 def sample():
@@ -107,39 +115,54 @@ def drift(
 # %% ../../nbs/bench/10_reversible.ipynb #cfa3f626
 def measure_behaviour(run:Run): # an open record
     for name in run.config['engines']:
-        for question in BEHAVIOURS: once(run, lambda: dict(answer=ask(name, question)), case='behaviour', engine=name, question=question)
+        for question in BEHAVIOURS:
+            once(run, lambda: dict(answer=ask(name, question)), case='behaviour', engine=name,
+                 question=question)
 
 def measure_memory(run:Run):
     c = run.config
     for depth in c['depths']:
-        for name in [*c['engines'], *COMPILED]: once(run, lambda: dict(mib=in_process(name=name, depth=depth)), case='memory', engine=name, depth=depth)
-    for name in ('ours', 'ours, exact') if c['deepest'] else (): once(run, lambda: dict(mib=in_process(name=name, depth=c['deepest'], steps=1)), case='memory', engine=name, depth=c['deepest'])
+        for name in [*c['engines'], *COMPILED]:
+            once(run, lambda: dict(mib=in_process(name=name, depth=depth)), case='memory',
+                 engine=name, depth=depth)
+    for name in ('ours', 'ours, exact') if c['deepest'] else ():
+        once(run, lambda: dict(mib=in_process(name=name, depth=c['deepest'], steps=1)),
+             case='memory', engine=name, depth=c['deepest'])
 
 def measure_drift(run:Run):
     for depth in run.config['drift_depths']:
-        for kind in ('float64', 'float32', 'bfloat16', 'exact'): once(run, lambda: dict(error=drift(depth, kind)), case='drift', kind=kind, depth=depth)
+        for kind in ('float64', 'float32', 'bfloat16', 'exact'):
+            once(run, lambda: dict(error=drift(depth, kind)), case='drift', kind=kind, depth=depth)
 
-MEASURES = dict(behaviour=measure_behaviour, memory=measure_memory, time=measure_time, drift=measure_drift)
+MEASURES = dict(behaviour=measure_behaviour, memory=measure_memory, time=measure_time,
+                drift=measure_drift)
 PARTS = list(MEASURES)
 
 # %% ../../nbs/bench/10_reversible.ipynb #c4b301d0
-FULL = dict(depths=[4, 16, 48], deepest=1000, shapes=list(SHAPES), rounds=25, drift_depths=[8, 32, 128, 1000], engines=list(ENGINES))
-SMALL = dict(depths=[1], deepest=0, shapes=['small'], rounds=2, drift_depths=[2], engines=['plain', 'ours', 'ours, exact'])
+FULL = dict(depths=[4, 16, 48], deepest=1000, shapes=list(SHAPES), rounds=25,
+            drift_depths=[8, 32, 128, 1000], engines=list(ENGINES))
+SMALL = dict(depths=[1], deepest=0, shapes=['small'], rounds=2, drift_depths=[2],
+             engines=['plain', 'ours', 'ours, exact'])
 
 def open_run(config, resume): # what to measure; a record to go on with, or empty
     if not resume: return start_run('bench_reversible', config)
-    if (run := find_run(resume)).finished: raise FileExistsError(f"a run is written once, and {run.name} is finished; start another")
+    if (run := find_run(resume)).finished:
+        raise FileExistsError(f"a run is written once, and {run.name} is finished; start another")
     return run
 
 def main(arguments:list[str]=()): # of the command line
     "Measure reversible engines beside each other; prints the tables."
-    parser = argparse.ArgumentParser('python -m enigma_lab.bench.reversible', description=main.__doc__)
-    parser.add_argument('--small', action='store_true', help='few and short measurements, to see that it works')
+    parser = argparse.ArgumentParser('python -m enigma_lab.bench.reversible',
+                                     description=main.__doc__)
+    parser.add_argument('--small', action='store_true',
+                        help='few and short measurements, to see that it works')
     parser.add_argument('--resume', default='', help='go on with an unfinished run')
     parser.add_argument('--parts', nargs='+', default=PARTS, choices=PARTS)
     given = parser.parse_args(arguments)
     size = SMALL if given.small else FULL
-    run = open_run(dict(size, parts=given.parts, engines={name: version for name, version in installed().items() if name in size['engines']}), given.resume)
+    run = open_run(dict(size, parts=given.parts,
+                        engines={name: version for name, version in installed().items()
+                                 if name in size['engines']}), given.resume)
     torch.set_num_threads(1)
     for part in run.config['parts']:
         look_at_load(run, part)
@@ -158,12 +181,17 @@ def rows_of(run:Run, case:str): # a DataFrame
 def behaviour_table(run:Run): # a pandas table: questions × engines
     "What is right, and what is wrong."
     rows = rows_of(run, 'behaviour')
-    return rows.assign(answer=rows.answer.replace('', 'right')).pivot(index='question', columns='engine', values='answer').reindex(index=BEHAVIOURS, columns=run.config['engines']) if len(rows) else rows
+    return (rows.assign(answer=rows.answer.replace('', 'right')).pivot(
+        index='question', columns='engine',
+        values='answer').reindex(index=BEHAVIOURS, columns=run.config['engines']) if len(rows)
+            else rows)
 
 def memory_table(run:Run): # a pandas table: engines × depths, MiB
     "Peak activation memory."
     rows = rows_of(run, 'memory')
-    return rows.pivot(index='engine', columns='depth', values='mib').reindex([*run.config['engines'], *COMPILED]).round(1) if len(rows) else rows
+    return (rows.pivot(index='engine', columns='depth',
+                       values='mib').reindex([*run.config['engines'], *COMPILED]).round(1)
+            if len(rows) else rows)
 
 # %% ../../nbs/bench/10_reversible.ipynb #aaf0c4e5
 def time_table(run:Run): # a pandas table: a line for each shape and engine
@@ -177,7 +205,10 @@ def time_table(run:Run): # a pandas table: a line for each shape and engine
         work = rows_of(run, 'flops').query('shape == @shape').set_index('engine').flops
         for name in run.config['engines']:
             low, middle, high = ratio[name]
-            lines.append({'shape': shape, 'engine': name, 'CPU ms': round(statistics.median(table[name]), 1), 'times plain': round(middle, 3), 'from': round(low, 3), 'to': round(high, 3), 'FLOP': round(work[name] / work['plain'], 3)})
+            lines.append({'shape': shape, 'engine': name,
+                          'CPU ms': round(statistics.median(table[name]), 1),
+                          'times plain': round(middle, 3), 'from': round(low, 3),
+                          'to': round(high, 3), 'FLOP': round(work[name] / work['plain'], 3)})
     return pd.DataFrame(lines)
 
 # %% ../../nbs/bench/10_reversible.ipynb #776ab27c
@@ -187,20 +218,27 @@ def summary(run:Run)->dict: # ready for metrics.json
     behaviour, memory, times = behaviour_table(run), memory_table(run), time_table(run)
     for name in [*run.config['engines'], *COMPILED]:
         label = name.replace(', ', '_').replace('-', '_').replace(' ', '_')
-        if len(behaviour) and name in behaviour: found[f'{label}_right_share'] = float((behaviour[name] == 'right').mean())
+        if len(behaviour) and name in behaviour:
+            found[f'{label}_right_share'] = float((behaviour[name] == 'right').mean())
         if len(memory) and name in memory.index:
             first, last = run.config['depths'][0], run.config['depths'][-1]
             found[f'{label}_memory_mib'] = memory.loc[name, last]
             found[f'{label}_memory_growth_ratio'] = memory.loc[name, last] / memory.loc[name, first]
             for peer in ('plain', 'RevTorch'):
-                if peer in memory.index: found[f'{label}_memory_to_{peer.lower()}_ratio'] = memory.loc[name, last] / memory.loc[peer, last]
+                if peer in memory.index:
+                    found[f'{label}_memory_to_{peer.lower()}_ratio'] = memory.loc[
+                        name, last] / memory.loc[peer, last]
     for shape, group in rows_of(run, 'time').groupby('shape', sort=False) if len(times) else ():
         cpu = group.pivot(index='round', columns='engine', values='cpu_ms')
-        found[f'exact_to_float_{shape}_time_ratio'] = float((cpu['ours, exact'] / cpu['ours']).median())
+        found[f'exact_to_float_{shape}_time_ratio'] = float(
+            (cpu['ours, exact'] / cpu['ours']).median())
     if len(times): found['loaded'] = busy(run, 'time')
     errors = rows_of(run, 'drift')
-    for kind, group in errors.groupby('kind') if len(errors) else (): found[f'drift_{kind}_max_error'] = group.error.max()
-    for _, row in times.iterrows(): found[f"{row.engine.replace(', ', '_').replace('-', '_').replace(' ', '_')}_{row['shape']}_time_ratio"] = row['times plain']
+    for kind, group in errors.groupby('kind') if len(errors) else ():
+        found[f'drift_{kind}_max_error'] = group.error.max()
+    for _, row in times.iterrows():
+        found[
+            f"{row.engine.replace(', ', '_').replace('-', '_').replace(' ', '_')}_{row['shape']}_time_ratio"] = row['times plain']
     return found
 
 # %% ../../nbs/bench/10_reversible.ipynb #f5a28b9b
@@ -210,7 +248,9 @@ def plot_drift(run:Run): # axes, or `None`
     rows = rows_of(run, 'drift')
     if not len(rows): return None
     ax = plt.subplots(figsize=(5, 2.8))[1]
-    for kind, group in rows.groupby('kind', sort=False): ax.loglog(group.depth, group.error.clip(lower=1e-17), 'o-', label=kind + (' (zero)' if (group.error == 0).all() else ''))
+    for kind, group in rows.groupby('kind', sort=False):
+        ax.loglog(group.depth, group.error.clip(lower=1e-17), 'o-',
+                  label=kind + (' (zero)' if (group.error == 0).all() else ''))
     ax.set(xlabel='blocks', ylabel='largest error of the input'); ax.legend()
     return ax
 

@@ -19,7 +19,13 @@ from .reversible_peers import Plain, build, make_blocks
 from ..machine.reversible import ReversibleSequence
 
 # %% ../../nbs/bench/09_reversible_checks.ipynb #08f0fde3
-def differentiate(module, parameters, x, amp=None, seed=7): # [output, gradient of x, gradients of the parameters]
+def differentiate(
+    module, # [output, gradient of x, gradients of the parameters]
+    parameters,
+    x,
+    amp=None,
+    seed=7,
+):
     "One backward pass."
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(seed)
@@ -29,7 +35,8 @@ def differentiate(module, parameters, x, amp=None, seed=7): # [output, gradient 
 
 def off(found, expected): # relative error, or words
     if any(f is None for f in found): return 'a gradient is missing'
-    return (sum((f - e).double().pow(2).sum() for f, e in zip(found, expected)) / sum(e.double().pow(2).sum() for e in expected)).sqrt().item()
+    return (sum((f - e).double().pow(2).sum() for f, e in zip(found, expected)) / sum(
+        e.double().pow(2).sum() for e in expected)).sqrt().item()
 
 def wrong(found, expected, tolerance=1e-5): # '' or what is wrong
     error = off(found, expected)
@@ -37,19 +44,28 @@ def wrong(found, expected, tolerance=1e-5): # '' or what is wrong
 
 class Subject:
     "An engine under questions: new blocks, and their plain run beside it."
-    def __init__(self, name, dim=16): self.name, self.dim, self.x = name, dim, torch.randn(2, 8, 2*dim, generator=torch.Generator().manual_seed(1))
+    def __init__(self, name, dim=16):
+        self.name, self.dim, self.x = name, dim, torch.randn(
+            2, 8, 2*dim, generator=torch.Generator().manual_seed(1))
 
-    def __call__(self, depth=4, p=0., gain=1.): # module, its parameters, the reference, its parameters
+    def __call__(self,
+        depth=4, # module, its parameters, the reference, its parameters
+        p=0.,
+        gain=1.,
+    ):
         blocks = make_blocks(depth, self.dim, p)
         with torch.no_grad():
             for f, g in blocks: f.out.weight.mul_(gain), g.down.weight.mul_(gain)
         twin = copy.deepcopy(blocks)
-        reference = ReversibleSequence(twin, exact=True, memory='store') if 'exact' in self.name else Plain(twin)
-        return build(self.name, blocks), list(blocks.parameters()), reference, list(twin.parameters())
+        reference = (ReversibleSequence(twin, exact=True, memory='store') if 'exact' in self.name
+                     else Plain(twin))
+        return build(self.name,
+                     blocks), list(blocks.parameters()), reference, list(twin.parameters())
 
     def compare(self, amp=None, tolerance=1e-5, **kwargs):
         module, ps, reference, qs = self(**kwargs)
-        return wrong(differentiate(module, ps, self.x, amp)[1:], differentiate(reference, qs, self.x, amp)[1:], tolerance)
+        return wrong(differentiate(module, ps, self.x, amp)[1:],
+                     differentiate(reference, qs, self.x, amp)[1:], tolerance)
 
 # %% ../../nbs/bench/09_reversible_checks.ipynb #63dc0e0c
 def gradients(s): return s.compare()
@@ -71,12 +87,14 @@ def leaf_input(s):
 # %% ../../nbs/bench/09_reversible_checks.ipynb #f185fc67
 def in_place_after(s):
     module, ps, reference, qs = s()
-    for m in (module, reference): m(s.x.clone().requires_grad_()*1.).mul_(2).pow(2).mean().backward()
+    for m in (module, reference):
+        m(s.x.clone().requires_grad_()*1.).mul_(2).pow(2).mean().backward()
     return wrong([p.grad for p in ps], [q.grad for q in qs])
 
 def autograd_grad(s):
     module, ps, reference, qs = s()
-    found = [torch.autograd.grad(m(s.x.clone().requires_grad_()*1.).pow(2).sum(), list(weights)) for m, weights in ((module, ps), (reference, qs))]
+    found = [torch.autograd.grad(m(s.x.clone().requires_grad_()*1.).pow(2).sum(), list(weights))
+             for m, weights in ((module, ps), (reference, qs))]
     return wrong(*found)
 
 def no_side_effects(s):
@@ -106,8 +124,10 @@ def partly_frozen(s):
     module, ps, reference, qs = s()
     for group in (ps, qs):
         for i, p in enumerate(group): p.requires_grad_(i % 3 == 0)
-    found, expected = ([p.grad for p in differentiate_frozen(m, s.x, group) if p.requires_grad] for m, group in ((module, ps), (reference, qs)))
-    if any(p.grad is not None for p in ps if not p.requires_grad): return 'frozen parameters get a gradient'
+    found, expected = ([p.grad for p in differentiate_frozen(m, s.x, group) if p.requires_grad]
+                       for m, group in ((module, ps), (reference, qs)))
+    if any(p.grad is not None for p in ps if not p.requires_grad):
+        return 'frozen parameters get a gradient'
     return wrong(found, expected)
 
 def differentiate_frozen(module, x, group):
@@ -117,7 +137,8 @@ def differentiate_frozen(module, x, group):
 # %% ../../nbs/bench/09_reversible_checks.ipynb #4a685b4c
 def functional(s):
     module, _, reference, qs = s()
-    found = torch.func.grad(lambda w: functional_call(module, w, (s.x,)).pow(2).mean())({k: v.detach() for k, v in module.named_parameters()})
+    found = torch.func.grad(lambda w: functional_call(module, w, (s.x,)).pow(2).mean())(
+        {k: v.detach() for k, v in module.named_parameters()})
     reference(s.x).pow(2).mean().backward()
     return wrong(list(found.values()), [q.grad for q in qs])
 
@@ -139,30 +160,44 @@ def compiled_bytes(module, x):
     torch._dynamo.reset()
     sizes = []
     def forward_graph(graph, example):
-        out, given = next(n for n in graph.graph.nodes if n.op == 'output').args[0], {n for n in graph.graph.nodes if n.op == 'placeholder'}
+        out, given = next(n for n in graph.graph.nodes if n.op == 'output').args[0], {
+            n for n in graph.graph.nodes if n.op == 'placeholder'}
         values = [n.meta['val'] for n in out[1:] if hasattr(n, 'meta') and n not in given]
-        sizes.append(sum(v.numel()*v.element_size() for v in values if isinstance(v, Tensor) and isinstance(v.numel(), int))) # a generator's state has no size yet
+        # a generator's state has no size yet
+        sizes.append(sum(v.numel()*v.element_size() for v in values if isinstance(v, Tensor)
+                         and isinstance(v.numel(), int)))
         return make_boxed_func(graph.forward)
-    backend = aot_autograd(fw_compiler=forward_graph, bw_compiler=lambda graph, example: make_boxed_func(graph.forward), partition_fn=min_cut_rematerialization_partition)
-    torch.compile(module, fullgraph=True, dynamic=False, backend=backend)(x.clone().requires_grad_()).pow(2).mean().backward()
+    backend = aot_autograd(fw_compiler=forward_graph,
+                           bw_compiler=lambda graph, example: make_boxed_func(graph.forward),
+                           partition_fn=min_cut_rematerialization_partition)
+    torch.compile(module, fullgraph=True, dynamic=False,
+                  backend=backend)(x.clone().requires_grad_()).pow(2).mean().backward()
     return sizes[0]
 
 # %% ../../nbs/bench/09_reversible_checks.ipynb #9ccb40c6
 def distributed(s): # DDP with one process: every parameter is reduced once
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-    if not dist.is_initialized(): dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     module, ps, *_ = s()
     reduced = []
     wrapped = nn.parallel.DistributedDataParallel(module)
-    wrapped.register_comm_hook(None, lambda state, bucket: (reduced.append(bucket.buffer().numel()), default_hooks.allreduce_hook(None, bucket))[1])
+    wrapped.register_comm_hook(None,
+                               lambda state, bucket: (reduced.append(bucket.buffer().numel()),
+                                                      default_hooks.allreduce_hook(None, bucket))[
+                                                          1])
     for _ in range(2): wrapped(s.x.clone().requires_grad_()*1.).sum().backward()
     share = sum(reduced) / 2 / sum(p.numel() for p in ps)
     return '' if share == 1 else f'{share:.0%} of the parameters reduced'
 
-BEHAVIOURS = dict(zip(('gradients', 'dropout', 'bf16 autocast', 'bf16 autocast, 48 blocks', 'input without grad', 'input untouched', 'in-place after', 'autograd.grad', 'no side effects',
-    'backward twice', 'hooks once', 'partly frozen', 'torch.func', 'compile, fullgraph', 'compile, memory', 'DDP'), (gradients, dropout, autocast_bf16, deep_bf16, input_without_grad, leaf_input, in_place_after,
-    autograd_grad, no_side_effects, backward_twice, hooks_once, partly_frozen, functional, compiled, compiled_memory, distributed)))
+BEHAVIOURS = dict(zip(('gradients', 'dropout', 'bf16 autocast', 'bf16 autocast, 48 blocks',
+    'input without grad', 'input untouched', 'in-place after', 'autograd.grad', 'no side effects',
+    'backward twice', 'hooks once', 'partly frozen', 'torch.func', 'compile, fullgraph',
+    'compile, memory', 'DDP'), (gradients, dropout, autocast_bf16, deep_bf16, input_without_grad,
+leaf_input, in_place_after,
+autograd_grad, no_side_effects, backward_twice, hooks_once, partly_frozen, functional, compiled,
+compiled_memory, distributed)))
 
 def ask(
     name:str, # of ENGINES
@@ -172,4 +207,7 @@ def ask(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: return BEHAVIOURS[question](Subject(name))
-        except Exception as e: return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:80] if str(e).strip() else ''}"
+        except Exception as e:
+            return (
+                f"{type(e).__name__}: "
+                f"{str(e).strip().splitlines()[0][:80] if str(e).strip() else ''}")

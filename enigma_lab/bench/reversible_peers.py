@@ -21,18 +21,22 @@ class Attention(nn.Module):
     "Norm, causal self-attention, dropout."
     def __init__(self, dim:int, heads:int=4, p:float=0.):
         super().__init__()
-        self.norm, self.qkv, self.out, self.heads, self.drop = nn.LayerNorm(dim), nn.Linear(dim, 3*dim), nn.Linear(dim, dim), heads, nn.Dropout(p)
+        self.norm, self.qkv, self.out, self.heads, self.drop = nn.LayerNorm(dim), nn.Linear(
+            dim, 3*dim), nn.Linear(dim, dim), heads, nn.Dropout(p)
 
     def forward(self, x, **_): # (B, T, dim)
         B, T, d = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(B, T, 3, self.heads, d//self.heads).permute(2, 0, 3, 1, 4)
-        return self.drop(self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, d)))
+        q, k, v = self.qkv(self.norm(x)).view(B, T, 3, self.heads,
+                                              d//self.heads).permute(2, 0, 3, 1, 4)
+        return self.drop(self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(
+            1, 2).reshape(B, T, d)))
 
 class MLP(nn.Module):
     "Norm, two layers, dropout."
     def __init__(self, dim:int, p:float=0.):
         super().__init__()
-        self.norm, self.up, self.down, self.drop = nn.LayerNorm(dim), nn.Linear(dim, 4*dim), nn.Linear(4*dim, dim), nn.Dropout(p)
+        self.norm, self.up, self.down, self.drop = nn.LayerNorm(dim), nn.Linear(
+            dim, 4*dim), nn.Linear(4*dim, dim), nn.Dropout(p)
 
     def forward(self, x, **_): return self.drop(self.down(F.gelu(self.up(self.norm(x)))))
 
@@ -58,7 +62,8 @@ class Checkpointed(Plain):
 # %% ../../nbs/bench/08_reversible_peers.ipynb #25830050
 def revtorch(blocks):
     import revtorch
-    return revtorch.ReversibleSequence(nn.ModuleList(revtorch.ReversibleBlock(f, g, split_along_dim=-1) for f, g in blocks))
+    return revtorch.ReversibleSequence(
+        nn.ModuleList(revtorch.ReversibleBlock(f, g, split_along_dim=-1) for f, g in blocks))
 
 def revlib(blocks):
     import revlib
@@ -66,7 +71,9 @@ def revlib(blocks):
 
 def memcnn(blocks):
     import memcnn
-    return nn.Sequential(*(memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(f, g, split_dim=2), keep_input=False) for f, g in blocks))
+    return nn.Sequential(
+        *(memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(f, g, split_dim=2),
+                                         keep_input=False) for f, g in blocks))
 
 def reformer(blocks):
     from reformer_pytorch.reversible import ReversibleSequence
@@ -74,9 +81,12 @@ def reformer(blocks):
 
 ENGINES = { # name -> (package whose version counts, from blocks to a module)
     'plain': ('torch', Plain), 'checkpoint': ('torch', Checkpointed),
-    'ours': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=0)), 'ours, exact': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=0, exact=True)),
-    'ours, default': ('enigma_lab', ReversibleSequence), # the end of the chain stored, up to 24 MiB or the widest step
-    'RevTorch': ('revtorch', revtorch), 'revlib': ('revlib', revlib), 'memcnn': ('memcnn', memcnn), 'reformer-pytorch': ('reformer-pytorch', reformer)}
+    'ours': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=0)),
+    'ours, exact': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=0, exact=True)),
+    # the end of the chain stored, up to 24 MiB or the widest step
+    'ours, default': ('enigma_lab', ReversibleSequence),
+    'RevTorch': ('revtorch', revtorch), 'revlib': ('revlib', revlib), 'memcnn': ('memcnn', memcnn),
+    'reformer-pytorch': ('reformer-pytorch', reformer)}
 
 def installed()->dict[str,str]: # engine -> package and version
     "The engines that can be run here."

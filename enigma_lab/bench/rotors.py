@@ -25,7 +25,10 @@ class Side:
     forward:Callable # x (N, d) -> y (N, d), log|det|
     inverse:Callable # y (N, d) -> x (N, d)
 
-def factors(dim:int, seed:int=0)->tuple[Tensor,Tensor,Tensor]: # L, U (dim, dim) strictly triangular, s (dim,), all float32
+def factors(
+    dim:int, # L, U (dim, dim) strictly triangular, s (dim,), all float32
+    seed:int=0,
+)->tuple[Tensor,Tensor,Tensor]:
     "The matrix that all sides get."
     g = torch.Generator().manual_seed(seed)
     noise = torch.randn(dim, dim, generator=g) / (2*dim**.5)
@@ -42,7 +45,8 @@ def ours(L, U, s, dtype)->Side:
 def nflows(L, U, s, dtype, cached=False)->Side:
     from nflows.transforms.lu import LULinear
     f = LULinear(len(s), using_cache=cached)
-    low, high = torch.ones_like(L, dtype=torch.bool).tril(-1), torch.ones_like(L, dtype=torch.bool).triu(1)
+    low, high = torch.ones_like(L, dtype=torch.bool).tril(-1), torch.ones_like(
+        L, dtype=torch.bool).triu(1)
     with torch.no_grad():
         f.lower_entries.copy_(L[low]), f.upper_entries.copy_(U[high])
         f.unconstrained_upper_diag.copy_((s - f.eps).expm1().log())
@@ -60,11 +64,13 @@ def normflows(L, U, s, dtype)->Side:
 
 def zuko(L, U, s, dtype)->Side:
     from zuko.transforms import LULinearTransform
-    f = LULinearTransform((L*s + s.diag() + U/s[:, None]).to(dtype)) # the diagonal belongs to its lower factor
+    # the diagonal belongs to its lower factor
+    f = LULinearTransform((L*s + s.diag() + U/s[:, None]).to(dtype))
     return Side(lambda x: (f(x), f.log_abs_det_jacobian(x, None)[0]), f.inv)
 
 SIDES = { # row -> (package, maker)
-    'ours': ('enigma_lab', ours), 'nflows': ('nflows', nflows), 'nflows, cached': ('nflows', lambda *args: nflows(*args, cached=True)),
+    'ours': ('enigma_lab', ours), 'nflows': ('nflows', nflows),
+    'nflows, cached': ('nflows', lambda *args: nflows(*args, cached=True)),
     'normflows': ('normflows', normflows), 'zuko': ('zuko', zuko)}
 
 def present()->dict[str,str]: # row -> package and version
@@ -79,14 +85,20 @@ def present()->dict[str,str]: # row -> package and version
 
 # %% ../../nbs/bench/12_rotors.ipynb #70d6c4e9
 @torch.no_grad()
-def accuracy(name:str, dim:int, vectors:int)->dict: # relative_error, log_det_relative_error, condition_number
+def accuracy(
+    name:str, # relative_error, log_det_relative_error, condition_number
+    dim:int,
+    vectors:int,
+)->dict:
     "The error of a side in float32."
     side, exact = (SIDES[name][1](*factors(dim), dtype) for dtype in (torch.float32, torch.float64))
     x = torch.randn(vectors, dim, generator=torch.Generator().manual_seed(1))
     y, log_det = side.forward(x)
     W = exact.forward(torch.eye(dim, dtype=torch.float64))[0]
     true = W.slogdet()[1]
-    return dict(relative_error=((side.inverse(y) - x).norm() / x.norm()).item(), log_det_relative_error=((log_det.double() - true) / true).abs().item(), condition_number=torch.linalg.cond(W).item())
+    return dict(relative_error=((side.inverse(y) - x).norm() / x.norm()).item(),
+                log_det_relative_error=((log_det.double() - true) / true).abs().item(),
+                condition_number=torch.linalg.cond(W).item())
 
 @torch.no_grad()
 def measure(run:Run): # an open record
@@ -95,10 +107,12 @@ def measure(run:Run): # an open record
     for dim in c['dims']:
         x, sides = torch.randn(c['vectors'], dim, generator=torch.Generator().manual_seed(1)), {}
         for name in c['sides']:
-            once(run, lambda: accuracy(name, dim, c['vectors']), case='accuracy', side=name, dim=dim)
+            once(run, lambda: accuracy(name, dim, c['vectors']), case='accuracy', side=name,
+                 dim=dim)
             side = SIDES[name][1](*factors(dim), torch.float32)
             y = side.forward(x)[0]
-            sides |= {(f'forward {dim}', name): lambda side=side: side.forward(x), (f'inverse {dim}', name): lambda side=side, y=y: side.inverse(y)}
+            sides |= {(f'forward {dim}', name): lambda side=side: side.forward(x),
+                      (f'inverse {dim}', name): lambda side=side, y=y: side.inverse(y)}
         alternate(run, sides, c['vectors'])
 
 # %% ../../nbs/bench/12_rotors.ipynb #08736332
@@ -108,11 +122,15 @@ SMALL = dict(dims=[8], vectors=4, rounds=2, sample_ms=1, device='cpu')
 def main(arguments:list[str]=()): # of the command line
     "Measure invertible matrices beside each other; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.rotors', description=main.__doc__)
-    parser.add_argument('--small', action='store_true', help='few and short measurements, to see that it works')
+    parser.add_argument('--small', action='store_true',
+                        help='few and short measurements, to see that it works')
     parser.add_argument('--resume', default='', help='go on with an unfinished run')
     given = parser.parse_args(arguments)
-    if given.resume and find_run(given.resume).finished: raise FileExistsError(f"a run is written once, and {given.resume} is finished; start another")
-    run = find_run(given.resume) if given.resume else start_run('bench_rotors', dict(SMALL if given.small else FULL, sides=present()))
+    if given.resume and find_run(given.resume).finished:
+        raise FileExistsError(
+            f"a run is written once, and {given.resume} is finished; start another")
+    run = (find_run(given.resume) if given.resume
+           else start_run('bench_rotors', dict(SMALL if given.small else FULL, sides=present())))
     torch.set_num_threads(1)
     look_at_load(run)
     with warnings.catch_warnings(): # nflows calls what torch has deprecated
@@ -129,7 +147,8 @@ def table(
     "Times as multiples of ours, and errors."
     import pandas as pd
     rows = pd.DataFrame(run.history)
-    times, found = rows[rows['round'].notna()], rows[rows.case == 'accuracy'].set_index(['dim', 'side'])
+    times, found = rows[rows['round'].notna()], rows[rows.case
+                                                     == 'accuracy'].set_index(['dim', 'side'])
     lines = []
     for case, group in times.groupby('case', sort=False):
         way, dim = case.split()
@@ -137,8 +156,12 @@ def table(
         ratio = cpu.div(cpu['ours'], axis=0).quantile([.25, .5, .75])
         for side in run.config['sides']:
             accuracy = found.loc[int(dim), side]
-            lines.append({'d': int(dim), 'direction': way, 'side': side, 'CPU ms': cpu[side].median(), 'times ours': ratio[side][.5], 'from': ratio[side][.25], 'to': ratio[side][.75],
-                'inverse error': accuracy.relative_error, 'log-det error': accuracy.log_det_relative_error, 'condition': accuracy.condition_number})
+            lines.append({'d': int(dim), 'direction': way, 'side': side,
+                'CPU ms': cpu[side].median(), 'times ours': ratio[side][.5],
+                'from': ratio[side][.25], 'to': ratio[side][.75],
+                'inverse error': accuracy.relative_error,
+                'log-det error': accuracy.log_det_relative_error,
+                'condition': accuracy.condition_number})
     return pd.DataFrame(lines)
 
 def summary(run:Run)->dict: # ready for metrics.json
@@ -146,7 +169,9 @@ def summary(run:Run)->dict: # ready for metrics.json
     lines, metrics = table(run), {}
     for _, line in lines[lines.d == lines.d.max()].iterrows():
         label = line.side.replace(', ', '_')
-        metrics |= {f'{label}_{line.direction}_time_ratio': line['times ours'], f'{label}_relative_error': line['inverse error'], f'{label}_log_det_relative_error': line['log-det error']}
+        metrics |= {f'{label}_{line.direction}_time_ratio': line['times ours'],
+                    f'{label}_relative_error': line['inverse error'],
+                    f'{label}_log_det_relative_error': line['log-det error']}
     return metrics | dict(condition_number=lines.condition.max(), loaded=busy(run))
 
 # %% ../../nbs/bench/12_rotors.ipynb #8ce27df8

@@ -19,8 +19,11 @@ from ..sgdd.sampling import maskgit_sample
 # %% ../../nbs/bench/45_sgdd.ipynb #a829a954
 class EveryPlace:
     "The same model asked as the original asks: logits of all places, in every call."
-    def __init__(self, model): self.model, self.config, self.null, self.vector = model, model.config, model.null, model.vector
-    def log_probs(self, x_t, c, content, hidden): return self.model.log_probs(x_t, c, content)[hidden]
+    def __init__(self, model):
+        self.model, self.config, self.null, self.vector = (model, model.config, model.null,
+                                                           model.vector)
+    def log_probs(self, x_t, c, content, hidden):
+        return self.model.log_probs(x_t, c, content)[hidden]
 
 def writer(
     model:SGDDModel, # any weights
@@ -36,7 +39,9 @@ def writer(
     asked = EveryPlace(model.eval()) if every_place else model.eval()
     if every_place: asked.device = model.device
     def write():
-        with torch.autocast('cpu', torch.bfloat16, enabled=bf16): return maskgit_sample(asked, z, torch.full((sentences,), length), steps=steps, guidance=guidance)
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            return maskgit_sample(asked, z, torch.full((sentences,), length), steps=steps,
+                                  guidance=guidance)
     return write
 
 def sides_of(
@@ -44,25 +49,36 @@ def sides_of(
 )->dict: # (case, side) -> what to time
     "Every way of every case."
     torch.manual_seed(0)
-    large = SGDDModel(SGDDConfig.preset(config['large'], vocab_size=config['vocabulary'], mask_id=3, pad_id=1))
+    large = SGDDModel(SGDDConfig.preset(config['large'], vocab_size=config['vocabulary'], mask_id=3,
+                                        pad_id=1))
     little = SGDDModel(SGDDConfig.preset('small', vocab_size=300, mask_id=2, pad_id=0))
-    one, many = dict(sentences=1, length=config['length'], guidance=2.), dict(sentences=config['batch'], length=13)
-    return {('one sentence', 'every place'): writer(large, **one, every_place=True), ('one sentence', 'ours'): writer(large, **one), ('one sentence', 'ours, bf16'): writer(large, **one, bf16=True),
+    one, many = dict(sentences=1, length=config['length'],
+                     guidance=2.), dict(sentences=config['batch'], length=13)
+    return {('one sentence', 'every place'): writer(large, **one, every_place=True),
+            ('one sentence', 'ours'): writer(large, **one),
+            ('one sentence', 'ours, bf16'): writer(large, **one, bf16=True),
             ('one sentence', 'ours, w = 0'): writer(large, **dict(one, guidance=0.)),
-            ('a batch', 'every place'): writer(little, **many, every_place=True), ('a batch', 'ours'): writer(little, **many), ('a batch', 'ours, threshold'): writer(little, **many, steps=1)}
+            ('a batch', 'every place'): writer(little, **many, every_place=True),
+            ('a batch', 'ours'): writer(little, **many),
+            ('a batch', 'ours, threshold'): writer(little, **many, steps=1)}
 
 # %% ../../nbs/bench/45_sgdd.ipynb #f441c516
-FULL = dict(large='brief', vocabulary=50_265, length=64, batch=256, rounds=7, sample_ms=1, device='cpu')
+FULL = dict(large='brief', vocabulary=50_265, length=64, batch=256, rounds=7, sample_ms=1,
+            device='cpu')
 SMALL = dict(large='tiny', vocabulary=60, length=8, batch=4, rounds=2, sample_ms=1, device='cpu')
 
 def main(arguments:list[str]=()): # of the command line
     "Time the writing of sentences; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.sgdd', description=main.__doc__)
-    parser.add_argument('--small', action='store_true', help='few and short measurements, to see that it works')
+    parser.add_argument('--small', action='store_true',
+                        help='few and short measurements, to see that it works')
     parser.add_argument('--resume', default='', help='go on with an unfinished run')
     given = parser.parse_args(arguments)
-    if given.resume and find_run(given.resume).finished: raise FileExistsError(f"a run is written once, and {given.resume} is finished; start another")
-    run = find_run(given.resume) if given.resume else start_run('bench_sgdd', SMALL if given.small else FULL)
+    if given.resume and find_run(given.resume).finished:
+        raise FileExistsError(
+            f"a run is written once, and {given.resume} is finished; start another")
+    run = (find_run(given.resume) if given.resume
+           else start_run('bench_sgdd', SMALL if given.small else FULL))
     torch.set_num_threads(1)
     look_at_load(run)
     alternate(run, sides_of(run.config), 0)
@@ -80,14 +96,18 @@ def table(
     lines = []
     for (case, side), group in rows.groupby(['case', 'side'], sort=False):
         wall, cpu = (group[f'{kind}_ms']/1000/each[case] for kind in ('wall', 'cpu'))
-        lines.append({'case': case, 'side': side, 'seconds': wall.median(), 'from': wall.quantile(.25), 'to': wall.quantile(.75), 'CPU seconds': cpu.median(), 'sentences/s': 1/wall.median()})
+        lines.append({'case': case, 'side': side, 'seconds': wall.median(),
+                      'from': wall.quantile(.25), 'to': wall.quantile(.75),
+                      'CPU seconds': cpu.median(), 'sentences/s': 1/wall.median()})
     return pd.DataFrame(lines)
 
 def summary(run:Run)->dict: # ready for metrics.json
     "The numbers a claim may name."
     t = table(run).set_index(['case', 'side'])
     one, many = t.loc['one sentence'], t.loc['a batch']
-    return dict(one_sentence_s=one.loc['ours', 'seconds'], one_sentence_bf16_s=one.loc['ours, bf16', 'seconds'], one_sentence_every_place_s=one.loc['every place', 'seconds'],
+    return dict(one_sentence_s=one.loc['ours', 'seconds'],
+        one_sentence_bf16_s=one.loc['ours, bf16', 'seconds'],
+        one_sentence_every_place_s=one.loc['every place', 'seconds'],
         batch_sentences_per_s=many.loc['ours', 'sentences/s'], loaded=busy(run))
 
 # %% ../../nbs/bench/45_sgdd.ipynb #9f8f624d

@@ -41,13 +41,15 @@ def prepare(
     parts = prepare_sgdd(config)
     if kind == 'diffusion': return parts
     torch.manual_seed(config.seed)
-    peer = CausalDecoder(peer_config(parts.model.config), parts.model.encoder, parts.model.tokenizer)
+    peer = CausalDecoder(peer_config(parts.model.config), parts.model.encoder,
+                         parts.model.tokenizer)
     peer.fit_statistics(parts.z)
     if config.svd: peer.init_embedding()
     return replace(parts, model=peer)
 
 SETTINGS = dict( # kind -> name -> how it reads
-    diffusion={f'calls {n}': dict(steps=n) for n in (1, 2, 4, 8, 16)} | {'threshold': dict(order='threshold')},
+    diffusion={f'calls {n}': dict(steps=n) for n in (1, 2, 4, 8, 16)}
+    | {'threshold': dict(order='threshold')},
     causal={'greedy': {}})
 
 def read_batches(
@@ -66,11 +68,13 @@ def evaluate(
     texts:list[str], # what is wanted
 )->dict: # for each setting exact match with its interval over sentences, and calls for a sentence
     "What share of the sentences is right to the last character."
-    kind, z = 'causal' if isinstance(model, CausalDecoder) else 'diffusion', encode_cached(model.encoder, texts)
+    kind, z = 'causal' if isinstance(model, CausalDecoder) else 'diffusion', encode_cached(
+        model.encoder, texts)
     wanted, found = normal_form(model, texts)[1], dict(sentences=len(texts))
     for name, how in SETTINGS[kind].items():
         batches = read_batches(model.eval(), z, **how)
-        right = [a == b for a, b in zip([text for w in batches for text in model.read(w.tokens)], wanted)]
+        right = [a == b for a, b in zip([text for w in batches for text in model.read(w.tokens)],
+                                        wanted)]
         score, slug = bootstrap(right), name.replace(' ', '_')
         found |= dict(zip((f'exact_match_{slug}{end}' for end in ('', '_from', '_to')), score))
         found[f'evaluations_{slug}'] = sum(w.evaluations for w in batches)/len(texts)
@@ -89,28 +93,39 @@ def reader(
 )->Run: # finished
     "Train and score one reader."
     looks = max(1, max_steps//5) if max_steps else 100
-    config = make_sgdd_config('cpu', **dict(num_vectors=4) | recipe, learning_rate=learning_rate, seed=seed, max_steps=max_steps, minutes=minutes,
+    config = make_sgdd_config('cpu', **dict(num_vectors=4) | recipe, learning_rate=learning_rate,
+        seed=seed, max_steps=max_steps, minutes=minutes,
         eval_steps=looks, save_steps=looks)
     parts = prepare(kind, config)
     run = start_run('reader', dict(asdict(config), kind=kind, split=split, sentences=sentences))
     clock = UpdateClock(lambda: torch.tensor([perf_counter(), process_time()], dtype=torch.float64))
-    fit(run, config, parts.model, parts.train, parts.validation, callbacks=(NewNoise(parts.train), clock))
+    fit(run, config, parts.model, parts.train, parts.validation,
+        callbacks=(NewNoise(parts.train), clock))
     save_model(run, parts.model)
     shutil.rmtree(run.path/'checkpoints')
     scores = dict(val=evaluate(parts.model, parts.corpus.validation[:sentences]))
-    if split == 'test': scores['test'] = evaluate(parts.model, parts.corpus.read_test(run)[:sentences])
+    if split == 'test':
+        scores['test'] = evaluate(parts.model, parts.corpus.read_test(run)[:sentences])
     step = [row['step'] for row in run.history if 'step' in row][-1]
-    batch = {k: torch.stack([parts.train[i][k] for i in range(min(256, len(parts.train)))]) for k in parts.train[0]}
-    return finish_run(run, {f'{part}_{k}': v for part, found in scores.items() for k, v in found.items()} | dict(
-        val_nll_nats=min(row['val_nll_nats'] for row in run.history if 'val_nll_nats' in row), parameters=parts.model.parameter_card()['trainable'],
-        parameters_reached=reached(parts.model, batch), ffn_dim=parts.model.config.ffn_dim, updates=step, sentences_seen=step*config.batch_size,
-        **dict(zip(('train_wall_s', 'train_cpu_s'), clock.spent.tolist()))))
+    batch = {k: torch.stack([parts.train[i][k] for i in range(min(256, len(parts.train)))])
+             for k in parts.train[0]}
+    return finish_run(run, {f'{part}_{k}': v for part, found in scores.items()
+                            for k, v in found.items()} | dict(
+val_nll_nats=min(row['val_nll_nats'] for row in run.history if 'val_nll_nats' in row),
+parameters=parts.model.parameter_card()['trainable'],
+parameters_reached=reached(parts.model, batch), ffn_dim=parts.model.config.ffn_dim, updates=step,
+sentences_seen=step*config.batch_size,
+**dict(zip(('train_wall_s', 'train_cpu_s'), clock.spent.tolist()))))
 
 # %% ../../nbs/bench/46_sgdd_peers.ipynb #3163b421
-FULL = dict(max_steps=500, trial_steps=200, minutes=0., rates=[.00125, .0025, .005, .01], seeds=[0, 1, 2], rounds=7, timed=64, batches=[1, 64], name='readers',
-    recipe=dict(data='hard', size='small', num_vectors=4, batch_size=256, max_sentences=0, sentences=1000))
-SMALL = dict(max_steps=3, trial_steps=2, minutes=0., rates=[.0025, .005], seeds=[0, 1], rounds=2, timed=4, batches=[1, 4], name='readers-small',
-    recipe=dict(data='small', size='tiny', num_vectors=1, batch_size=8, max_sentences=64, sentences=6))
+FULL = dict(max_steps=500, trial_steps=200, minutes=0., rates=[.00125, .0025, .005, .01],
+    seeds=[0, 1, 2], rounds=7, timed=64, batches=[1, 64], name='readers',
+    recipe=dict(data='hard', size='small', num_vectors=4, batch_size=256, max_sentences=0,
+                sentences=1000))
+SMALL = dict(max_steps=3, trial_steps=2, minutes=0., rates=[.0025, .005], seeds=[0, 1], rounds=2,
+    timed=4, batches=[1, 4], name='readers-small',
+    recipe=dict(data='small', size='tiny', num_vectors=1, batch_size=8, max_sentences=64,
+                sentences=6))
 
 # %% ../../nbs/bench/46_sgdd_peers.ipynb #f364787b
 def swept(
@@ -123,15 +138,18 @@ def swept(
     "The records of a sweep, after what is missing has been trained."
     table = sweep('enigma_lab.bench.sgdd_peers:reader', cells, name, parallel, show=show, **fixed)
     folder = runs_root()/'sweeps'/name
-    if missing := int((table.state != 'finished').sum()): sys.exit(f"{missing} of {len(table)} cells have no result; see the logs in {folder}")
-    return [finished_run(folder/'reader', trial_name({**fixed, **cell}, list(cell))) for cell in cells]
+    if missing := int((table.state != 'finished').sum()):
+        sys.exit(f"{missing} of {len(table)} cells have no result; see the logs in {folder}")
+    return [finished_run(folder/'reader', trial_name({**fixed, **cell}, list(cell)))
+            for cell in cells]
 
 def best_rates(
     trials:list[Run], # finished
 )->dict[str,float]: # kind -> learning rate
     "The rate with the lowest validation loss."
     own = {kind: [run for run in trials if run.config['kind'] == kind] for kind in KINDS}
-    return {kind: min(runs, key=lambda run: run.metrics['val_nll_nats']).config['learning_rate'] for kind, runs in own.items()}
+    return {kind: min(runs, key=lambda run: run.metrics['val_nll_nats']).config['learning_rate']
+            for kind, runs in own.items()}
 
 def train_all(
     o:dict, # FULL, with changes
@@ -140,10 +158,13 @@ def train_all(
 )->tuple[list[Run],list[Run]]: # trials; results
     "Train what is missing."
     cells = [dict(kind=kind, learning_rate=rate) for kind in KINDS for rate in o['rates']]
-    trials = swept(f"{o['name']}-trials", cells, dict(o['recipe'], seed=0, max_steps=o['trial_steps']), parallel, show)
+    trials = swept(f"{o['name']}-trials", cells,
+                   dict(o['recipe'], seed=0, max_steps=o['trial_steps']), parallel, show)
     rates = best_rates(trials)
-    cells = [dict(seed=seed, kind=kind, learning_rate=rates[kind]) for seed in o['seeds'] for kind in KINDS]
-    return trials, swept(o['name'], cells, dict(o['recipe'], split='test', max_steps=o['max_steps'], minutes=o['minutes']), parallel, show)
+    cells = [dict(seed=seed, kind=kind, learning_rate=rates[kind]) for seed in o['seeds']
+             for kind in KINDS]
+    return trials, swept(o['name'], cells, dict(o['recipe'], split='test', max_steps=o['max_steps'],
+                                                minutes=o['minutes']), parallel, show)
 
 # %% ../../nbs/bench/46_sgdd_peers.ipynb #68a7de3d
 def measure(
@@ -152,12 +173,15 @@ def measure(
 ):
     "Time every setting of every model, in turn."
     c, encoder = run.config, SemanticEncoder('minilm', cells[0].config['num_vectors'])
-    z, sides = encode_cached(encoder, load_sentences(cells[0].config['data']).validation[:c['timed']]), {}
+    z, sides = encode_cached(encoder,
+                             load_sentences(cells[0].config['data']).validation[:c['timed']]), {}
     for cell in cells:
         kind, seed = cell.config['kind'], cell.config['seed']
-        model = dict(diffusion=SGDDModel, causal=CausalDecoder)[kind].from_pretrained(cell.checkpoint, encoder)
+        model = dict(diffusion=SGDDModel,
+                     causal=CausalDecoder)[kind].from_pretrained(cell.checkpoint, encoder)
         for batch in c['batches']:
-            sides |= {(f'batch {batch}', f'{kind}, {name}, {seed}'): partial(read_batches, model, z, batch, **how) for name, how in SETTINGS[kind].items()}
+            sides |= {(f'batch {batch}', f'{kind}, {name}, {seed}'): partial(
+                read_batches, model, z, batch, **how) for name, how in SETTINGS[kind].items()}
     look_at_load(run)
     alternate(run, sides, len(z))
     look_at_load(run)
@@ -165,11 +189,14 @@ def measure(
 # %% ../../nbs/bench/46_sgdd_peers.ipynb #d41dedd6
 def main(arguments:list[str]=()): # of the command line
     "Train what is missing, and time what was trained; prints the table."
-    parser = argparse.ArgumentParser('python -m enigma_lab.bench.sgdd_peers', description=main.__doc__)
+    parser = argparse.ArgumentParser('python -m enigma_lab.bench.sgdd_peers',
+                                     description=main.__doc__)
     parser.add_argument('--small', action='store_true', help='tiny models, to see that it works')
-    parser.add_argument('--parallel', type=int, default=1, help='cells at a time; 0: in this process')
+    parser.add_argument('--parallel', type=int, default=1,
+                        help='cells at a time; 0: in this process')
     parser.add_argument('--minutes', type=float, help='equal wall-clock in place of equal updates')
-    for name in ('max_steps', 'trial_steps', 'rounds'): parser.add_argument(f'--{name}', type=int, help=f'{FULL[name]}')
+    for name in ('max_steps', 'trial_steps', 'rounds'):
+        parser.add_argument(f'--{name}', type=int, help=f'{FULL[name]}')
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     small, parallel = given.pop('small'), given.pop('parallel')
     o = (SMALL if small else FULL) | (dict(max_steps=0) if given.get('minutes') else {}) | given
@@ -177,10 +204,13 @@ def main(arguments:list[str]=()): # of the command line
     trials, cells = train_all(o, parallel, lambda line: print(line, flush=True))
     run = start_run('bench_readers', dict(o, device='cpu', sample_ms=0))
     for what, runs in dict(trial=trials, cell=cells).items():
-        for r in runs: run.log(case=what, kind=r.config['kind'], seed=r.config['seed'], learning_rate=r.config['learning_rate'], **r.metrics)
+        for r in runs:
+            run.log(case=what, kind=r.config['kind'], seed=r.config['seed'],
+                    learning_rate=r.config['learning_rate'], **r.metrics)
     measure(run, cells)
     finish_run(run, summary(run))
-    print(cost_table(run).to_string(index=False), table(run).to_string(index=False), verdict(run), sep='\n\n')
+    print(cost_table(run).to_string(index=False), table(run).to_string(index=False), verdict(run),
+          sep='\n\n')
 
 # %% ../../nbs/bench/46_sgdd_peers.ipynb #bed39bc7
 def front(
@@ -196,17 +226,24 @@ def table(
 ): # a DataFrame: a line for each batch size and setting
     "Exact match and time of every setting."
     import pandas as pd
-    times, cells = (pd.DataFrame([line for line in run.history if key in line]) for key in ('round', 'updates'))
+    times, cells = (pd.DataFrame([line for line in run.history if key in line])
+                    for key in ('round', 'updates'))
     cells, rows = cells[cells.case == 'cell'], []
     for batch in run.config['batches']:
         for kind, name in [(kind, name) for kind in KINDS for name in SETTINGS[kind]]:
             of, slug = cells[cells.kind == kind], name.replace(' ', '_')
-            own = times[(times.case == f'batch {batch}') & times.side.str.startswith(f'{kind}, {name}, ')]
-            wall, cpu, score = own.wall_ms/1000/own.tokens, own.cpu_ms/1000/own.tokens, of[f'test_exact_match_{slug}']
-            rows.append(dict(batch=batch, kind=kind, setting=name, exact_match=score.mean(), half_interval=half_width(score), seeds=len(score),
-                evaluations=of[f'test_evaluations_{slug}'].mean(), seconds=wall.median(), seconds_from=wall.quantile(.25), seconds_to=wall.quantile(.75), cpu_seconds=cpu.median()))
+            own = times[(times.case == f'batch {batch}')
+                        & times.side.str.startswith(f'{kind}, {name}, ')]
+            wall, cpu, score = own.wall_ms/1000/own.tokens, own.cpu_ms/1000/own.tokens, of[
+                f'test_exact_match_{slug}']
+            rows.append(dict(batch=batch, kind=kind, setting=name, exact_match=score.mean(),
+                half_interval=half_width(score), seeds=len(score),
+                evaluations=of[f'test_evaluations_{slug}'].mean(), seconds=wall.median(),
+                seconds_from=wall.quantile(.25), seconds_to=wall.quantile(.75),
+                cpu_seconds=cpu.median()))
     found = pd.DataFrame(rows)
-    for batch, group in found.groupby('batch'): found.loc[group.index, 'front'] = front(group.seconds.tolist(), group.exact_match.tolist())
+    for batch, group in found.groupby('batch'):
+        found.loc[group.index, 'front'] = front(group.seconds.tolist(), group.exact_match.tolist())
     return found.astype(dict(front=bool))
 
 # %% ../../nbs/bench/46_sgdd_peers.ipynb #6eaa35cc
@@ -216,8 +253,10 @@ def cost_table(
     "What was equal in training, and what was not: means over seeds."
     import pandas as pd
     cells = pd.DataFrame([line for line in run.history if line.get('case') == 'cell'])
-    columns = ['learning_rate', 'parameters_reached', 'ffn_dim', 'updates', 'sentences_seen', 'train_wall_s', 'train_cpu_s']
-    found = cells.groupby('kind', sort=False)[columns].mean().assign(seeds=cells.groupby('kind').size()).reset_index()
+    columns = ['learning_rate', 'parameters_reached', 'ffn_dim', 'updates', 'sentences_seen',
+               'train_wall_s', 'train_cpu_s']
+    found = cells.groupby('kind', sort=False)[columns].mean().assign(
+        seeds=cells.groupby('kind').size()).reset_index()
     return found.astype({name: int for name in columns[1:5]})
 
 # %% ../../nbs/bench/46_sgdd_peers.ipynb #e7be01b3
@@ -225,29 +264,43 @@ def verdict(run:Run)->str: # Markdown
     "What the record shows, by rule."
     import pandas as pd
     t, c = table(run), cost_table(run).set_index('kind')
-    cells = pd.DataFrame([line for line in run.history if line.get('case') == 'cell']).set_index(['seed', 'kind'])
-    scores = pd.DataFrame({kind: cells.xs(kind, level='kind')[f'test_exact_match_{name}'] for kind, name in dict(diffusion='calls_16', causal='greedy').items()})
+    cells = pd.DataFrame([line for line in run.history if line.get('case') == 'cell']).set_index(
+        ['seed', 'kind'])
+    scores = pd.DataFrame({kind: cells.xs(kind, level='kind')[f'test_exact_match_{name}']
+                           for kind, name in dict(diffusion='calls_16', causal='greedy').items()})
     gain = paired_differences(scores, 'diffusion').loc['causal']
     said = 'is better' if gain['from'] > 0 else 'is worse' if gain.to < 0 else 'is not told apart'
-    equal, other = ('updates and sentences', 'wall-clock') if not run.config['minutes'] else ('wall-clock', 'updates and sentences')
+    equal, other = (('updates and sentences', 'wall-clock') if not run.config['minutes']
+                    else ('wall-clock', 'updates and sentences'))
     trials = pd.DataFrame([line for line in run.history if line.get('case') == 'trial'])
-    edge = [kind for kind in KINDS if c.learning_rate[kind] in (trials.learning_rate.min(), trials.learning_rate.max())]
+    edge = [kind for kind in KINDS
+            if c.learning_rate[kind] in (trials.learning_rate.min(), trials.learning_rate.max())]
     times = c.train_cpu_s['causal']/c.train_cpu_s['diffusion']
-    lines = [f"- Equal: {equal}, the order of the sentences, {len(trials)//2} trials each. Not equal: {other}; the causal reader's updates took {times:.2f} times the CPU seconds.",
-        f"- Exact match, causal less diffusion with 16 calls, paired by {int(gain.seeds)} seeds: {gain.difference:+.3f} ({gain['from']:+.3f} to {gain.to:+.3f}): the causal reader {said}."]
+    lines = [
+        f"- Equal: {equal}, the order of the sentences, {len(trials)//2} trials each. Not equal: "
+        f"{other}; the causal reader's updates took {times:.2f} times the CPU seconds.",
+        f"- Exact match, causal less diffusion with 16 calls, paired by {int(gain.seeds)} seeds: "
+        f"{gain.difference:+.3f} ({gain['from']:+.3f} to {gain.to:+.3f}): the causal reader {said}."]
     for batch, rows in t.groupby('batch'):
-        on = ', '.join(f"{r.kind} {r.setting} ({r.exact_match:.3f} in {1000*r.seconds:.2f} ms)" for r in rows[rows.front].sort_values('seconds').itertuples())
+        on = ', '.join(f"{r.kind} {r.setting} ({r.exact_match:.3f} in {1000*r.seconds:.2f} ms)"
+                       for r in rows[rows.front].sort_values('seconds').itertuples())
         lines.append(f"- On the front at batch {batch}: {on}.")
     if edge: lines.append(f"- The best rate lies at the edge of the trials for: {', '.join(edge)}.")
-    if busy(run): lines.append('- The machine was busy with other work: **the seconds make no claim.**')
+    if busy(run):
+        lines.append('- The machine was busy with other work: **the seconds make no claim.**')
     return '\n'.join(lines)
 
 # %% ../../nbs/bench/46_sgdd_peers.ipynb #1c9773e3
 def summary(run:Run)->dict: # ready for metrics.json
     "The numbers a claim may name."
-    read, trained = ('seconds', 'cpu_seconds', 'exact_match', 'evaluations'), ('learning_rate', 'parameters_reached', 'train_wall_s', 'train_cpu_s')
-    found = {f'{r.kind}_{r.setting}_batch_{r.batch}_{name}'.replace(' ', '_'): float(getattr(r, name)) for r in table(run).itertuples() for name in read}
-    return found | {f'{r.kind}_{name}': float(getattr(r, name)) for r in cost_table(run).itertuples() for name in trained} | dict(loaded=busy(run))
+    read, trained = ('seconds', 'cpu_seconds', 'exact_match',
+                     'evaluations'), ('learning_rate', 'parameters_reached', 'train_wall_s',
+                                      'train_cpu_s')
+    found = {f'{r.kind}_{r.setting}_batch_{r.batch}_{name}'.replace(' ', '_'): float(
+        getattr(r, name)) for r in table(run).itertuples() for name in read}
+    return found | {f'{r.kind}_{name}': float(getattr(r, name))
+                    for r in cost_table(run).itertuples()
+                    for name in trained} | dict(loaded=busy(run))
 
 def plot(
     run:Run, # of `main`
@@ -259,12 +312,15 @@ def plot(
     fig, axes = plt.subplots(1, len(run.config['batches']), figsize=(6.4, 2.8), sharey=True)
     for ax, (batch, rows) in zip(axes, t.groupby('batch')):
         calls = rows.setting.str.startswith('calls')
-        sides = dict(zip(('diffusion, 1 to 16 calls', 'diffusion, threshold', 'causal, greedy'), (calls, rows.setting == 'threshold', rows.kind == 'causal')))
+        sides = dict(zip(('diffusion, 1 to 16 calls', 'diffusion, threshold', 'causal, greedy'),
+                         (calls, rows.setting == 'threshold', rows.kind == 'causal')))
         for (label, own), marker in zip(sides.items(), ('o-', 's', 'D')):
             part = rows[own]
-            ax.errorbar(part.seconds, part.exact_match, part.half_interval, fmt=marker, ms=4, lw=1, label=label)
+            ax.errorbar(part.seconds, part.exact_match, part.half_interval, fmt=marker, ms=4, lw=1,
+                        label=label)
         ax.set(xscale='log', xlabel='milliseconds per sentence', title=f'batch {batch}')
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{1000*x:g}'))
     axes[0].set(ylabel='exact match'); axes[0].legend(fontsize=7)
     return fig

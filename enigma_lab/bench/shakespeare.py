@@ -27,7 +27,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from ..lab.stats import half_width
 from ..lab.optimizer import make_optimizer
-from ..lab.runs import Run, checkout, environment, finish_run, list_runs, start_run, write_json
+from ..lab.runs import Run, checkout, environment, finish_run, list_runs, start_run
+from ..lab.runs import write_json
 from ..lab.config import TrainingConfig
 from ..lab.trainer import rate_factor
 from ..lm.evaluate import token_nll
@@ -43,10 +44,13 @@ def read_characters(
     "A text as numbers, one for each character."
     file = Path(data) if data else (checkout() or Path('.'))/DATA
     if not file.is_file():
-        raise FileNotFoundError(f"the benchmark needs a text, and {file} does not exist; get tinyshakespeare/input.txt "
+        raise FileNotFoundError(
+            f"the benchmark needs a text, and {file} does not exist; get tinyshakespeare/input.txt "
             "from github.com/karpathy/char-rnn, or give any text with --data FILE")
     text = file.read_text(encoding='utf-8')
-    if len(text) < 100*WINDOW: raise ValueError(f"the text must have at least {100*WINDOW} characters, got {len(text)} in {file}")
+    if len(text) < 100*WINDOW:
+        raise ValueError(
+            f"the text must have at least {100*WINDOW} characters, got {len(text)} in {file}")
     place = {c: i for i, c in enumerate(sorted(set(text)))}
     return torch.tensor([place[c] for c in text]), len(place)
 
@@ -73,7 +77,8 @@ class NanoBlock(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: # (B, T, C)
         B, T, C = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        # (B, H, T, D) each
+        q, k, v = self.qkv(self.norm_1(x)).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))
@@ -93,18 +98,25 @@ class NanoGPT(nn.Module):
         self.blocks = nn.ModuleList(NanoBlock(dim, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, bias=False)
         for name, p in self.named_parameters():
-            if p.ndim == 2: nn.init.normal_(p, std=.02/math.sqrt(2*num_layers) if name.endswith(('proj.weight', 'down.weight')) else .02)
+            if p.ndim == 2:
+                nn.init.normal_(p, std=.02/math.sqrt(2*num_layers)
+                                if name.endswith(('proj.weight', 'down.weight')) else .02)
 
     @property
     def device(self): return self.tokens.weight.device
 
-    def forward(self, input_ids, labels=None, use_cache=False): # the manners of our own model; nothing is cached
+    def forward(self,
+        input_ids, # the manners of our own model
+        labels=None, # nothing is cached
+        use_cache=False,
+    ):
         T, rows = input_ids.shape[1], len(self.positions.weight)
         if T > rows: raise ValueError(f"a window has at most {rows} tokens, got {T}")
         x = self.tokens(input_ids) + self.positions.weight[:T]
         for block in self.blocks: x = block(x)
         logits = F.linear(self.norm(x), self.tokens.weight)
-        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = (None if labels is None
+                else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
         return CausalLMOutput(loss=loss, logits=logits)
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #af7a74ce
@@ -117,7 +129,8 @@ def count_parameters(
     return total - table, total
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #c9396ec7
-SHAPE = dict(dim=126, num_layers=4, num_heads=14, max_len=WINDOW, machine='input', rotor='none', num_rev_blocks=1,
+SHAPE = dict(dim=126, num_layers=4, num_heads=14, max_len=WINDOW, machine='input', rotor='none',
+    num_rev_blocks=1,
     pad_token_id=None, bos_token_id=None, eos_token_id=None)
 
 def make_model(
@@ -125,7 +138,8 @@ def make_model(
     vocab_size:int, # V
 )->nn.Module: # on the CPU
     "A contestant, untrained."
-    return NanoGPT(vocab_size) if name == 'nanogpt' else EnigmaForCausalLM(EnigmaConfig(vocab_size=vocab_size, **SHAPE))
+    return (NanoGPT(vocab_size) if name == 'nanogpt'
+            else EnigmaForCausalLM(EnigmaConfig(vocab_size=vocab_size, **SHAPE)))
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #ed9228b9
 def nanogpt_rate(
@@ -139,7 +153,8 @@ def nanogpt_rate(
 
 def our_rate(step:int, iterations:int)->float: # likewise
     "Warm-up over a hundredth, decay over the last 60 %."
-    return rate_factor(step, step/iterations, TrainingConfig(max_steps=iterations, warmup_steps=max(1, iterations//100)))
+    return rate_factor(step, step/iterations,
+                       TrainingConfig(max_steps=iterations, warmup_steps=max(1, iterations//100)))
 
 def make_training(
     model:nn.Module, # a contestant
@@ -147,9 +162,11 @@ def make_training(
 )->tuple[torch.optim.Optimizer,Callable]: # the optimizer; rate(step, iterations), share of the peak
     "How a model is trained."
     if recipe['optimizer'] == 'adamw':
-        matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+        matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) == wanted]
+                          for wanted in (True, False))
         groups = [dict(params=matrices, weight_decay=.1), dict(params=rest, weight_decay=0.)]
-        return torch.optim.AdamW(groups, recipe['learning_rate'], betas=(recipe['momentum'], .99)), nanogpt_rate
+        return torch.optim.AdamW(groups, recipe['learning_rate'],
+                                 betas=(recipe['momentum'], .99)), nanogpt_rate
     optimizer = make_optimizer(model, recipe['learning_rate'])
     for group in optimizer.param_groups: group['momentum'] = recipe['momentum']
     return optimizer, our_rate
@@ -157,12 +174,16 @@ def make_training(
 # %% ../../nbs/bench/25_shakespeare.ipynb #eb0513b2
 def grid(model:str, optimizer:str, rates:tuple)->list[dict]: # six recipes, the usual one first
     "The trials of a row."
-    return [dict(model=model, optimizer=optimizer, learning_rate=lr, momentum=m) for m, lr in product((.9, .8), rates)]
+    return [dict(model=model, optimizer=optimizer, learning_rate=lr, momentum=m)
+            for m, lr in product((.9, .8), rates)]
 
-GRIDS = dict(nanogpt_tuned=grid('nanogpt', 'adamw', (1e-3, 3e-3, 6e-3)), nanogpt_muon=grid('nanogpt', 'muon', (.01, .005, .02)),
+GRIDS = dict(nanogpt_tuned=grid('nanogpt', 'adamw', (1e-3, 3e-3, 6e-3)),
+    nanogpt_muon=grid('nanogpt', 'muon', (.01, .005, .02)),
     enigma=grid('enigma', 'muon', (.01, .005, .02)))
-LABELS = dict(nanogpt='nanoGPT, its recipe', nanogpt_tuned='nanoGPT, tuned', nanogpt_muon='nanoGPT, our optimizer', enigma='Enigma')
-COLUMNS = {'parameters': 'parameters', 'CPU s': 'cpu_s', 'wall s': 'wall_s', 'characters per CPU s': 'tokens_per_cpu_s'}
+LABELS = dict(nanogpt='nanoGPT, its recipe', nanogpt_tuned='nanoGPT, tuned',
+              nanogpt_muon='nanoGPT, our optimizer', enigma='Enigma')
+COLUMNS = {'parameters': 'parameters', 'CPU s': 'cpu_s', 'wall s': 'wall_s',
+           'characters per CPU s': 'tokens_per_cpu_s'}
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #1fd6ca07
 def train(
@@ -174,20 +195,24 @@ def train(
 )->dict: # train_nats of each twentieth, wall_s, cpu_s, tokens_per_cpu_s
     "Train on random crops."
     optimizer, rate = make_training(model, recipe)
-    begins = torch.randint(len(ids) - WINDOW, (iterations, BATCH, 1), generator=torch.Generator().manual_seed(seed))
+    begins = torch.randint(len(ids) - WINDOW, (iterations, BATCH, 1),
+                           generator=torch.Generator().manual_seed(seed))
     wall, cpu, losses = time.perf_counter(), time.process_time(), []
     model.train()
     for step in range(iterations):
-        x = ids[begins[step] + torch.arange(WINDOW + 1)]                                           # (B, T + 1)
+        # (B, T + 1)
+        x = ids[begins[step] + torch.arange(WINDOW + 1)]
         loss = F.cross_entropy(model(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        for group in optimizer.param_groups: group['lr'] = recipe['learning_rate'] * rate(step, iterations)
+        for group in optimizer.param_groups:
+            group['lr'] = recipe['learning_rate'] * rate(step, iterations)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return dict(train_nats=[part.mean().item() for part in torch.tensor(losses).chunk(20)], wall_s=round(wall, 2), cpu_s=round(cpu, 2),
+    return dict(train_nats=[part.mean().item() for part in torch.tensor(losses).chunk(20)],
+        wall_s=round(wall, 2), cpu_s=round(cpu, 2),
         tokens_per_cpu_s=round(iterations*BATCH*WINDOW/cpu))
 
 def score(model:nn.Module, ids:Tensor)->float: # of a text (N + 1,), nats per character
@@ -214,9 +239,11 @@ def measure(
     model = make_model(recipe['model'], vocab_size)
     counted, total = count_parameters(model)
     numbers = train(model, recipe, parts[part][0], iterations, seed)
-    row = dict(asked, nats=score(model, parts[part][1]), **numbers, parameters=counted, parameters_with_positions=total, git_sha=environment()['git_sha'])
+    row = dict(asked, nats=score(model, parts[part][1]), **numbers, parameters=counted,
+               parameters_with_positions=total, git_sha=environment()['git_sha'])
     run.log(**row)
-    print(f"{part:10} seed {seed:3} {row['nats']:.4f} nats {row['cpu_s']:6.1f} CPU s ", *recipe.values(), flush=True)
+    print(f"{part:10} seed {seed:3} {row['nats']:.4f} nats {row['cpu_s']:6.1f} CPU s ",
+          *recipe.values(), flush=True)
     return row
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #0328b105
@@ -226,9 +253,12 @@ def open_run(
     "The unfinished record of the same config, or a new one."
     run = next((run for run in list_runs(NAME) if not run.finished and run.config == config), None)
     if run is None: return start_run(NAME, config)
-    rows = run.history                                                         # a killed process may have left half a line behind them
-    (run.path/'history.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
-    write_json(run.path/'env.json', dict(run.env, process_start_s=time.process_time() - sum(row['cpu_s'] for row in rows)))
+    # a killed process may have left half a line behind them
+    rows = run.history
+    (run.path/'history.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows),
+                                          encoding='utf-8')
+    write_json(run.path/'env.json', dict(run.env, process_start_s=time.process_time()
+                                         - sum(row['cpu_s'] for row in rows)))
     return run
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #c6e456b0
@@ -238,13 +268,19 @@ def summary(
     "Means, intervals and paired differences."
     metrics, nats = {}, {name: [line['nats'] for line in lines] for name, lines in results.items()}
     for name, lines in results.items():
-        metrics |= {f'{name}_val_nats': fmean(nats[name]), f'{name}_val_nats_interval': half_width(nats[name]),
-            f'{name}_recipe': ' '.join(map(str, lines[0]['recipe'].values())), f'{name}_parameters': lines[0]['parameters']}
-        metrics |= {f'{name}_{column}': fmean(line[column] for line in lines) for column in ('wall_s', 'cpu_s', 'tokens_per_cpu_s')}
-    for a, b in [('nanogpt_muon', 'nanogpt_tuned'), *(('enigma', name) for name in results if name != 'enigma')]:
+        metrics |= {f'{name}_val_nats': fmean(nats[name]),
+            f'{name}_val_nats_interval': half_width(nats[name]),
+            f'{name}_recipe': ' '.join(map(str, lines[0]['recipe'].values())),
+            f'{name}_parameters': lines[0]['parameters']}
+        metrics |= {f'{name}_{column}': fmean(line[column] for line in lines)
+                    for column in ('wall_s', 'cpu_s', 'tokens_per_cpu_s')}
+    for a, b in [('nanogpt_muon', 'nanogpt_tuned'),
+                 *(('enigma', name) for name in results if name != 'enigma')]:
         gain = [x - y for x, y in zip(nats[a], nats[b])]
-        metrics |= {f'{a}_minus_{b}_nats': fmean(gain), f'{a}_minus_{b}_nats_interval': half_width(gain)}
-    return {name: value for name, value in metrics.items() if value == value} # one seed has no interval
+        metrics |= {f'{a}_minus_{b}_nats': fmean(gain),
+                    f'{a}_minus_{b}_nats_interval': half_width(gain)}
+    # one seed has no interval
+    return {name: value for name, value in metrics.items() if value == value}
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #89faf913
 def main(
@@ -254,19 +290,26 @@ def main(
     seeds:int=5, # trainings of each chosen recipe: seeds 0, 1, …
 )->Run: # finished; an unfinished record of the same config is continued
     "Tune every row, train the chosen recipes, score validation once for each seed, record everything."
-    for name, value, most in [('iterations', iterations, 10**9), ('trials', trials, 6), ('seeds', seeds, 100)]:
+    for name, value, most in [('iterations', iterations, 10**9), ('trials', trials, 6),
+                              ('seeds', seeds, 100)]:
         if not 1 <= value <= most: raise ValueError(f"{name} must lie in 1 … {most}, got {value}")
     ids, vocab_size = read_characters(data)
-    run = open_run(dict(characters=len(ids), sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(), vocab_size=vocab_size, iterations=iterations,
-        batch=BATCH, window=WINDOW, trials=trials, tuning_seed=TUNING_SEED, seeds=seeds, grids=GRIDS, shape=SHAPE))
+    run = open_run(dict(characters=len(ids),
+        sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(), vocab_size=vocab_size,
+        iterations=iterations,
+        batch=BATCH, window=WINDOW, trials=trials, tuning_seed=TUNING_SEED, seeds=seeds,
+        grids=GRIDS, shape=SHAPE))
     one = partial(measure, run, split_parts(ids), vocab_size, iterations)
     chosen = dict(nanogpt=GRIDS['nanogpt_tuned'][0])
     for name, recipes in GRIDS.items():
         tried = [one('tuning', recipe, TUNING_SEED) for recipe in recipes[:trials]]
-        chosen[name] = min(tried, key=lambda row: row['nats'] if math.isfinite(row['nats']) else math.inf)['recipe']
-    lines = [{name: one('validation', recipe, seed) for name, recipe in chosen.items()} for seed in range(seeds)]
+        chosen[name] = min(tried, key=lambda row: row['nats'] if math.isfinite(row['nats'])
+                           else math.inf)['recipe']
+    lines = [{name: one('validation', recipe, seed) for name, recipe in chosen.items()}
+             for seed in range(seeds)]
     finish_run(run, summary({name: [line[name] for line in lines] for name in chosen}))
-    for name, value in sorted(run.metrics.items()): print(f'{name:48} {value if isinstance(value, str) or value is None else round(value, 4)}')
+    for name, value in sorted(run.metrics.items()):
+        print(f'{name:48} {value if isinstance(value, str) or value is None else round(value, 4)}')
     return run
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #7e346fbc
@@ -279,16 +322,22 @@ def score_table(
 ): # a pandas table, a line for each row
     "Scores and costs."
     import pandas as pd
-    def pm(name): return f'{metrics[name]:.4f}' + (f" ± {metrics[name + '_interval']:.4f}" if name + '_interval' in metrics else '')
-    return pd.DataFrame({label: {'validation, nats': pm(f'{name}_val_nats'), 'Enigma minus this': '' if name == 'enigma' else pm(f'enigma_minus_{name}_nats'),
-        'recipe': metrics[f'{name}_recipe'], **{words: f"{metrics[f'{name}_{column}']:,.0f}" for words, column in COLUMNS.items()}} for name, label in LABELS.items()}).T
+    def pm(name):
+        return f'{metrics[name]:.4f}' + (f" ± {metrics[name + '_interval']:.4f}"
+                                         if name + '_interval' in metrics else '')
+    return pd.DataFrame({label: {'validation, nats': pm(f'{name}_val_nats'), 'Enigma minus this': ''
+        if name == 'enigma' else pm(f'enigma_minus_{name}_nats'),
+        'recipe': metrics[f'{name}_recipe'],
+        **{words: f"{metrics[f'{name}_{column}']:,.0f}" for words, column in COLUMNS.items()}}
+                         for name, label in LABELS.items()}).T
 
 def trial_table(
     rows:list[dict], # a run's history
 ): # a pandas table, a line for each trial; nats on the tuning part
     "What was tried."
     import pandas as pd
-    return pd.DataFrame([dict(row['recipe'], tuning_nats=round(row['nats'], 4)) for row in rows if row['part'] == 'tuning'])
+    return pd.DataFrame([dict(row['recipe'], tuning_nats=round(row['nats'], 4)) for row in rows
+                         if row['part'] == 'tuning'])
 
 def plot_training(
     run:Run, # finished
@@ -297,7 +346,8 @@ def plot_training(
     import matplotlib.pyplot as plt
     ax, iterations = plt.subplots(figsize=(5.4, 3))[1], run.config['iterations']
     for name, label in LABELS.items():
-        mine = lambda row: row['part'] == 'validation' and ' '.join(map(str, row['recipe'].values())) == run.metrics[f'{name}_recipe']
+        mine = lambda row: row['part'] == 'validation' and ' '.join(
+            map(str, row['recipe'].values())) == run.metrics[f'{name}_recipe']
         curve = torch.tensor([row['train_nats'] for row in run.history if mine(row)]).mean(0)
         ax.plot((torch.arange(len(curve)) + .5) * iterations / len(curve), curve, label=label)
     ax.set(xlabel='iteration', ylabel='training loss, nats')

@@ -37,7 +37,8 @@ def compare_times(
 )->dict[str,dict]: # name -> wall_ms, wall_ms_low, wall_ms_high, cpu_ms
     "Time several things alternately."
     for f in sides.values(): f()
-    loops = {name: min(100, max(1, int(20 / sample_ms(f, 1, device)[0]))) for name, f in sides.items()}
+    loops = {name: min(100, max(1, int(20 / sample_ms(f, 1, device)[0])))
+             for name, f in sides.items()}
     samples = {name: [] for name in sides}
     for _ in range(repeats):
         for name, f in sides.items(): samples[name].append(sample_ms(f, loops[name], device))
@@ -53,7 +54,11 @@ def newest_run(
     return next((run for run in reversed(list_runs(name)) if run.finished), None)
 
 # %% ../../nbs/bench/01_timing.ipynb #1c04bf8a
-def once(run:Run, measure:Callable, **key)->dict: # an open record; gives a dict of numbers; what is measured -> the line of the history
+def once(
+    run:Run, # an open record
+    measure:Callable, # gives a dict of numbers
+    **key, # what is measured
+)->dict: # the line of the history
     "A measurement, unless the record has it."
     for line in run.history:
         if all(line.get(k) == v for k, v in key.items()): return line
@@ -61,7 +66,11 @@ def once(run:Run, measure:Callable, **key)->dict: # an open record; gives a dict
     run.log(**line)
     return line
 
-def alternate(run:Run, sides:dict[tuple[str,str],Callable], tokens:int): # an open record; (case, side) -> what to time; tokens of a call
+def alternate(
+    run:Run, # an open record
+    sides:dict[tuple[str,str],Callable], # (case, side)
+    tokens:int,
+): # what to time; tokens of a call
     "Time several things in turn."
     c, loops, order = run.config, {}, list(sides)
     for side, f in sides.items():
@@ -69,35 +78,44 @@ def alternate(run:Run, sides:dict[tuple[str,str],Callable], tokens:int): # an op
         loops[side] = max(1, int(c['sample_ms'] / sample_ms(f, 1, c['device'])[0]))
     for n in range(c['rounds']):
         for side in order[n % len(order):] + order[:n % len(order)]:
-            time_it = lambda: dict(zip(('wall_ms', 'cpu_ms'), sample_ms(sides[side], loops[side], c['device'])))
+            time_it = lambda: dict(zip(('wall_ms', 'cpu_ms'),
+                                       sample_ms(sides[side], loops[side], c['device'])))
             once(run, time_it, case=side[0], side=side[1], round=n, tokens=tokens)
 
 # %% ../../nbs/bench/01_timing.ipynb #93872b94
 class UpdateClock(TrainerCallback):
     "Seconds of the updates alone, at every look."
-    def __init__(self, clock:Callable): self.clock, self.spent, self.curve = clock, 0., [] # curve: (tokens, seconds, nats)
+    # curve: (tokens, seconds, nats)
+    def __init__(self, clock:Callable): self.clock, self.spent, self.curve = clock, 0., []
     def on_step_begin(self, args, state, control, **kwargs): self.began = self.clock()
     def on_step_end(self, args, state, control, **kwargs): self.spent += self.clock() - self.began
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs): self.curve.append((int(state.num_input_tokens_seen), self.spent, metrics['eval_loss']))
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.curve.append((int(state.num_input_tokens_seen), self.spent, metrics['eval_loss']))
 
 # %% ../../nbs/bench/01_timing.ipynb #9faa40ad
 def high_water(device:str)->float: # MiB
     "The largest memory so far of this process, or on the GPU."
     if device == 'cuda': return torch.cuda.max_memory_allocated() / 2**20
-    lines = Path('/proc/self/status').read_text().splitlines() if Path('/proc/self/status').is_file() else []
-    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith('VmHWM')), None) or peak_mib()
+    lines = (Path('/proc/self/status').read_text().splitlines()
+             if Path('/proc/self/status').is_file() else [])
+    return (next((int(line.split()[1]) / 2**10 for line in lines if line.startswith('VmHWM')), None)
+            or peak_mib())
 
 # %% ../../nbs/bench/01_timing.ipynb #03495197
 def look_at_load(run:Run, part:str=''): # an open record; what is measured, empty: all of it
     "Note how busy the machine is."
     env, load = environment(), os.getloadavg()[0]
-    run.log(case='load', beside=part, load_1min=load, cores=env['cores'], threads=env['threads'], loaded=load > .5*env['cores'] + env['threads'], git_sha=env['git_sha'])
+    run.log(case='load', beside=part, load_1min=load, cores=env['cores'], threads=env['threads'],
+            loaded=load > .5*env['cores'] + env['threads'], git_sha=env['git_sha'])
 
 def busy(run:Run, *parts)->bool: # a record; of PARTS
     "Whether other work ran beside one of some parts; a look before and after which nothing was measured says nothing."
     h = run.history
     looks = [i for i, line in enumerate(h) if line.get('case') == 'load']
     for i, j in zip(looks, [*looks[1:], len(h)]):
-        ends = [h[i], *(h[j:j+1] if j < len(h) and h[j].get('beside') == h[i].get('beside') else [])]
-        if j - i > 1 and h[i].get('beside', '') in ('', *parts) and any(look['loaded'] for look in ends): return True
+        ends = [h[i],
+                *(h[j:j+1] if j < len(h) and h[j].get('beside') == h[i].get('beside') else [])]
+        if j - i > 1 and h[i].get('beside',
+                                  '') in ('', *parts) and any(look['loaded'] for look in ends):
+            return True
     return False

@@ -27,10 +27,12 @@ class DigitFeatures(nn.Module):
     ):
         super().__init__()
         C, H, W = shape
-        self.body = nn.Sequential(nn.Conv2d(C, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(),
+        self.body = nn.Sequential(nn.Conv2d(C, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(),
             nn.Linear(64*((H + 1)//2)*((W + 1)//2), self.num_features))
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(self.num_features, classes))
-        self.register_buffer('scale', torch.ones(()))                       # so that a feature's mean square is 1
+        # so that a feature's mean square is 1
+        self.register_buffer('scale', torch.ones(()))
 
     def logits(self, x:Tensor)->Tensor: # (N, C, H, W) -> (N, classes)
         return self.head(self.body(x))
@@ -45,7 +47,10 @@ def train_features(
     seed:int=0,
 )->DigitFeatures: # in eval mode, on the CPU
     "Learn to tell digits apart, for the sake of the features."
-    if images.labels is None: raise ValueError(f"features are learned from labels, and {images.source!r} has none; give features of your own")
+    if images.labels is None:
+        raise ValueError(
+            f"features are learned from labels, and {images.source!r} has none; give features of "
+            "your own")
     y = images.labels['train']
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -81,9 +86,19 @@ def image_features(
     device = next((p.device for p in features.parameters()), torch.device('cpu'))
     return torch.cat([features(part.to(device)).double().cpu() for part in x.split(batch_size)])
 
-def _measure(kind, real, fake, **options): # torchmetrics takes a module of features; ours are computed already
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]: raise ValueError(f"features must be two tables of one width, got {tuple(real.shape)} and {tuple(fake.shape)}")
-    if min(len(real), len(fake)) < 4: raise ValueError(f"a distance needs four images of each kind at least, got {len(real)} and {len(fake)}")
+def _measure(
+    kind, # torchmetrics takes a module of features
+    real, # ours are computed already
+    fake,
+    **options,
+):
+    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
+        raise ValueError(
+            f"features must be two tables of one width, got {tuple(real.shape)} and "
+            f"{tuple(fake.shape)}")
+    if min(len(real), len(fake)) < 4:
+        raise ValueError(
+            f"a distance needs four images of each kind at least, got {len(real)} and {len(fake)}")
     given = nn.Identity()
     given.num_features = real.shape[1]
     with warnings.catch_warnings():
@@ -111,7 +126,8 @@ def kernel_distance(
     from torchmetrics.image.kid import KernelInceptionDistance
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _measure(KernelInceptionDistance, real, fake, subsets=subsets, subset_size=min(len(real), len(fake))//2)[0].item()
+        return _measure(KernelInceptionDistance, real, fake, subsets=subsets,
+                        subset_size=min(len(real), len(fake))//2)[0].item()
 
 # %% ../../nbs/ddpm/30_metrics.ipynb #1af369da
 class InceptionFeatures(nn.Module):
@@ -121,12 +137,22 @@ class InceptionFeatures(nn.Module):
         weights:str='', # file of weights; empty: where torch-fidelity keeps it
     ):
         super().__init__()
-        path = Path(weights or Path(torch.hub.get_dir())/'checkpoints'/'weights-inception-2015-12-05-6726825d.pth')
-        if not path.is_file(): raise FileNotFoundError(f"Inception needs its weights, got no file {path}; fetch them once with torch-fidelity, or use the features of `train_features`")
+        path = Path(weights
+                    or Path(
+                        torch.hub.get_dir())/'checkpoints'/'weights-inception-2015-12-05-6726825d.pth')
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Inception needs its weights, got no file {path}; fetch them once with "
+                "torch-fidelity, or use the features of `train_features`")
         try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except (ImportError, RuntimeError) as e: raise ImportError(f"Inception's features come with torch-fidelity, which needs torchvision: pip install torch-fidelity ({e})") from None
+        except (ImportError, RuntimeError) as e:
+            raise ImportError(
+                "Inception's features come with torch-fidelity, which needs torchvision: pip "
+                f"install torch-fidelity ({e})") from None
         torch.load(path, weights_only=True)                # raises where the file would run code
-        self.net = FeatureExtractorInceptionV3('inception', ['2048'], feature_extractor_weights_path=str(path)).eval().requires_grad_(False)
+        self.net = FeatureExtractorInceptionV3('inception', ['2048'],
+                                               feature_extractor_weights_path=str(
+                                                   path)).eval().requires_grad_(False)
 
     def forward(self, x:Tensor)->Tensor: # (N, C, H, W) in [-1, 1] -> (N, 2048)
         pixels = x.clamp(-1, 1).add(1).mul(127.5).round().byte()
@@ -140,9 +166,11 @@ def wasserstein_1d(
 )->Tensor: # (K,) W_p to the power p
     "What it costs to move one set of numbers onto another."
     n, m = len(a), len(b)
-    ends = torch.cat([torch.arange(1, n + 1, dtype=torch.float64)/n, torch.arange(1, m + 1, dtype=torch.float64)/m]).sort().values
+    ends = torch.cat([torch.arange(1, n + 1, dtype=torch.float64)/n,
+                      torch.arange(1, m + 1, dtype=torch.float64)/m]).sort().values
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    middle = (starts + ends)/2                                          # between two of them both quantile functions are constant
+    # between two of them both quantile functions are constant
+    middle = (starts + ends)/2
     quantile = lambda x: x.sort(0).values[(middle*len(x)).long().clamp(max=len(x) - 1)]
     return ((quantile(a) - quantile(b)).abs()**p*(ends - starts)[:, None]).sum(0)
 
@@ -155,8 +183,11 @@ def sliced_wasserstein(
 )->float: # in the unit of the images
     "Distance of two sets by random projections (Rabin et al. 2012)."
     a, b = (x.detach().cpu().double().flatten(1) for x in (a, b))
-    if a.shape[1] != b.shape[1]: raise ValueError(f"both sets must have the same size of image, got {a.shape[1]} and {b.shape[1]} numbers")
-    directions = torch.randn(a.shape[1], projections, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"both sets must have the same size of image, got {a.shape[1]} and {b.shape[1]} numbers")
+    directions = torch.randn(a.shape[1], projections, dtype=torch.float64,
+                             generator=torch.Generator().manual_seed(seed))
     directions /= directions.norm(dim=0)
     return wasserstein_1d(a @ directions, b @ directions, p).mean().item()**(1/p)
 
@@ -167,7 +198,8 @@ def compare_samples(
 ): # the figure
     "A row of images for each model."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(len(samples), 1, figsize=(.45*columns + .8, .5*len(samples)), squeeze=False)
+    fig, axes = plt.subplots(len(samples), 1, figsize=(.45*columns + .8, .5*len(samples)),
+                             squeeze=False)
     for ax, (name, x) in zip(axes[:, 0], samples.items()):
         show_images(x[:columns], columns, ax=ax)
         ax.text(-.01, .5, name, transform=ax.transAxes, ha='right', va='center')
@@ -184,9 +216,12 @@ def distance_report(
     seed:int=7, # of its noise
 )->tuple[dict,dict]: # '<name>_frechet', '_kernel', '_sliced' -> distance to `real`; name -> as many samples as are held out
     "Distances of what is generated, with the floor of what is real."
-    samples = {name: sample_images(model, scheduler, len(held_out), steps, seed) for name, model in models.items()}
+    samples = {name: sample_images(model, scheduler, len(held_out), steps, seed)
+               for name, model in models.items()}
     known, found = image_features(features, real), {}
     for name, x in dict(floor=held_out, **samples).items():
         seen = image_features(features, x)
-        found |= {f'{name}_frechet': frechet_distance(known, seen), f'{name}_kernel': kernel_distance(known, seen), f'{name}_sliced': sliced_wasserstein(real, x)}
+        found |= {f'{name}_frechet': frechet_distance(known, seen),
+                  f'{name}_kernel': kernel_distance(known, seen),
+                  f'{name}_sliced': sliced_wasserstein(real, x)}
     return found, samples

@@ -38,7 +38,9 @@ class DenoisingLoss:
         scheduler, # of diffusers
     ):
         kind = scheduler.config.prediction_type
-        if kind != 'epsilon': raise ValueError(f"the model must predict the noise: prediction_type must be 'epsilon', got {kind!r}")
+        if kind != 'epsilon':
+            raise ValueError(
+                f"the model must predict the noise: prediction_type must be 'epsilon', got {kind!r}")
         self.alpha_bar = scheduler.alphas_cumprod   # (T,)
 
     def q_sample(self,
@@ -61,12 +63,17 @@ class DenoisingLoss:
         return self.each(model, batch).mean()
 
 # %% ../../nbs/ddpm/10_model.ipynb #5bf1895a
-_two_levels = dict(in_channels=1, out_channels=1, sample_size=8, layers_per_block=1, norm_num_groups=4, down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
+_two_levels = dict(in_channels=1, out_channels=1, sample_size=8, layers_per_block=1,
+                   norm_num_groups=4, down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+                   up_block_types=('AttnUpBlock2D', 'UpBlock2D'))
 UNETS = {
     'tiny': dict(_two_levels, block_out_channels=(4, 8), attention_head_dim=4),
     'digits': dict(_two_levels, block_out_channels=(16, 32), attention_head_dim=8),
-    'cifar10': dict(in_channels=3, out_channels=3, sample_size=32, layers_per_block=2, block_out_channels=(128, 256, 256, 256), norm_num_groups=32, norm_eps=1e-6, attention_head_dim=None,
-        down_block_types=('DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'),
+    'cifar10': dict(in_channels=3, out_channels=3, sample_size=32, layers_per_block=2,
+        block_out_channels=(128, 256, 256, 256), norm_num_groups=32, norm_eps=1e-6,
+        attention_head_dim=None,
+        down_block_types=('DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D', 'DownBlock2D'),
+        up_block_types=('UpBlock2D', 'UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D'),
         downsample_padding=0, flip_sin_to_cos=False, freq_shift=1)}
 
 def make_unet(
@@ -75,12 +82,15 @@ def make_unet(
 ): # diffusers' UNet2DModel, with new weights
     "A network that predicts noise."
     from diffusers import UNet2DModel
-    if preset not in UNETS: raise ValueError(f"preset must be one of {sorted(UNETS)}, got {preset!r}")
+    if preset not in UNETS:
+        raise ValueError(f"preset must be one of {sorted(UNETS)}, got {preset!r}")
     own = UNETS[preset]
     if shape is not None:
         C, H, W = shape
         step = 2**(len(own['block_out_channels']) - 1)
-        if H % step or W % step: raise ValueError(f"image sides must be multiples of {step} for the preset {preset!r}, got {H} × {W}")
+        if H % step or W % step:
+            raise ValueError(
+                f"image sides must be multiples of {step} for the preset {preset!r}, got {H} × {W}")
         own = dict(own, in_channels=C, out_channels=C, sample_size=H if H == W else (H, W))
     return UNet2DModel(**own)
 
@@ -92,7 +102,8 @@ def stratified_times(
     repeats:int=1, # R: each row is moved on by 1/R of the schedule
 )->Tensor: # (R, B) int64: each row covers the schedule evenly, and so does each column
     "Timesteps without luck."
-    place = torch.randperm(size, generator=generator) + torch.rand(size, generator=generator, dtype=torch.float64)
+    place = torch.randperm(size, generator=generator) + torch.rand(
+        size, generator=generator, dtype=torch.float64)
     turned = (place + size*torch.arange(repeats, dtype=torch.float64)[:, None]/repeats) % size
     return (turned/size*num_steps).long().clamp(max=num_steps - 1)
 
@@ -104,7 +115,8 @@ def draw_batch(
 )->Noised: # on the images' device
     "Some images with noise and stratified timesteps."
     x = images[torch.randint(len(images), (size,), generator=generator).to(images.device)]
-    return Noised(x, stratified_times(size, num_steps, generator)[0], torch.randn(x.shape, generator=generator)).to(images.device)
+    return Noised(x, stratified_times(size, num_steps, generator)[0],
+                  torch.randn(x.shape, generator=generator)).to(images.device)
 
 def fixed_batches(
     images:Tensor, # (N, C, H, W)
@@ -114,11 +126,14 @@ def fixed_batches(
     seed:int=123, # of times and noise
 )->list[Noised]: # the same for every model; pass after pass, each in the images' order
     "Batches to judge by, paired across models."
-    if min(repeats, size) < 1: raise ValueError(f"repeats and size must be at least 1, got {repeats} and {size}")
+    if min(repeats, size) < 1:
+        raise ValueError(f"repeats and size must be at least 1, got {repeats} and {size}")
     g = torch.Generator().manual_seed(seed)
     times = stratified_times(len(images), num_steps, g, repeats)
     noise = [torch.randn(images.shape, generator=g) for _ in range(repeats)]
-    return [Noised(images[i:i + size], t[i:i + size].to(images.device), e[i:i + size].to(images.device)) for t, e in zip(times, noise) for i in range(0, len(images), size)]
+    return [Noised(images[i:i + size], t[i:i + size].to(images.device),
+                   e[i:i + size].to(images.device)) for t, e in zip(times, noise)
+            for i in range(0, len(images), size)]
 
 # %% ../../nbs/ddpm/10_model.ipynb #1ec05b50
 @contextmanager
@@ -142,14 +157,17 @@ def sample_images(
     "Images from noise by DDIM (arXiv:2010.02502)."
     from diffusers import DDIMScheduler
     T = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= T: raise ValueError(f"steps must lie in 1 … {T}, the timesteps of the schedule, got {steps}")
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must lie in 1 … {T}, the timesteps of the schedule, got {steps}")
     ddim = DDIMScheduler.from_config(scheduler.config)
     ddim.set_timesteps(steps)
     side = model.config.sample_size
-    shape = num, model.config.in_channels, *(side if isinstance(side, (tuple, list)) else (side, side))
+    shape = num, model.config.in_channels, *(side if isinstance(side, (tuple, list))
+                                             else (side, side))
     found = []
     with evaluating(model):
-        for x in torch.randn(shape, generator=torch.Generator().manual_seed(seed)).split(batch_size):
+        for x in torch.randn(shape,
+                             generator=torch.Generator().manual_seed(seed)).split(batch_size):
             x = x.to(model.device)
             for t in ddim.timesteps: x = ddim.step(model(x, t).sample, t, x).prev_sample
             found.append(x.clamp(-1, 1).cpu())

@@ -87,9 +87,11 @@ class EachPass(TrainerCallback):
     "New noise at each pass, and the average after each update."
     def __init__(self, model:Denoiser, data:NoisedImages): self.model, self.data = model, data
 
-    def on_epoch_begin(self, args, state, control, **kwargs): self.data.set_epoch(int((state.epoch or 0) + 1e-6))
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.data.set_epoch(int((state.epoch or 0) + 1e-6))
 
-    def on_step_end(self, args, state, control, **kwargs): self.model.average.update_parameters(self.model.unet)
+    def on_step_end(self, args, state, control, **kwargs):
+        self.model.average.update_parameters(self.model.unet)
 
 # %% ../../nbs/ddpm/20_train.ipynb #c6966481
 @dataclass(frozen=True)
@@ -108,17 +110,27 @@ class DDPMTrainConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_precision(self)
-        if self.size not in UNETS: raise ValueError(f"size must be one of {sorted(UNETS)}, got {self.size!r}")
-        if not 0 <= self.ema_decay < 1: raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.size not in UNETS:
+            raise ValueError(f"size must be one of {sorted(UNETS)}, got {self.size!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.repeats < 1: raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
 presets = {
-    'smoke': dict(size='tiny', max_images=128, max_steps=20, batch_size=16, optimizer='adamw', learning_rate=1e-2, weight_decay=0., warmup_steps=4, decay_share=1., eval_steps=10, save_steps=10, eval_windows=200, repeats=2),
-    'cpu': dict(max_steps=2600, minutes=10., batch_size=48, optimizer='adamw', learning_rate=3e-3, weight_decay=0., warmup_steps=130, decay_share=1., eval_steps=200, save_steps=400, eval_windows=800),
-    'gpu-cifar10': dict(data='cifar10', size='cifar10', num_steps=1000, schedule='linear', ema_decay=.9999, mirror=True, max_steps=100_000, batch_size=128, optimizer='adamw', learning_rate=2e-4,
-        weight_decay=0., warmup_steps=5000, decay_share=0., eval_steps=1000, save_steps=5000, eval_windows=2000, repeats=1)}
+    'smoke': dict(size='tiny', max_images=128, max_steps=20, batch_size=16, optimizer='adamw',
+                  learning_rate=1e-2, weight_decay=0., warmup_steps=4, decay_share=1.,
+                  eval_steps=10, save_steps=10, eval_windows=200, repeats=2),
+    'cpu': dict(max_steps=2600, minutes=10., batch_size=48, optimizer='adamw', learning_rate=3e-3,
+                weight_decay=0., warmup_steps=130, decay_share=1., eval_steps=200, save_steps=400,
+                eval_windows=800),
+    'gpu-cifar10': dict(data='cifar10', size='cifar10', num_steps=1000, schedule='linear',
+        ema_decay=.9999, mirror=True, max_steps=100_000, batch_size=128, optimizer='adamw',
+        learning_rate=2e-4,
+        weight_decay=0., warmup_steps=5000, decay_share=0., eval_steps=1000, save_steps=5000,
+        eval_windows=2000, repeats=1)}
 
-settings = Settings(DDPMTrainConfig, presets, auto=lambda given: 'gpu-cifar10' if given.get('gpus') else 'cpu')
+settings = Settings(DDPMTrainConfig, presets, auto=lambda given: 'gpu-cifar10' if given.get('gpus')
+                    else 'cpu')
 
 def make_ddpm_config(
     preset:str='auto', # a preset's name; 'auto': 'cpu', or with GPUs 'gpu-cifar10'
@@ -142,9 +154,11 @@ def prepare_ddpm(
     "Read and build."
     images = load_images(config.data, config.max_images)
     torch.manual_seed(config.seed)
-    model = Denoiser(make_unet(config.size, images.shape), make_scheduler(config.num_steps, config.schedule), config.ema_decay)
+    model = Denoiser(make_unet(config.size, images.shape),
+                     make_scheduler(config.num_steps, config.schedule), config.ema_decay)
     return DDPMTaskData(images, model.to(config.device),
-        NoisedImages(images.train, config.num_steps, config.seed, config.mirror), NoisedImages(images.validation.repeat(4, 1, 1, 1), config.num_steps, seed=123))
+        NoisedImages(images.train, config.num_steps, config.seed, config.mirror),
+        NoisedImages(images.validation.repeat(4, 1, 1, 1), config.num_steps, seed=123))
 
 # %% ../../nbs/ddpm/20_train.ipynb #cbc46de6
 @torch.no_grad()
@@ -155,7 +169,9 @@ def mean_loss(
 )->float: # over all images and times
     "The loss on fixed batches."
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
-    with evaluating(model): return torch.cat([loss.each(model, batch.to(device)).cpu() for batch in batches]).double().mean().item()
+    with evaluating(model):
+        return torch.cat([loss.each(model, batch.to(device)).cpu()
+                          for batch in batches]).double().mean().item()
 
 def evaluate_ddpm(
     run:Run, # an open record
@@ -168,17 +184,20 @@ def evaluate_ddpm(
     import matplotlib.pyplot as plt
     held_out = dict(val=images.validation, **(dict(test=images.read_test(run)) if test else {}))
     loss, T = DenoisingLoss(scheduler), scheduler.config.num_train_timesteps
-    found = {f'{name}_mse': mean_loss(model, fixed_batches(x, run.config['repeats'], num_steps=T), loss) for name, x in held_out.items()}
+    found = {f'{name}_mse': mean_loss(model, fixed_batches(x, run.config['repeats'], num_steps=T),
+                                      loss) for name, x in held_out.items()}
     plt.close(run.figure('samples', show_images(sample_images(model, scheduler, 40), 20).figure))
     plt.close(run.figure('loss', draw_losses(run.history).figure))
-    return dict(found, **images.card(), parameters=sum(p.numel() for p in model.parameters()), **training_report(run, 'images_seen'))
+    return dict(found, **images.card(), parameters=sum(p.numel() for p in model.parameters()),
+                **training_report(run, 'images_seen'))
 
 def draw_losses(
     history:list[dict], # of a run
 ): # the axes
     "Squared error in training, and of the average on validation."
     names = dict(loss='training', val_nll_nats='validation, averaged weights')
-    return plot_curves([{names.get(k, k): v for k, v in row.items()} for row in history if 'step' in row], list(names.values()), 'squared error of the noise')
+    return plot_curves([{names.get(k, k): v for k, v in row.items()} for row in history
+                        if 'step' in row], list(names.values()), 'squared error of the noise')
 
 # %% ../../nbs/ddpm/20_train.ipynb #5443e524
 def find_pipeline(
@@ -192,7 +211,9 @@ def find_pipeline(
     except FileNotFoundError:
         if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(source)): return str(source)
     if has_index(path): return str(path)
-    raise FileNotFoundError(f"a pipeline must be a run with a checkpoint, a folder with model_index.json, or a hub id, got {str(getattr(source, 'path', source))!r}; papermill nbs/train_ddpm.ipynb makes one")
+    raise FileNotFoundError(
+        "a pipeline must be a run with a checkpoint, a folder with model_index.json, or a hub id, "
+        f"got {str(getattr(source, 'path', source))!r}; papermill nbs/train_ddpm.ipynb makes one")
 
 def load_pipeline(
     source, # a `Run`, a run's name ('' for the newest), a folder with model_index.json, or a hub id
@@ -204,7 +225,9 @@ def load_pipeline(
     logging.disable_progress_bar()
     try: pipe = DDPMPipeline.from_pretrained(found)
     except (OSError, ValueError, RuntimeError) as e:
-        raise ConnectionError(f"a pipeline must be a folder that holds one, or a model that the hub can deliver, got {found!r}: {type(e).__name__}: {str(e)[:200]}") from e
+        raise ConnectionError(
+            "a pipeline must be a folder that holds one, or a model that the hub can deliver, got "
+            f"{found!r}: {type(e).__name__}: {str(e)[:200]}") from e
     finally:
         if shown: logging.enable_progress_bar()
     return pipe.unet.eval().float(), DDPMScheduler.from_config(pipe.scheduler.config)
@@ -219,7 +242,8 @@ def evaluate(run:Run, parts:DDPMTaskData, test:bool=True)->dict:
     model, scheduler = load_pipeline(run)
     return evaluate_ddpm(run, parts.images, model.to(parts.model.device), scheduler, test)
 
-task = Task('enigma_lab.ddpm.train:task', 'train_ddpm', prepare_ddpm, save, lambda run, parts: None, evaluate, callbacks=lambda parts: (EachPass(parts.model, parts.train),),
+task = Task('enigma_lab.ddpm.train:task', 'train_ddpm', prepare_ddpm, save, lambda run, parts: None,
+    evaluate, callbacks=lambda parts: (EachPass(parts.model, parts.train),),
     settings=settings)
 
 def train_ddpm(

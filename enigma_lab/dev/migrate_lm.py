@@ -10,10 +10,13 @@ import re
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #11a2b516
 RENAMED = { # the original's words -> ours; `…`: any text without brackets
-    'from enigma.model import EnigmaLM': 'from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM',
+    'from enigma.model import EnigmaLM': 'from enigma_lab.lm.model import EnigmaConfig, '
+                                         'EnigmaForCausalLM',
     'from enigma.invertible_conv1x1 import DynamicInvertibleConv1x1Stack':
-        'from enigma_lab.machine.rotor import DynamicInvertibleConv1x1Stack, InvertibleConv1x1, InvertibleConv1x1Stack',
-    'EnigmaLM(…)': "EnigmaForCausalLM(EnigmaConfig(machine='input', position_rows=8192, parametrization='plu', rev_scale=True, dropout=.1,…))",
+        'from enigma_lab.machine.rotor import DynamicInvertibleConv1x1Stack, InvertibleConv1x1, '
+        'InvertibleConv1x1Stack',
+    'EnigmaLM(…)': "EnigmaForCausalLM(EnigmaConfig(machine='input', position_rows=8192, "
+                   "parametrization='plu', rev_scale=True, dropout=.1,…))",
     'd=': 'dim=',
     'num_channels=': 'dim=',
     'd_model': 'dim',
@@ -26,10 +29,12 @@ RENAMED = { # the original's words -> ours; `…`: any text without brackets
     'gradient_accum_steps': 'gradient_accumulation_steps',
     'attention_dropout': 'attn_dropout',
     'early_stop_patience': 'patience',
-    'checkpoint = torch.load(…)': 'from enigma_lab.lab.runs import find_run\ncheckpoint = find_run().checkpoint',
+    'checkpoint = torch.load(…)': 'from enigma_lab.lab.runs import find_run\ncheckpoint = '
+                                  'find_run().checkpoint',
     'model.load_state_dict(…)': 'model = EnigmaForCausalLM.from_pretrained(checkpoint)',
     'output.shape': 'output.logits.shape',
-    'ckpt = torch.load(…)': "from enigma_lab.lab.runs import find_run\nlooks = [row for row in find_run().history if 'val_nll_nats' in row]\n"
+    'ckpt = torch.load(…)': "from enigma_lab.lab.runs import find_run\nlooks = [row for row in "
+                            "find_run().history if 'val_nll_nats' in row]\n"
         "ckpt = min(looks, key=lambda row: row['val_nll_nats'])",
     'ckpt["val_loss"]': 'ckpt["val_nll_nats"]',
     'ckpt["global_step"]': 'ckpt["step"]'}
@@ -49,10 +54,14 @@ RENAMED |= { # modules
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #d8bdbaef
 RENAMED |= { # commands
-    'python scripts/train_multi_gpu.py': 'papermill nbs/train_enigma.ipynb -p preset brief-148m -p gpus 5',
-    'python scripts/train_single_gpu.py': 'papermill nbs/train_enigma.ipynb -p preset brief-148m -p gpus 1',
-    'python scripts/train_multi_gpu_simple.py': 'papermill nbs/train_enigma.ipynb -p preset brief-50m -p gpus 5',
-    'python scripts/train_single_gpu_simple.py': 'papermill nbs/train_enigma.ipynb -p preset brief-50m -p gpus 1 -p effective_batch 128',
+    'python scripts/train_multi_gpu.py': 'papermill nbs/train_enigma.ipynb -p preset brief-148m -p '
+                                         'gpus 5',
+    'python scripts/train_single_gpu.py': 'papermill nbs/train_enigma.ipynb -p preset brief-148m '
+                                          '-p gpus 1',
+    'python scripts/train_multi_gpu_simple.py': 'papermill nbs/train_enigma.ipynb -p preset '
+                                                'brief-50m -p gpus 5',
+    'python scripts/train_single_gpu_simple.py': 'papermill nbs/train_enigma.ipynb -p preset '
+                                                 'brief-50m -p gpus 1 -p effective_batch 128',
     'python train.py': 'papermill nbs/train_enigma.ipynb -p preset brief-50m -p gpus 5',
     'accelerate launch --config_file accelerate_config.yaml pretrain.py': 'papermill nbs/train_enigma.ipynb -p preset brief-002 -p gpus 5 '
         '-p data am_0.9M_processed_hf -p tokenizer enigma_tokenizer -p tracker tensorboard',
@@ -98,8 +107,14 @@ def translate(
     "Apply each row of `RENAMED` to a snippet."
     for original, ours in RENAMED.items():
         if ours.startswith('later: ') and rule(original).search(snippet):
-            raise ValueError(f"a snippet can be translated when its parts exist here, got {original}, of a later step; planned: {ours.removeprefix('later: ')}")
-        snippet = rule(original).sub(lambda m: ours.replace('…', m[1] if m.re.groups else ''), snippet)
-    if unknown := re.search(r'(?<![\w./])enigma\.\w+|python \S+\.py\b|accelerate launch.*', snippet):
-        raise ValueError(f"a name of the original must be a row of RENAMED, got {unknown[0]}; the table knows {len(RENAMED)} others")
+            raise ValueError(
+                f"a snippet can be translated when its parts exist here, got {original}, of a "
+                f"later step; planned: {ours.removeprefix('later: ')}")
+        snippet = rule(original).sub(lambda m: ours.replace('…', m[1] if m.re.groups else ''),
+                                     snippet)
+    if unknown := re.search(r'(?<![\w./])enigma\.\w+|python \S+\.py\b|accelerate launch.*',
+                            snippet):
+        raise ValueError(
+            f"a name of the original must be a row of RENAMED, got {unknown[0]}; the table knows "
+            f"{len(RENAMED)} others")
     return snippet

@@ -41,7 +41,9 @@ def write_parameters(
     stale = False
     for cell in nb['cells']:
         source = ''.join(cell['source'])
-        if 'parameters' not in cell['metadata'].get('tags', []) or not (address := read_head(source)): continue
+        if 'parameters' not in cell['metadata'].get('tags',
+                                                    []) or not (address := read_head(source)):
+            continue
         fresh = f'{HEAD.format(address)}\n{parameters_cell(find_settings(address))}'
         stale |= fresh != source
         cell['source'] = fresh.splitlines(keepends=True)
@@ -54,7 +56,8 @@ def training_notebooks(
 )->list[Path]: # whose `parameters` cell is generated
     "List the notebooks with generated cells."
     paths = sorted((Path(root or checkout())/'nbs').glob('train_*.ipynb'))
-    return [path for path in paths if 'enigma_lab.dev.parameters' in path.read_text(encoding='utf-8')]
+    return [path for path in paths
+            if 'enigma_lab.dev.parameters' in path.read_text(encoding='utf-8')]
 
 # %% ../../nbs/dev/15_parameters.ipynb #99a46063
 def main(
@@ -63,7 +66,10 @@ def main(
     "Write the cells of all training notebooks, or with `--check` exit with 1 if one is stale."
     check = '--check' in arguments
     stale = [path for path in training_notebooks() if write_parameters(path, check)]
-    for path in stale: print(f"{path.name}: its parameters cell {'is stale: run `python -m enigma_lab.dev.parameters`' if check else 'was written'}")
+    for path in stale:
+        print(
+            f"{path.name}: its parameters cell "
+            f"{'is stale: run `python -m enigma_lab.dev.parameters`' if check else 'was written'}")
     if check and stale: sys.exit(1)
 
 # %% ../../nbs/dev/15_parameters.ipynb #1ed2655c

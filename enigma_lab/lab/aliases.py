@@ -39,10 +39,12 @@ RENAMED = { # module as it is -> {name as it was: name as it is}
         judge_ddpm='evaluate_ddpm', recipes='presets'),
     'lab.config': dict(make_from_recipe='make_from_preset'),
     'lab.sweep': dict(cells='trials', cell_name='trial_name', run_cell='run_trial'),
-    'lab.task': dict(Job='Task', best_look='best_val_loss', find_job='find_task', run_job='run_task'),
+    'lab.task': dict(Job='Task', best_look='best_val_loss', find_job='find_task',
+                     run_job='run_task'),
     'lm.attention': dict(widen='append_alibi'),
     'lm.fast_decode': dict(Memory='KVCache', Passage='CompiledBijection', leaves='flatten'),
-    'lm.generate': dict(Reading='PrefixCache', Speller='StreamingDetokenizer', Stepper='CachedModel'),
+    'lm.generate': dict(Reading='PrefixCache', Speller='StreamingDetokenizer',
+                        Stepper='CachedModel'),
     'lm.lora': dict(TuneParts='TuneTaskData', job='task', recipes='presets',
         judge_tuning='evaluate_tuning'),
     'lm.model': dict(alibi_fronts='alibi_features'),
@@ -63,7 +65,8 @@ RENAMED = { # module as it is -> {name as it was: name as it is}
     'sgdd.reconstruct': dict(second_thoughts='local_search', suspects='occlusion_scores'),
     'sgdd.sampling': dict(again='remask', both='cat_unconditional', check_fill='check_unmask',
         fill='unmask'),
-    'sgdd.train': dict(SGDDParts='SGDDTaskData', job='task', judge_sgdd='evaluate_sgdd', recipes='presets'),
+    'sgdd.train': dict(SGDDParts='SGDDTaskData', job='task', judge_sgdd='evaluate_sgdd',
+                       recipes='presets'),
     'lab.progress': dict(print_last='print_evaluation', show_progress='print_evaluation')}
 
 # %% ../../nbs/lab/02_aliases.ipynb #c174e048

@@ -57,7 +57,8 @@ class TrainingConfig:
 
     @property
     def accumulation(self): # forward passes of an update, in each process
-        return self.effective_batch // (self.batch_size*self.world) or self.gradient_accumulation_steps
+        return (self.effective_batch // (self.batch_size*self.world)
+                or self.gradient_accumulation_steps)
 
 # %% ../../nbs/lab/24_config.ipynb #ee8601de
 def check_training(
@@ -67,15 +68,19 @@ def check_training(
     check_fields(c)
     check_processes(c.gpus, c.processes)
     check_tracker(c.tracker)
-    for name in ('batch_size', 'gradient_accumulation_steps', 'eval_steps', 'save_steps', 'eval_windows'):
-        if getattr(c, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
+    for name in ('batch_size', 'gradient_accumulation_steps', 'eval_steps', 'save_steps',
+                 'eval_windows'):
+        if getattr(c, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
     if not (c.epochs or c.max_steps or c.minutes):
         raise ValueError("a training needs a budget: set epochs, max_steps or minutes above 0")
     if c.optimizer not in ('muon', 'adamw'):
         raise ValueError(f"optimizer must be 'muon' or 'adamw', got {c.optimizer!r}")
-    if not 0 <= c.decay_share <= 1: raise ValueError(f"decay_share must lie in [0, 1], got {c.decay_share}")
+    if not 0 <= c.decay_share <= 1:
+        raise ValueError(f"decay_share must lie in [0, 1], got {c.decay_share}")
     if c.save_steps % c.eval_steps:
-        raise ValueError(f"save_steps must be a multiple of eval_steps={c.eval_steps}, so that the best can "
+        raise ValueError(
+            f"save_steps must be a multiple of eval_steps={c.eval_steps}, so that the best can "
                          f"be kept, got {c.save_steps}")
     if c.precision not in ('auto', 'fp32', 'bf16', 'fp16'):
         raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {c.precision!r}")
@@ -91,7 +96,8 @@ def check_batch(
         raise ValueError(f"effective_batch must be a multiple of batch_size × processes = "
                          f"{c.batch_size} × {c.world}, got {c.effective_batch}")
     if c.effective_batch and c.gradient_accumulation_steps not in (1, c.effective_batch//whole):
-        raise ValueError(f"effective_batch sets gradient_accumulation_steps: give one of the two, got "
+        raise ValueError(
+            f"effective_batch sets gradient_accumulation_steps: give one of the two, got "
                          f"{c.effective_batch} and {c.gradient_accumulation_steps}")
 
 # %% ../../nbs/lab/24_config.ipynb #357b1211
@@ -109,7 +115,8 @@ def check_precision(
     c:TrainingConfig, # any
 ):
     "Refuse what the Trainer cannot compute in (the loop can)."
-    if c.precision == 'fp16' and not c.gpus: raise ValueError("precision 'fp16' needs a GPU, got gpus=0; use -p precision fp32")
+    if c.precision == 'fp16' and not c.gpus:
+        raise ValueError("precision 'fp16' needs a GPU, got gpus=0; use -p precision fp32")
 
 # %% ../../nbs/lab/24_config.ipynb #55743603
 def count_steps(
@@ -117,6 +124,7 @@ def count_steps(
     windows:int, # of the training set
 )->int: # updates that epochs and max_steps allow; a million when only minutes count
     "Count the updates of a training."
-    per_epoch = math.ceil(math.ceil(windows / (config.batch_size*config.world)) / config.accumulation)
+    per_epoch = math.ceil(math.ceil(windows
+                                    / (config.batch_size*config.world)) / config.accumulation)
     by_epochs = math.ceil(config.epochs * per_epoch) if config.epochs else 0
     return max(1, min([n for n in (config.max_steps, by_epochs) if n], default=1_000_000))

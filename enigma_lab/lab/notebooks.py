@@ -28,7 +28,8 @@ def notebook_parameters(
 )->list[str]: # in the order of the cell; empty when no cell is tagged
     "List the names assigned in a notebook's `parameters` cell."
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    source = next((''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])), '')
+    source = next((''.join(c['source']) for c in cells
+                   if 'parameters' in c['metadata'].get('tags', [])), '')
     assigned = [target for statement in ast.parse(source).body
                 for target in getattr(statement, 'targets', [getattr(statement, 'target', None)])]
     return [target.id for target in assigned if isinstance(target, ast.Name)]
@@ -47,7 +48,9 @@ def papermill_command(
     options:list[str], # papermill's
 )->list[str]: # the words of a command
     "Make the command that runs a notebook with this Python's papermill."
-    if not find_spec('papermill'): raise ModuleNotFoundError("running a notebook needs papermill: pip install 'enigma_lab[apps]'", name='papermill')
+    if not find_spec('papermill'):
+        raise ModuleNotFoundError(
+            "running a notebook needs papermill: pip install 'enigma_lab[apps]'", name='papermill')
     return [sys.executable, '-m', 'papermill', str(notebook), *options]
 
 def parameter_option(
@@ -58,7 +61,8 @@ def parameter_option(
     if isinstance(value, str): return ['-r', name, value]
     if isinstance(value, dict): return ['-y', json.dumps({name: value})]
     if value is None or isinstance(value, (bool, int, float)): return ['-p', name, str(value)]
-    raise ValueError(f"a parameter is text, a number, a truth value, a dictionary or None, got {name}={value!r}")
+    raise ValueError(
+        f"a parameter is text, a number, a truth value, a dictionary or None, got {name}={value!r}")
 
 # %% ../../nbs/lab/40_notebooks.ipynb #138a7b3c
 def run_notebook(
@@ -68,17 +72,25 @@ def run_notebook(
 ): # its `lab.runs.Run`; it ran to the last cell
     "Run a notebook as `papermill` on the terminal does, and return its record."
     notebook = Path(nb)
-    if not checkout_of(notebook): raise ValueError(f"a run needs a notebook in the nbs/ of a checkout of enigma_lab, got {nb}")
+    if not checkout_of(notebook):
+        raise ValueError(
+            f"a run needs a notebook in the nbs/ of a checkout of enigma_lab, got {nb}")
     check_parameters(notebook, params)
-    command = papermill_command(notebook, [word for item in params.items() for word in parameter_option(*item)])
+    command = papermill_command(notebook, [word for item in params.items()
+                                           for word in parameter_option(*item)])
     if run_dir and Path(run_dir).resolve().parent.name != notebook.stem:
         raise ValueError(f"a run's folder must lie in one called {notebook.stem}, got {run_dir}")
-    if run_dir and Path(run_dir).exists(): raise FileExistsError(f"a run is written once, and {run_dir} exists; give another folder")
+    if run_dir and Path(run_dir).exists():
+        raise FileExistsError(f"a run is written once, and {run_dir} exists; give another folder")
     if run_dir: Path(run_dir).mkdir(parents=True)
     note = str(params.get('note') or '')
     path = Path(run_dir or new_run_dir(notebook.stem, note)).resolve()
-    with subprocess.Popen(command, env={**os.environ, 'ENIGMA_RUNS': str(runs_root()), 'ENIGMA_RUN_DIR': str(path)}) as process:
+    with subprocess.Popen(command, env={**os.environ, 'ENIGMA_RUNS': str(runs_root()),
+                                        'ENIGMA_RUN_DIR': str(path)}) as process:
         try: code = process.wait()
         except KeyboardInterrupt: code = process.wait()
-    if code: raise RuntimeError(f"{notebook.name} must run to its last cell, but papermill ended with exit code {code}; see {path/notebook.name}")
+    if code:
+        raise RuntimeError(
+            f"{notebook.name} must run to its last cell, but papermill ended with exit code "
+            f"{code}; see {path/notebook.name}")
     return Run(path)

@@ -27,8 +27,10 @@ def clock(
     return f'{minutes // 60}:{minutes % 60:02}:{s:02}' if minutes >= 60 else f'{minutes}:{s:02}'
 
 WORDS = dict( # a key of a history row, and how its value is said; in the order of the line
-    step=lambda v: f'step {v:,}', progress=lambda v: f'{100*v:.0f} %', wall_s=clock, loss=lambda v: f'loss {v:.3f}',
-    val_bits_per_char=lambda v: f'val {v:.3f} bits/char', val_nll_nats=lambda v: f'val {v:.3f} nats/token',
+    step=lambda v: f'step {v:,}', progress=lambda v: f'{100*v:.0f} %', wall_s=clock,
+    loss=lambda v: f'loss {v:.3f}',
+    val_bits_per_char=lambda v: f'val {v:.3f} bits/char',
+    val_nll_nats=lambda v: f'val {v:.3f} nats/token',
     tokens_per_s=lambda v: f'{v:,.0f} tokens/s')
 
 def is_evaluation(
@@ -102,7 +104,8 @@ def draw_history(
     fig, ax = plt.subplots()
     for key, label in dict(loss='training', val_nll_nats='validation').items():
         rows = [row for row in history if key in row]
-        ax.plot([row['tokens'] / 1e6 for row in rows], [row[key] / unit for row in rows], label=label, marker='o' if key != 'loss' else None, markersize=3)
+        ax.plot([row['tokens'] / 1e6 for row in rows], [row[key] / unit for row in rows],
+                label=label, marker='o' if key != 'loss' else None, markersize=3)
     ax.set(xlabel='million tokens', ylabel=f"{'bits' if bits else 'nats'} per token")
     ax.legend()
     return fig
@@ -118,8 +121,11 @@ class LiveCurve:
         row = next(row for row in reversed(history) if 'val_nll_nats' in row)
         figure = draw_history(history)
         plt.close(figure)
-        text = (f"<progress value='{row['progress']}' max='1' style='width:20em'></progress> step {row['step']}, {row['tokens']:,} tokens, "
-                f"{row['wall_s']:.0f} s, validation {row['val_nll_nats'] / math.log(2):.3f} bits per token")
+        text = (
+            f"<progress value='{row['progress']}' max='1' style='width:20em'></progress> step "
+            f"{row['step']}, {row['tokens']:,} tokens, "
+                f"{row['wall_s']:.0f} s, validation {row['val_nll_nats'] / math.log(2):.3f} bits "
+                "per token")
         if self.handle: [h.update(x) for h, x in zip(self.handle, (HTML(text), figure))]
         else: self.handle = [display(x, display_id=True) for x in (HTML(text), figure)]
 
@@ -147,8 +153,10 @@ def watched(
 # %% ../../nbs/lab/28_progress.ipynb #f84ab504
 def peak_mib()->float: # of this process since its start (CPU) or of the device
     "Measure the largest memory used so far, in MiB."
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == 'darwin' else 2**10)
 
 def cost_card(
     config:TrainingConfig, # batch and budgets
@@ -157,7 +165,8 @@ def cost_card(
     repeats:int=5, # passes
 )->dict: # parameters, steps, tokens, minutes, memory
     "Estimate what a training will cost, from a short probe."
-    batch = {k: torch.stack([train[i % len(train)][k] for i in range(config.batch_size)]).to(model.device) for k in train[0]}
+    batch = {k: torch.stack([train[i % len(train)][k] for i in range(config.batch_size)]).to(
+        model.device) for k in train[0]}
     state = model.training
     seconds = []
     with torch.random.fork_rng():
@@ -171,5 +180,6 @@ def cost_card(
     steps = count_steps(config, len(train))
     if config.minutes: steps = min(steps, max(1, int(60*config.minutes / per_step)))
     tokens = batch['input_ids'].numel() * config.accumulation * config.world
-    return dict(parameters=sum(p.numel() for p in model.parameters()), steps=steps, tokens=steps*tokens, tokens_per_s=round(tokens/per_step),
+    return dict(parameters=sum(p.numel() for p in model.parameters()), steps=steps,
+                tokens=steps*tokens, tokens_per_s=round(tokens/per_step),
                 minutes=round(steps*per_step/60, 2), peak_mib=round(peak_mib()))

@@ -54,7 +54,8 @@ def settings_of(
             for name in dict.fromkeys(order) if name in found}
 
 # %% ../../nbs/lab/23_settings.ipynb #fc508d6f
-WORDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'pairs of name and value'}
+WORDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text',
+         dict: 'pairs of name and value'}
 
 def kinds_of(
     kind, # a type, or a union of types
@@ -87,7 +88,8 @@ def check_fields(
     config, # an instance of a dataclass
 ):
     "Raise ValueError for the first field whose value has another type or no meaning."
-    for setting in settings_of(type(config)).values(): check_value(setting, getattr(config, setting.name))
+    for setting in settings_of(type(config)).values():
+        check_value(setting, getattr(config, setting.name))
 
 # %% ../../nbs/lab/23_settings.ipynb #a45dbeb9
 def read_text(
@@ -132,7 +134,8 @@ class Settings:
     @property
     def all(self):
         "Every setting by its name."
-        config = Setting('config', str, 'YAML file of these settings; what is set here goes before it', '')
+        config = Setting('config', str,
+                         'YAML file of these settings; what is set here goes before it', '')
         return {**self.own, **self.shape, 'config': config}
 
 # %% ../../nbs/lab/23_settings.ipynb #021c8f14
@@ -154,12 +157,14 @@ def read_settings_file(
     "Read settings from a file. Raise FileNotFoundError or ValueError if it holds none."
     import yaml
     if not Path(path).is_file():
-        raise FileNotFoundError(f'a config must be an existing YAML or JSON file, got {str(path)!r}')
+        raise FileNotFoundError(
+            f'a config must be an existing YAML or JSON file, got {str(path)!r}')
     try: found = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except yaml.YAMLError as e:
         raise ValueError(f'a config must be YAML, got {str(e).splitlines()[0]} in {path}') from None
     if not isinstance(found, dict):
-        raise ValueError(f'a config must hold names and values, got {type(found).__name__} in {path}')
+        raise ValueError(
+            f'a config must hold names and values, got {type(found).__name__} in {path}')
     return found
 
 # %% ../../nbs/lab/23_settings.ipynb #c67db838
@@ -208,7 +213,8 @@ def from_notebook(
     "Make the config of a notebook whose `parameters` cell was generated from these settings."
     given = {name: names[name] for name in settings.all if name in names}
     if given.get('config'): # what the cell shows must not go before the file
-        given = {name: value for name, value in given.items() if value != shown_value(settings, name)}
+        given = {name: value for name, value in given.items()
+                 if value != shown_value(settings, name)}
     return make_settings(settings, given, text=True)
 
 def shown_value(

@@ -60,7 +60,9 @@ def fit_and_save(
     "Do one process's share of a training."
     if isinstance(task, str): task = find_task(task)
     parts = parts or task.prepare(config)
-    with task.within(): fit(run, config, parts.model, parts.train, parts.validation, origin, show, task.callbacks(parts))
+    with task.within():
+        fit(run, config, parts.model, parts.train, parts.validation, origin, show,
+            task.callbacks(parts))
     if rank() == 0: task.save(run, parts)
 
 # %% ../../nbs/lab/35_task.ipynb #e34fa83b
@@ -76,7 +78,8 @@ def run_task(
     own = {f.name for f in fields(config)}
     changes = {k: v for k, v in dict(more, note=note).items() if k in own and v is not None}
     config = replace(config, **changes)
-    options = {k: getattr(config, k) for k in task.options} | {k: v for k, v in more.items() if k not in own}
+    options = {k: getattr(config, k)
+               for k in task.options} | {k: v for k, v in more.items() if k not in own}
     origin = resume_from(config, task.name)
     parts = parts or task.prepare(config)
     run = start_run(task.name, config, config.note)
@@ -84,7 +87,8 @@ def run_task(
     if config.world == 1: fit_and_save(task, run, config, origin, parts, show)
     else:
         with watched(run, show):
-            launch(fit_and_save, task.address, run, config, origin, gpus=config.gpus, processes=config.processes)
+            launch(fit_and_save, task.address, run, config, origin, gpus=config.gpus,
+                   processes=config.processes)
         task.load(run, parts)
     return finish_run(run, task.evaluate(run, parts, **options))
 
@@ -95,7 +99,8 @@ def training_report(
 )->dict: # updates, tokens (or what is counted), seconds, MiB
     "Report what a training took, from its history."
     last = [row for row in run.history if 'tokens' in row][-1]
-    return {'train_steps': last['step'], f'train_{counted}': last['tokens'], 'train_wall_s': last['wall_s'], 'peak_mib': round(peak_mib())}
+    return {'train_steps': last['step'], f'train_{counted}': last['tokens'],
+            'train_wall_s': last['wall_s'], 'peak_mib': round(peak_mib())}
 
 def best_val_loss(
     run:Run, # trained
@@ -136,7 +141,9 @@ def main(
 ):
     "Train from a command line; print each evaluation and the result."
     program = f"python -m {task.address.partition(':')[0]}"
-    try: run = run_task(task, read_arguments(task.settings, program, arguments), show=print_evaluation)
+    try:
+        run = run_task(task, read_arguments(task.settings, program, arguments),
+                       show=print_evaluation)
     except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')
     except RuntimeError as e: sys.exit(str(e)) # of a process that was launched
     print(f"{run.path}: {', '.join(headlines(run.metrics))}")

@@ -64,7 +64,8 @@ class Clock:
         step:int, # updates done
     )->float: # 0 … 1
         "Return the share of the budget that is used."
-        return min(1., max(step / self.total_steps, self.elapsed / self.seconds if self.seconds else 0.))
+        return min(1., max(step / self.total_steps, self.elapsed / self.seconds if self.seconds
+                           else 0.))
 
 # %% ../../nbs/lab/30_trainer.ipynb #675baaab
 class Recorder(TrainerCallback):
@@ -95,14 +96,18 @@ class Recorder(TrainerCallback):
     ):
         "Write a row of the history, on rank 0."
         if rank(): return
-        row = dict(step=state.global_step, progress=round(self.clock.progress(state.global_step), 4), wall_s=round(self.clock.elapsed, 1),
+        row = dict(step=state.global_step, progress=round(self.clock.progress(state.global_step),
+                                                          4), wall_s=round(self.clock.elapsed, 1),
                    epoch=round(state.epoch or 0, 3), tokens=int(state.num_input_tokens_seen))
         if 'loss' in logs:
             now, (tokens, then) = time.monotonic(), self.last
             self.last = (row['tokens'], now)
-            row |= dict(loss=logs['loss'], learning_rate=logs['learning_rate'], grad_norm=logs.get('grad_norm'),
+            row |= dict(loss=logs['loss'], learning_rate=logs['learning_rate'],
+                        grad_norm=logs.get('grad_norm'),
                         tokens_per_s=round((row['tokens'] - tokens) / max(1e-9, now - then)))
-        if 'eval_loss' in logs: row |= dict(val_nll_nats=logs['eval_loss'], val_ppl=math.exp(min(50, logs['eval_loss'])))
+        if 'eval_loss' in logs:
+            row |= dict(val_nll_nats=logs['eval_loss'],
+                        val_ppl=math.exp(min(50, logs['eval_loss'])))
         if not {'loss', 'val_nll_nats'} & row.keys(): return
         self.run.log(**row)
         if self.tracker: self.tracker.log(**row)
@@ -125,7 +130,8 @@ class Budget(TrainerCallback):
     ):
         "Stop when the budget is used up."
         self.clock.tick()
-        if self.clock.progress(state.global_step) >= 1: control.should_evaluate = control.should_save = control.should_training_stop = True
+        if self.clock.progress(state.global_step) >= 1:
+            control.should_evaluate = control.should_save = control.should_training_stop = True
 
     def on_evaluate(self,
         args, # of the Trainer
@@ -135,7 +141,8 @@ class Budget(TrainerCallback):
         **kwargs # unused
     ):
         "Stop when validation is good enough."
-        if self.stop_ppl and math.exp(min(50, metrics['eval_loss'])) <= self.stop_ppl: control.should_save = control.should_training_stop = True
+        if self.stop_ppl and math.exp(min(50, metrics['eval_loss'])) <= self.stop_ppl:
+            control.should_save = control.should_training_stop = True
 
 # %% ../../nbs/lab/30_trainer.ipynb #86d4d9ea
 class RecordingTrainer(Trainer):
@@ -154,7 +161,9 @@ class RecordingTrainer(Trainer):
     ): # the optimizer
         "Make the optimizer that the config names."
         c = self.config
-        if self.optimizer is None: self.optimizer = make_optimizer(self.model, c.learning_rate, c.weight_decay, c.optimizer == 'muon')
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model, c.learning_rate, c.weight_decay,
+                                            c.optimizer == 'muon')
         return self.optimizer
 
     def create_scheduler(self,
@@ -163,7 +172,8 @@ class RecordingTrainer(Trainer):
     ): # the scheduler
         "Make the schedule of `rate_factor`."
         factor = lambda step: rate_factor(step, self.clock.progress(step), self.config)
-        if self.lr_scheduler is None: self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
     def training_step(self,
@@ -174,8 +184,11 @@ class RecordingTrainer(Trainer):
         "Do a step. Raise FloatingPointError for a loss that is not finite."
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss must stay finite, got {loss.item()} at step {self.state.global_step + 1}; "
-                f"lower learning_rate={self.config.learning_rate} or lengthen warmup_steps={self.config.warmup_steps}")
+            raise FloatingPointError(
+                f"the loss must stay finite, got {loss.item()} at step "
+                f"{self.state.global_step + 1}; "
+                f"lower learning_rate={self.config.learning_rate} or lengthen "
+                f"warmup_steps={self.config.warmup_steps}")
         return loss
 
 # %% ../../nbs/lab/30_trainer.ipynb #a3c23f5f
@@ -186,14 +199,22 @@ def training_arguments(
 )->TrainingArguments: # for the Trainer
     "Write our config in the Trainer's words."
     check_precision(config)
-    bf16 = config.precision == 'bf16' or (config.precision == 'auto' and config.gpus > 0 and torch.cuda.is_bf16_supported())
-    return TrainingArguments(str(output_dir), use_cpu=not config.gpus, seed=config.seed, data_seed=config.seed, max_steps=total_steps,
-        per_device_train_batch_size=config.batch_size, per_device_eval_batch_size=2*config.batch_size,
-        gradient_accumulation_steps=config.accumulation, max_grad_norm=1., bf16=bf16, fp16=config.precision == 'fp16',
-        activation_checkpointing=config.gradient_checkpointing, eval_strategy='steps', eval_steps=config.eval_steps, save_strategy='steps',
-        save_steps=config.save_steps, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False,
-        restore_callback_states_from_checkpoint=True, logging_steps=min(10, config.eval_steps), logging_nan_inf_filter=False,
-        include_num_input_tokens_seen='all', report_to='none', disable_tqdm=True, remove_unused_columns=False, label_names=['labels'],
+    bf16 = (config.precision == 'bf16'
+            or (config.precision == 'auto' and config.gpus > 0 and torch.cuda.is_bf16_supported()))
+    return TrainingArguments(str(output_dir), use_cpu=not config.gpus, seed=config.seed,
+        data_seed=config.seed, max_steps=total_steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=2*config.batch_size,
+        gradient_accumulation_steps=config.accumulation, max_grad_norm=1., bf16=bf16,
+        fp16=config.precision == 'fp16',
+        activation_checkpointing=config.gradient_checkpointing, eval_strategy='steps',
+        eval_steps=config.eval_steps, save_strategy='steps',
+        save_steps=config.save_steps, save_total_limit=2, load_best_model_at_end=True,
+        metric_for_best_model='eval_loss', greater_is_better=False,
+        restore_callback_states_from_checkpoint=True, logging_steps=min(10, config.eval_steps),
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen='all', report_to='none', disable_tqdm=True,
+        remove_unused_columns=False, label_names=['labels'],
         dataloader_pin_memory=config.gpus > 0, ddp_find_unused_parameters=False)
 
 # %% ../../nbs/lab/30_trainer.ipynb #0924d758
@@ -204,7 +225,8 @@ def file_digests(
 )->dict[str,str]: # file -> SHA-256, of all files but the list itself
     "Compute the digest of each file of a checkpoint."
     files = sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith(DIGESTS))
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in files}
 
 def damaged_files(
     folder:Path, # a checkpoint
@@ -214,7 +236,8 @@ def damaged_files(
     except ValueError: known = {}
     if not known: return [DIGESTS]
     found = file_digests(folder)
-    return sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
+    return sorted(name for name in known.keys() | found.keys()
+                  if known.get(name) != found.get(name))
 
 class Sealer(TrainerCallback):
     "Write the digests of a checkpoint when all processes have written their part."
@@ -235,11 +258,13 @@ def last_checkpoint(
 )->Path|None: # the newest whole one; `None`: there is none
     "Find the checkpoint to go on from; a warning names those that are damaged."
     folders = (run.path/'checkpoints').glob('checkpoint-*')
-    numbered = {int(p.name.rpartition('-')[2]): p for p in folders if p.name.rpartition('-')[2].isdigit()}
+    numbered = {int(p.name.rpartition('-')[2]): p for p in folders
+                if p.name.rpartition('-')[2].isdigit()}
     for _, folder in sorted(numbered.items(), reverse=True):
         wrong = damaged_files(folder)
         if not wrong: return folder
-        warnings.warn(f'{folder} is left out: {", ".join(wrong[:3])} is not what was saved', stacklevel=2)
+        warnings.warn(f'{folder} is left out: {", ".join(wrong[:3])} is not what was saved',
+                      stacklevel=2)
 
 # %% ../../nbs/lab/30_trainer.ipynb #1d9aa8a1
 def same_training(
@@ -248,8 +273,10 @@ def same_training(
 )->dict: # field -> (then, now), of those that differ; empty: the same
     "Compare a config with a run's."
     now, then = json.loads(json.dumps(asdict(config))), run.config
-    seen_only = {'resume', 'tracker', 'project', 'experiment', 'test', 'loop', 'note'} # watched, evaluated and named otherwise, it is the same
-    return {k: (then.get(k), now.get(k)) for k in sorted({*now, *then} - seen_only) if then.get(k) != now.get(k)}
+    # watched, evaluated and named otherwise, it is the same
+    seen_only = {'resume', 'tracker', 'project', 'experiment', 'test', 'loop', 'note'}
+    return {k: (then.get(k), now.get(k)) for k in sorted({*now, *then} - seen_only)
+            if then.get(k) != now.get(k)}
 
 def resume_from(
     config:TrainingConfig, # with `resume` set
@@ -258,15 +285,23 @@ def resume_from(
     "Find what to go on from."
     if config.resume == 'none': return None
     if config.resume == 'auto':
-        found = [run for run in list_runs(name) if not run.finished and not same_training(config, run) and last_checkpoint(run)]
+        found = [run for run in list_runs(name) if not run.finished
+                 and not same_training(config, run) and last_checkpoint(run)]
         return (found[-1], last_checkpoint(found[-1])) if found else None
     run = find_run(config.resume)
     differing = same_training(config, run)
     if {'gpus', 'processes'} & differing.keys():
-        raise ValueError(f"a run is resumed by as many processes as began it, for each has its own random state, got {differing} (then, now) against {run.name}")
+        raise ValueError(
+            "a run is resumed by as many processes as began it, for each has its own random "
+            f"state, got {differing} (then, now) against {run.name}")
     if differing:
-        raise ValueError(f"a resumed run must have the same config, got {differing} (then, now) against {run.name}; start a new run or use its values")
-    if last_checkpoint(run) is None: raise FileNotFoundError(f"resuming needs a complete checkpoint, got none in {run.path/'checkpoints'}; start a new run")
+        raise ValueError(
+            f"a resumed run must have the same config, got {differing} (then, now) against "
+            f"{run.name}; start a new run or use its values")
+    if last_checkpoint(run) is None:
+        raise FileNotFoundError(
+            f"resuming needs a complete checkpoint, got none in {run.path/'checkpoints'}; start a "
+            "new run")
     return run, last_checkpoint(run)
 
 # %% ../../nbs/lab/30_trainer.ipynb #4584e6e7
@@ -285,12 +320,18 @@ def fit(
     clock = Clock(total, config.minutes)
     every = max(1, len(validation) // config.eval_windows)
     looked_at = Subset(validation, range(0, len(validation), every)[:config.eval_windows])
-    tracker = open_tracker('none' if rank() else config.tracker, run, config.project, config.experiment)
-    callbacks = [Budget(clock, config.stop_ppl), Recorder(run, clock, show, tracker), Sealer(), *callbacks]
+    tracker = open_tracker('none' if rank() else config.tracker, run, config.project,
+                           config.experiment)
+    callbacks = [Budget(clock, config.stop_ppl), Recorder(run, clock, show, tracker), Sealer(),
+                 *callbacks]
     if config.patience: callbacks.append(EarlyStoppingCallback(config.patience))
-    trainer = RecordingTrainer(config, clock, model=model, args=training_arguments(config, run.path/'checkpoints', total),
+    trainer = RecordingTrainer(config, clock, model=model,
+        args=training_arguments(config, run.path/'checkpoints', total),
         train_dataset=train, eval_dataset=looked_at, callbacks=callbacks)
-    if trainer.args.world_size != config.world: raise RuntimeError(f"{config.world} processes must train together, got a world of {trainer.args.world_size}")
+    if trainer.args.world_size != config.world:
+        raise RuntimeError(
+            f"{config.world} processes must train together, got a world of "
+            f"{trainer.args.world_size}")
     for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
     logging.disable_progress_bar()
     if origin: clock.start(take_over(run, *origin))
@@ -299,7 +340,8 @@ def fit(
     logging.set_verbosity_error()  # its warnings are about what this page decides
     try:
         with tracker:
-            for row in [row for row in run.history if 'step' in row]: tracker.log(**row)  # of the interrupted run
+            # of the interrupted run
+            for row in [row for row in run.history if 'step' in row]: tracker.log(**row)
             trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
     finally: logging.set_verbosity(level)
     if hasattr(getattr(model, 'config', None), 'use_cache'): model.config.use_cache = True
@@ -329,6 +371,7 @@ def save_model(
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     if tokenizer is not None: tokenizer.save_pretrained(part)
-    if run.checkpoint.exists(): raise FileExistsError(f"a run is written once, and {run.checkpoint} exists; start another")
+    if run.checkpoint.exists():
+        raise FileExistsError(f"a run is written once, and {run.checkpoint} exists; start another")
     os.replace(part, run.checkpoint)
     return run.checkpoint

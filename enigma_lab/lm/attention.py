@@ -11,14 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-torch.set_flush_denormal(True)  # far tokens have denormal weights, which CPUs handle slowly; must precede the first parallel operation
+# far tokens have denormal weights, which CPUs handle slowly; must precede the first parallel
+# operation
+torch.set_flush_denormal(True)
 
 # %% ../../nbs/lm/20_attention.ipynb #8399b700
 def alibi_slopes(num_heads:int)->Tensor: # (num_heads,) float32, from large to small
     "One slope for each head: `2^(-8h/H)` (ALiBi, arXiv:2108.12409, section 3)."
     return 2. ** (-8. * torch.arange(1, num_heads+1) / num_heads)
 
-def rounded_slopes(num_heads:int, head_dim:int)->Tensor: # μ = slope * D^.5 (H,) float32, exact in bfloat16
+def rounded_slopes(
+    num_heads:int, # μ = slope * D^.5 (H,) float32, exact in bfloat16
+    head_dim:int,
+)->Tensor:
     "Slopes in units of the unscaled scores."
     return (alibi_slopes(num_heads) * head_dim**.5).bfloat16().float()
 
@@ -31,9 +36,12 @@ def alibi_dims(
     dtype:torch.dtype=torch.float32, # of queries and keys
 )->tuple[Tensor,Tensor]: # for queries (B, H, T, 3) and for keys (B, 1, T, 3)
     "What to append to queries and keys so that their dot product, times `D^-0.5`, gains `-slope * (i - j)`."
-    mu = rounded_slopes(num_heads, head_dim).to(positions.device)[:, None]                         # (H, 1)
-    i = positions[:, None].float()                                                                 # (B, 1, T)
-    q = torch.stack([(256*mu).expand(len(i), -1, i.shape[-1]), mu.expand(len(i), -1, i.shape[-1]), -mu*i], -1)
+    # (H, 1)
+    mu = rounded_slopes(num_heads, head_dim).to(positions.device)[:, None]
+    # (B, 1, T)
+    i = positions[:, None].float()
+    q = torch.stack([(256*mu).expand(len(i), -1, i.shape[-1]), mu.expand(len(i), -1, i.shape[-1]),
+                     -mu*i], -1)
     k = torch.stack([positions // 256, positions % 256, torch.ones_like(positions)], -1)[:, None]
     return q.to(dtype), k.to(dtype)
 
@@ -47,7 +55,8 @@ def alibi_mask(
     "Distances and causality as what is added to the scores (ALiBi, arXiv:2108.12409, figure 3)."
     i = torch.arange(length, device=device)
     distance = (i[:, None] - i).float()
-    return (-rounded_slopes(num_heads, head_dim).to(distance.device)[:, None, None] * head_dim**-.5 * distance).masked_fill(distance < 0, -torch.inf)[None]
+    return (-rounded_slopes(num_heads, head_dim).to(distance.device)[:, None, None] * head_dim**-.5
+            * distance).masked_fill(distance < 0, -torch.inf)[None]
 
 # %% ../../nbs/lm/20_attention.ipynb #7ddf50be
 def append_alibi(
@@ -71,12 +80,15 @@ def causal_attention(
     "Attention that sees no later key, by torch's fused kernels."
     T, S = q.shape[-2], k.shape[-2]
     if callable(dropout):
-        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if mask is None else mask
+        seen = (torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if mask is None
+                else mask)
         weights = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf).softmax(-1)
         return (dropout(weights.masked_fill(~seen.any(-1, keepdim=True), 0.)) @ v).to(q.dtype)
     if mask is None:
-        if T not in (1, S): raise ValueError(f"several queries ({T}) after a prefix of keys ({S}) need a mask")
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1, scale=scale)
+        if T not in (1, S):
+            raise ValueError(f"several queries ({T}) after a prefix of keys ({S}) need a mask")
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1,
+                                              scale=scale)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return out if mask.is_floating_point() else out.masked_fill(~mask.any(-1, keepdim=True), 0.)
 
@@ -90,7 +102,8 @@ def causal_alibi_attention(
     "Causal attention with ALiBi, all in one (the model shares the appended numbers between its layers)."
     H, D = q.shape[1], q.shape[-1]
     q_front, k_front = alibi_dims(positions, H, D, q.dtype)
-    return causal_attention(append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v), D**-.5)[..., :D]
+    return causal_attention(append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v),
+                            D**-.5)[..., :D]
 
 # %% ../../nbs/lm/20_attention.ipynb #a8a4282a
 def alibi_weights(
@@ -101,6 +114,7 @@ def alibi_weights(
 )->Tensor: # (B, H, T, T) float64, rows sum to 1
     "Attention weights by the definition: `softmax(q·k / sqrt(D) - slope |i - j|)` (ALiBi, arXiv:2108.12409, eq. in section 3)."
     distance = (positions[:, :, None] - positions[:, None, :])[:, None].double()
-    scores = q.double() @ k.double().mT * q.shape[-1]**-.5 - alibi_slopes(q.shape[1]).double()[:, None, None] * distance.abs()
+    scores = q.double() @ k.double().mT * q.shape[-1]**-.5 - alibi_slopes(q.shape[1]).double()[
+        :, None, None] * distance.abs()
     if causal: scores = scores.masked_fill(distance < 0, -torch.inf)
     return scores.softmax(-1)

@@ -13,21 +13,30 @@ import lzma
 # %% ../../nbs/lm/45_baselines.ipynb #84db41bc
 def _xz(data):
     span = max(1 << 16, 1 << len(data).bit_length()) # bytes: a power of two larger than the text
-    return lzma.compress(data, format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, dict_size=span)])
+    return lzma.compress(data, format=lzma.FORMAT_RAW,
+                         filters=[dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME,
+                                       dict_size=span)])
 
 def _ppmd5(data):
     try: import pyppmd
-    except ImportError: raise ImportError("ppmd5 needs the package pyppmd; install the extra `bench`: pip install 'enigma_lab[bench]'") from None
+    except ImportError:
+        raise ImportError(
+            "ppmd5 needs the package pyppmd; install the extra `bench`: pip install "
+            "'enigma_lab[bench]'") from None
     return pyppmd.compress(data, max_order=5, mem_size=1 << 28, variant='H')
 
-compressors = dict(gzip=lambda data: gzip.compress(data, 9, mtime=0), bz2=lambda data: bz2.compress(data, 9), xz=_xz, ppmd5=_ppmd5)
+compressors = dict(gzip=lambda data: gzip.compress(data, 9, mtime=0),
+                   bz2=lambda data: bz2.compress(data, 9), xz=_xz, ppmd5=_ppmd5)
 
 # %% ../../nbs/lm/45_baselines.ipynb #7864c552
 def join_documents(
     documents:list[str], # texts
 )->bytes: # UTF-8, a zero byte after each document
     "What a compressor reads."
-    if isinstance(documents, str): raise ValueError(f"documents must be a list of texts, got one text of {len(documents)} characters; put it in a list")
+    if isinstance(documents, str):
+        raise ValueError(
+            f"documents must be a list of texts, got one text of {len(documents)} characters; put "
+            "it in a list")
     return b''.join(text.encode() + b'\0' for text in documents)
 
 def compressor_bits(
@@ -40,6 +49,8 @@ def compressor_bits(
         raise ValueError(f"names must be among {list(compressors)}, got {unknown}")
     before, behind = join_documents(train), join_documents(test)
     characters = sum(map(len, test))
-    if not characters: raise ValueError(f"a test text must have at least one character, got {len(test)} empty documents")
+    if not characters:
+        raise ValueError(
+            f"a test text must have at least one character, got {len(test)} empty documents")
     bits = lambda compress: 8 * (len(compress(before + behind)) - len(compress(before)))
     return {name: bits(compressors[name]) / characters for name in names}

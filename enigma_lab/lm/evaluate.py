@@ -24,15 +24,18 @@ def token_nll(
     batch_size:int=16, # windows of a forward pass
 )->Tensor: # (N,) nats of each token after the first
     "Code length of every token, each scored once, in overlapping windows."
-    if not 0 < stride <= window: raise ValueError(f"stride must lie in 1 … window={window}, got {stride}")
+    if not 0 < stride <= window:
+        raise ValueError(f"stride must lie in 1 … window={window}, got {stride}")
     N = len(ids) - 1
     if N < 1: raise ValueError(f"scoring needs at least two tokens, got {len(ids)}")
-    begins = [0] if N <= window else [*range(0, N - window, stride), N - window]  # the last window ends with the text
+    # the last window ends with the text
+    begins = [0] if N <= window else [*range(0, N - window, stride), N - window]
     nll = torch.full((N,), torch.nan)
     for part in [begins[i:i+batch_size] for i in range(0, len(begins), batch_size)]:
         x = torch.stack([ids[b:b+window+1] for b in part]).to(model.device)
         logits = model(x[:, :-1], use_cache=False).logits.float()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction='none').view(len(part), -1).cpu()
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(),
+                                                   reduction='none').view(len(part), -1).cpu()
         for b, row in zip(part, losses):
             new = nll[b:b+window].isnan()  # what no earlier window has scored
             nll[b:b+window][new] = row[new]
@@ -47,12 +50,15 @@ def evaluate_text(
 )->dict: # bits_per_char, nats_per_token, perplexity, tokens, characters, window, stride
     "Bits per character of documents, end to end."
     window, eos = model.config.max_position_embeddings, tokenizer.eos_token_id
-    ids = torch.tensor([eos, *(i for text in encode_texts(tokenizer, documents) for i in [*text, eos])])
+    ids = torch.tensor([eos,
+                        *(i for text in encode_texts(tokenizer, documents) for i in [*text, eos])])
     was, stride, characters = model.training, stride or max(1, window//2), sum(map(len, documents))
-    if not characters: raise ValueError(f"evaluation needs text, got {len(documents)} empty documents")
+    if not characters:
+        raise ValueError(f"evaluation needs text, got {len(documents)} empty documents")
     nll = token_nll(model.eval(), ids, window, stride).double()
     model.train(was)
-    return dict(bits_per_char=nll.sum().item() / math.log(2) / characters, nats_per_token=nll.mean().item(), perplexity=nll.mean().exp().item(),
+    return dict(bits_per_char=nll.sum().item() / math.log(2) / characters,
+                nats_per_token=nll.mean().item(), perplexity=nll.mean().exp().item(),
                 tokens=len(nll), characters=characters, window=window, stride=stride)
 
 # %% ../../nbs/lm/48_evaluate.ipynb #6478b2e4
@@ -64,7 +70,8 @@ def machine_report(
     "Reconstruction errors and condition of the machine, on the embeddings that it really enciphers."
     enigma = model.model.enigma
     if enigma is None: return {}
-    rows, context = model.model.embed_tokens.weight.detach().cpu(), positions or model.config.max_len
+    rows, context = (model.model.embed_tokens.weight.detach().cpu(),
+                     positions or model.config.max_len)
     report = {}
     for name, dtype in dict(f32=torch.float32, f64=torch.float64).items():
         machine, worst, size = copy.deepcopy(enigma).to('cpu', dtype).eval(), 0., 0.
@@ -72,5 +79,6 @@ def machine_report(
             x, p = rows.to(dtype), torch.full((len(rows),), t)
             back = machine.inverse(machine(x, p), p)
             worst, size = max(worst, (back - x).abs().max().item()), max(size, x.abs().max().item())
-        report |= {f'reconstruction_max_error_{name}': worst, f'reconstruction_relative_error_{name}': worst / size}
+        report |= {f'reconstruction_max_error_{name}': worst,
+                   f'reconstruction_relative_error_{name}': worst / size}
     return report | dict(machine_condition_number=max(condition_numbers(enigma), default=1.))

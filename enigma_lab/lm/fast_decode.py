@@ -31,11 +31,15 @@ class LayerWeights:
         layer, # a `Block`
         dtype:torch.dtype, # to compute in
     ):
-        a, m, cast = layer.attn, layer.mlp, lambda *tensors: torch.cat([t.detach() for t in tensors]).to(dtype)
+        a, m, cast = layer.attn, layer.mlp, lambda *tensors: torch.cat(
+            [t.detach() for t in tensors]).to(dtype)
         readers = a.q_proj, a.k_proj, a.v_proj
-        root = len(a.norm.weight)**.5                                                                # a norm divides by size / root
-        self.least = torch.full((1, 1), root * a.norm.eps**.5, device=a.q_proj.weight.device, dtype=dtype)
-        self.qkv = cast(*(r.weight * a.norm.weight * root for r in readers)), cast(*(r.bias for r in readers))
+        # a norm divides by size / root
+        root = len(a.norm.weight)**.5
+        self.least = torch.full((1, 1), root * a.norm.eps**.5, device=a.q_proj.weight.device,
+                                dtype=dtype)
+        self.qkv = cast(*(r.weight * a.norm.weight * root for r in readers)), cast(
+            *(r.bias for r in readers))
         self.up = cast(m.up_proj.weight * m.norm.weight * root), cast(m.up_proj.bias)
         self.out, self.down = ((cast(w.weight), cast(w.bias)) for w in (a.o_proj, m.down_proj))
 
@@ -52,7 +56,9 @@ def flatten(
     "The parts of a route with the parts of routes inside it, in the order of the signal."
     for part, ahead in route:
         if not isinstance(part, CompositeBijection): yield part, ahead
-        else: yield from flatten(part.route() if ahead else [(p, not a) for p, a in reversed(part.route())])
+        else:
+            yield from flatten(part.route()
+                               if ahead else [(p, not a) for p, a in reversed(part.route())])
 
 def couple(
     block:RevBlock, # a reversible block
@@ -79,17 +85,22 @@ class CompiledBijection:
         self.runs, self.known = [], {}
         for part, ahead in flatten([(machine, ahead)]):
             last = self.runs[-1] if self.runs else []
-            a_wheel_each = isinstance(part, SteppingRotor) and any(isinstance(p, SteppingRotor) for p, _ in last)
-            if not last or a_wheel_each or isinstance(part, RevBlock) or isinstance(last[-1][0], RevBlock): self.runs.append([])
+            a_wheel_each = (isinstance(part, SteppingRotor)
+                            and any(isinstance(p, SteppingRotor) for p, _ in last))
+            if not last or a_wheel_each or isinstance(part, RevBlock) or isinstance(
+                last[-1][0], RevBlock):
+                self.runs.append([])
             self.runs[-1].append((part, ahead))
 
     def __call__(self, x, t): # (B, d), int -> (B, d)
         for i, run in enumerate(self.runs):
-            x = couple(*run[0], x) if isinstance(run[0][0], RevBlock) else x @ self.matrix(i, run, t, x)
+            x = (couple(*run[0], x) if isinstance(run[0][0], RevBlock)
+                 else x @ self.matrix(i, run, t, x))
         return x
 
     def matrix(self, i, run, t, x): # (d, d), whose rows are what becomes of each channel
-        stand = i, *(odometer(t, wheel.place, wheel.num_positions, wheel.key) for wheel, _ in run if isinstance(wheel, SteppingRotor))
+        stand = i, *(odometer(t, wheel.place, wheel.num_positions, wheel.key) for wheel, _ in run
+                     if isinstance(wheel, SteppingRotor))
         if stand not in self.known:
             eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
             self.known[stand] = apply_in_order(run, eye, torch.tensor(t, device=x.device))[0]
@@ -103,25 +114,39 @@ class KVCache:
         seen:Tensor, # (B, limit) bool, False for padding on the left
         dtype:torch.dtype, # of keys and values
     ):
-        (B, limit), H, L, D = seen.shape, config.num_heads, config.num_layers, config.dim//config.num_heads
-        width, own = D + ALIBI_DIMS + -(D + ALIBI_DIMS) % 8, slice(ALIBI_DIMS, ALIBI_DIMS + D)       # own: where a head's features lie
-        self.tokens, self.limit, self.seen, self.padded, self.D, self.own = 0, limit, seen, not bool(seen.all()), D, own
-        self.positions = (seen.long().cumsum(-1) - 1).clamp(min=0)                                   # (B, limit)
+        (B, limit), H, L, D = (seen.shape, config.num_heads, config.num_layers,
+                               config.dim//config.num_heads)
+        # own: where a head's features lie
+        width, own = D + ALIBI_DIMS + -(D + ALIBI_DIMS) % 8, slice(ALIBI_DIMS, ALIBI_DIMS + D)
+        self.tokens, self.limit, self.seen, self.padded, self.D, self.own = (
+            0, limit, seen, not bool(seen.all()), D, own)
+        # (B, limit)
+        self.positions = (seen.long().cumsum(-1) - 1).clamp(min=0)
         self.query_front, key_front = alibi_features(config, self.positions, dtype)
-        self.all = seen.new_zeros(L, 2, B, H, limit, width, dtype=dtype)                             # keys and values
+        # keys and values
+        self.all = seen.new_zeros(L, 2, B, H, limit, width, dtype=dtype)
         self.all[:, 0, ..., :ALIBI_DIMS] = key_front
         self.query = seen.new_zeros(B, H, 1, width, dtype=dtype)
-        self.query_own, self.query_alibi = self.query[:, :, 0, own], self.query[..., :ALIBI_DIMS]    # views, made once
-        self.all_own = [layer[..., own].permute(3, 1, 0, 2, 4) for layer in self.all]                # L × (limit, B, 2, H, D)
-        self.keys, self.values = ([layer[j] for layer in self.all] for j in (0, 1))                  # L × (B, H, limit, W)
+        # views, made once
+        self.query_own, self.query_alibi = self.query[:, :, 0, own], self.query[..., :ALIBI_DIMS]
+        # L × (limit, B, 2, H, D)
+        self.all_own = [layer[..., own].permute(3, 1, 0, 2, 4) for layer in self.all]
+        # L × (B, H, limit, W)
+        self.keys, self.values = ([layer[j] for layer in self.all] for j in (0, 1))
 
     def get_seq_length(self): return self.tokens
 
-    def update(self, k, v, layer): # (B, H, T, W) of new tokens, as the modules make them -> of all tokens so far, likewise
+    def update(self,
+        k, # (B, H, T, W) of new tokens, as the modules make them
+        v,
+        layer,
+    ): # of all tokens so far, likewise
         t, end = self.tokens, self.tokens + k.shape[2]
-        self.keys[layer][:, :, t:end], self.values[layer][:, :, t:end, self.own] = k, v[..., :self.D]
+        self.keys[layer][:, :,
+                         t:end], self.values[layer][:, :, t:end, self.own] = k, v[..., :self.D]
         if not t: return k, v
-        return self.keys[layer][:, :, :end], F.pad(self.values[layer][:, :, :end, self.own], (0, v.shape[-1] - self.D))
+        return self.keys[layer][:, :, :end], F.pad(self.values[layer][:, :, :end, self.own],
+                                                   (0, v.shape[-1] - self.D))
 
     def take(self, rows): # int64 (B,), which row of the batch each row goes on from
         self.all[..., :self.tokens, :] = self.all[:, :, rows, :, :self.tokens]
@@ -139,8 +164,11 @@ class Decoder:
         c, base = model.config, model.model
         seen = torch.ones(batch, limit, dtype=torch.bool, device=base.embed_tokens.weight.device)
         if attention_mask is not None: seen[:, :attention_mask.shape[1]] = attention_mask.bool()
-        self.model, self.dtype, self.reversible, self.memory = model, dtype, c.reversible, KVCache(c, seen, dtype)
-        self.by_modules, self.rounded = self.memory.padded or c.exact, partial(snapped, grid=c.grid) if c.exact else lambda h: h # lifted wheels are no matrices
+        self.model, self.dtype, self.reversible, self.memory = model, dtype, c.reversible, KVCache(
+            c, seen, dtype)
+        # lifted wheels are no matrices
+        self.by_modules, self.rounded = self.memory.padded or c.exact, partial(
+            snapped, grid=c.grid) if c.exact else lambda h: h
         self.layers = [LayerWeights(layer, dtype) for layer in base.layers]
         self.way_in = CompiledBijection(base.enigma) if base.enigma is not None else None
         self.way_out = CompiledBijection(base.enigma, False) if c.machine == 'both' else None
@@ -150,16 +178,20 @@ class Decoder:
     def read(self, token, positions): # (B, 1), (B, 1) -> (B, d), enciphered
         base, t = self.model.model, self.memory.tokens
         h = base.embed_tokens(token)
-        if self.by_modules or base.embed_positions is not None: return base.encipher(h, positions)[:, 0]
+        if self.by_modules or base.embed_positions is not None:
+            return base.encipher(h, positions)[:, 0]
         return h[:, 0] if self.way_in is None else self.way_in(h[:, 0], t)
 
     def turn(self, i, x, positions): # the wheel between blocks i and i + 1; (B, 2d)
-        return self.model.model.wheels[i](x, positions[:, 0]) if self.by_modules else self.wheels[i](x, self.memory.tokens)
+        return (self.model.model.wheels[i](x, positions[:, 0]) if self.by_modules
+                else self.wheels[i](x, self.memory.tokens))
 
     def write(self, h, positions): # (B, d), (B, 1) -> logits (B, V)
         base, t = self.model.model, self.memory.tokens
         h = base.norm(h.float())
-        if self.way_out: h = base.decipher(h[:, None], positions)[:, 0] if self.by_modules else self.way_out(h, t + 1)
+        if self.way_out:
+            h = (base.decipher(h[:, None], positions)[:, 0] if self.by_modules
+                 else self.way_out(h, t + 1))
         return F.linear(h.to(self.dtype), self.head).float()
 
 # %% ../../nbs/lm/35_fast_decode.ipynb #f45bbc86
@@ -169,16 +201,22 @@ def prefill(
     prompt:Tensor, # (B, T) int64
 )->Tensor: # (B, V)
     "Read several tokens through the model's modules; the logits after them."
-    base, memory, t, end, mask = decoder.model.model, decoder.memory, decoder.memory.tokens, decoder.memory.tokens + prompt.shape[1], None
-    if end > memory.limit: raise ValueError(f"a decoder remembers limit={memory.limit} tokens, got {end}")
+    base, memory, t, end, mask = (decoder.model.model, decoder.memory, decoder.memory.tokens,
+                                  decoder.memory.tokens + prompt.shape[1], None)
+    if end > memory.limit:
+        raise ValueError(f"a decoder remembers limit={memory.limit} tokens, got {end}")
     positions = memory.positions[:, t:end]
     if t or memory.padded:
-        mask = torch.ones(end - t, end, dtype=torch.bool, device=prompt.device).tril(t) & memory.seen[:, None, None, :end]
+        mask = torch.ones(end - t, end, dtype=torch.bool,
+                          device=prompt.device).tril(t) & memory.seen[:, None, None, :end]
     with torch.autocast(prompt.device.type, decoder.dtype, enabled=decoder.dtype != torch.float32):
         h = base.encipher(base.embed_tokens(prompt), positions)
-        for h in base.through_layers(h, positions, alibi_features(base.config, positions, h.dtype), mask, memory): pass
+        for h in base.through_layers(h, positions, alibi_features(base.config, positions, h.dtype),
+                                     mask, memory):
+            pass
         memory.tokens = end
-        return decoder.model.lm_head(base.decipher(base.norm(h[:, -1:]), positions[:, -1:]))[:, 0].float()
+        return decoder.model.lm_head(base.decipher(base.norm(h[:, -1:]),
+                                                   positions[:, -1:]))[:, 0].float()
 
 # %% ../../nbs/lm/35_fast_decode.ipynb #b08e11a4
 def attend(
@@ -189,10 +227,12 @@ def attend(
 )->Tensor: # (B, d)
     "Attention of the newest token to all so far, itself included."
     (B, dim), t, m = h.shape, memory.tokens, memory
-    qkv = F.linear(w.norm(h), *w.qkv).view(B, 3, -1, m.D)                                            # (B, 3, H, D)
+    # (B, 3, H, D)
+    qkv = F.linear(w.norm(h), *w.qkv).view(B, 3, -1, m.D)
     m.query_own.copy_(qkv[:, 0])
     m.all_own[i][t].copy_(qkv[:, 1:])
-    keys, values = m.keys[i].narrow(2, 0, t + 1), m.values[i].narrow(2, 0, t + 1)                    # (B, H, t + 1, W)
+    # (B, H, t + 1, W)
+    keys, values = m.keys[i].narrow(2, 0, t + 1), m.values[i].narrow(2, 0, t + 1)
     out = F.scaled_dot_product_attention(m.query, keys, values, attn_mask=m.mask, scale=m.D**-.5)
     return F.linear(out[:, :, 0, m.own].reshape(B, dim), *w.out)
 
@@ -208,7 +248,8 @@ def step(
     positions = m.positions[:, t:t+1]
     m.query_alibi.copy_(m.query_front[:, :, t:t+1])
     m.mask = m.seen[:, None, None, :t+1] if m.padded else None
-    x1 = x2 = h = d.rounded(d.read(token, positions)).to(d.dtype)                                    # (B, d)
+    # (B, d)
+    x1 = x2 = h = d.rounded(d.read(token, positions)).to(d.dtype)
     for i, w in enumerate(d.layers):
         if not d.reversible:
             h = h + attend(m, w, h, i)

@@ -21,24 +21,30 @@ from .model import token_positions
 # %% ../../nbs/lm/40_generate.ipynb #b22d3c93
 def check_sampling(temperature:float, top_k:int, top_p:float, repetition_penalty:float=1.):
     "Refuse knobs that mean nothing."
-    if repetition_penalty <= 0: raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}")
+    if repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}")
     if temperature < 0: raise ValueError(f"temperature must be at least 0, got {temperature}")
     if top_k < 0: raise ValueError(f"top_k must be at least 0 (0: keep all), got {top_k}")
     if not 0 < top_p <= 1: raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
 
 def check_prompt(input_ids:Tensor, attention_mask:Tensor|None):
     "Refuse a prompt that cannot be continued."
-    if input_ids.shape[-1] == 0: raise ValueError("generation needs at least one token to begin with, got none")
+    if input_ids.shape[-1] == 0:
+        raise ValueError("generation needs at least one token to begin with, got none")
     if attention_mask is not None and not attention_mask[:, -1].all():
-        raise ValueError("prompts are padded on the left, so that all end together, got padding after the last token; set tokenizer.padding_side='left'")
+        raise ValueError(
+            "prompts are padded on the left, so that all end together, got padding after the last "
+            "token; set tokenizer.padding_side='left'")
 
 def compute_dtype(
     device:torch.device, # where the model is
     precision:str, # 'auto' (bf16 where a GPU has it) | 'fp32' | 'bf16' | 'fp16'
 )->torch.dtype: # of matrix products; solves and log-determinants of the machine stay in float32 or better
     "What a precision means on a device."
-    if precision not in ('auto', 'fp32', 'bf16', 'fp16'): raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {precision!r}")
-    if precision == 'auto': precision = 'bf16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'fp32'
+    if precision not in ('auto', 'fp32', 'bf16', 'fp16'):
+        raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {precision!r}")
+    if precision == 'auto':
+        precision = 'bf16' if device.type == 'cuda' and torch.cuda.is_bf16_supported() else 'fp32'
     return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
 
 # %% ../../nbs/lm/40_generate.ipynb #c3f5ede8
@@ -50,9 +56,13 @@ def next_token_probs(
 )->Tensor: # (..., V), sums to 1
     "Shape a distribution: temperature, then top-k, then top-p (arXiv:1904.09751, section 3.1)."
     check_sampling(temperature, top_k, top_p)
-    if temperature == 0: return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     logits = logits.float() / temperature
-    if top_k: logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:], -torch.inf)
+    if top_k:
+        logits = logits.masked_fill(logits
+                                    < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:],
+                                    -torch.inf)
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, index = probs.sort(-1, descending=True)
@@ -60,10 +70,17 @@ def next_token_probs(
         probs = probs.masked_fill((above >= top_p).scatter(-1, index, above >= top_p), 0.)
     return probs / probs.sum(-1, keepdim=True)
 
-def draw_token(logits:Tensor, temperature:float, top_k:int, top_p:float, generator)->Tensor: # (B, V) -> (B, 1) int64
+def draw_token(
+    logits:Tensor, # (B, V)
+    temperature:float,
+    top_k:int,
+    top_p:float,
+    generator,
+)->Tensor: # (B, 1) int64
     "A token for each row, the likeliest at temperature 0."
     if not temperature: return logits.argmax(-1, keepdim=True)
-    return torch.multinomial(next_token_probs(logits, temperature, top_k, top_p), 1, generator=generator)
+    return torch.multinomial(next_token_probs(logits, temperature, top_k, top_p), 1,
+                             generator=generator)
 
 # %% ../../nbs/lm/40_generate.ipynb #f50049bd
 class CachedModel:
@@ -75,17 +92,25 @@ class CachedModel:
         attention_mask:Tensor|None=None, # (B, T), 0 for padding on the left; `None`: no padding
         dtype:torch.dtype=torch.float32, # to compute in
     ):
-        self.model, self.limit, self.seen, self.dtype, self.cache = model, limit, attention_mask, dtype, None
-        self.decoder = Decoder(model, batch, limit, attention_mask, dtype) if hasattr(getattr(model, 'model', None), 'through_layers') else None
+        self.model, self.limit, self.seen, self.dtype, self.cache = (
+            model, limit, attention_mask, dtype, None)
+        self.decoder = (Decoder(model, batch, limit, attention_mask, dtype)
+                        if hasattr(getattr(model, 'model', None), 'through_layers') else None)
 
     def __call__(self, new:Tensor)->Tensor: # (B, T) int64, the prompt, or what follows it -> (B, V)
         "Read new tokens."
-        if self.decoder: return step(self.decoder, new) if self.decoder.memory.tokens and new.shape[1] == 1 else prefill(self.decoder, new)
+        if self.decoder:
+            return (step(self.decoder, new) if self.decoder.memory.tokens and new.shape[1] == 1
+                    else prefill(self.decoder, new))
         past = self.cache.get_seq_length() if self.cache else 0
-        if self.seen is not None and past: self.seen = torch.cat([self.seen, torch.ones_like(new)], 1)
-        mask = {} if self.seen is None else dict(attention_mask=self.seen, position_ids=token_positions(new, self.seen, None, past))
+        if self.seen is not None and past:
+            self.seen = torch.cat([self.seen, torch.ones_like(new)], 1)
+        mask = ({} if self.seen is None else dict(attention_mask=self.seen,
+                                                  position_ids=token_positions(
+                                                      new, self.seen, None, past)))
         with torch.autocast(new.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.model(new, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **mask)
+            out = self.model(new, past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+                             **mask)
         self.cache = out.past_key_values
         return out.logits[:, -1].float()
 
@@ -98,7 +123,9 @@ class CachedModel:
 
     def begin_again(self, text): # (B, T), the newest tokens; what came before is forgotten
         "A new window that begins with `text`."
-        seen = self.seen if self.seen is None else F.pad(self.seen, (0, self.limit), value=1)[:, :self.limit + 1][:, -text.shape[1]:]
+        seen = (self.seen if self.seen is None
+                else F.pad(self.seen, (0, self.limit),
+                           value=1)[:, :self.limit + 1][:, -text.shape[1]:])
         return CachedModel(self.model, len(text), self.limit, seen, self.dtype)
 
 # %% ../../nbs/lm/40_generate.ipynb #c4db6c8b
@@ -131,7 +158,8 @@ def generate_tokens(
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
     limit = model.config.max_position_embeddings
     text = new = input_ids[:, -limit:]
-    read = CachedModel(model, len(text), limit, None if attention_mask is None else attention_mask[:, -limit:], compute_dtype(input_ids.device, precision))
+    read = CachedModel(model, len(text), limit, None if attention_mask is None
+                       else attention_mask[:, -limit:], compute_dtype(input_ids.device, precision))
     for _ in range(max_new_tokens):
         logits = penalise(read(new), text, repetition_penalty)
         new = draw_token(logits, temperature, top_k, top_p, generator)
@@ -151,9 +179,11 @@ def generate(
 )->Tensor: # (B, T + new): a finished row is filled up with its end token
     "Prompt and continuation, as transformers' `generate` gives them."
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    eos = torch.tensor(eos if isinstance(eos, list) else [] if eos is None else [eos], device=input_ids.device, dtype=torch.long)
+    eos = torch.tensor(eos if isinstance(eos, list) else [] if eos is None else [eos],
+                       device=input_ids.device, dtype=torch.long)
     if num_beams > 1: return beam_search(model, input_ids, num_beams, eos, **kwargs)
-    pieces, done = [input_ids], torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    pieces, done = [input_ids], torch.zeros(len(input_ids), dtype=torch.bool,
+                                            device=input_ids.device)
     for token in generate_tokens(model, input_ids, **kwargs):
         if len(eos): token = torch.where(done, eos[0], token)
         pieces.append(token[:, None])
@@ -200,25 +230,37 @@ def beam_search(
     "The likeliest continuation that k beams find (Graves, arXiv:1211.3711, algorithm 1)."
     check_prompt(input_ids, attention_mask)
     (B, T), k, limit = input_ids.shape, num_beams, model.config.max_position_embeddings
-    if T + max_new_tokens > limit: raise ValueError(f"beams compare whole texts, so prompt and new tokens must fit into {limit}, got {T} + {max_new_tokens}")
+    if T + max_new_tokens > limit:
+        raise ValueError(
+            f"beams compare whole texts, so prompt and new tokens must fit into {limit}, got {T} + "
+            f"{max_new_tokens}")
     mask = None if attention_mask is None else attention_mask.repeat_interleave(k, 0)
     read, new = CachedModel(model, B*k, T + max_new_tokens, mask), input_ids.repeat_interleave(k, 0)
-    running, scores = new.view(B, k, T), torch.tensor([0.] + [-1e9]*(k-1), device=new.device).repeat(B, 1)
+    running, scores = new.view(B, k, T), torch.tensor([0.] + [-1e9]*(k-1),
+                                                      device=new.device).repeat(B, 1)
     fill = eos[0].item() if len(eos) else 0
-    best, best_scores, is_text = F.pad(running, (0, max_new_tokens), value=fill), torch.full_like(scores, -1e9), torch.zeros_like(scores, dtype=torch.bool)
+    best, best_scores, is_text = F.pad(running, (0, max_new_tokens), value=fill), torch.full_like(
+        scores, -1e9), torch.zeros_like(scores, dtype=torch.bool)
     improving = torch.ones(B, 1, dtype=torch.bool, device=new.device)
     for n in range(1, max_new_tokens + 1):
         logp = penalise(read(new).log_softmax(-1), running.flatten(0, 1), repetition_penalty)
-        texts, top, origin = extend(running, scores, logp, max(2, 1 + len(eos)) * k)  # enough to go on with if the first k end
+        # enough to go on with if the first k end
+        texts, top, origin = extend(running, scores, logp, max(2, 1 + len(eos)) * k)
         ended = torch.isin(texts[..., -1], eos) | (n == max_new_tokens)
         chosen = (top - 1e9*ended).topk(k).indices                                 # these run on,
         running, scores = pick(texts, chosen), (top - 1e9*ended).gather(1, chosen)
-        counts = ended & (torch.arange(top.shape[1], device=top.device) < k)       # and these are done
+        # and these are done
+        counts = ended & (torch.arange(top.shape[1], device=top.device) < k)
         value = top / n**length_penalty - 1e9*(~counts) - 1e9*(~improving)
-        best, best_scores, is_text = keep_best((best, best_scores, is_text), (F.pad(texts, (0, max_new_tokens - n), value=fill), value, counts))
-        improving &= (scores[:, :1] / n**length_penalty > torch.where(is_text, best_scores.min(1, keepdim=True).values, -1e9)).any(1, keepdim=True)
+        best, best_scores, is_text = keep_best((best, best_scores, is_text),
+                                               (F.pad(texts, (0, max_new_tokens - n), value=fill),
+                                                value, counts))
+        improving &= (scores[:, :1] / n**length_penalty
+                      > torch.where(is_text, best_scores.min(1, keepdim=True).values,
+                                    -1e9)).any(1, keepdim=True)
         if not improving.any() or ended.all(): break
-        read.take((origin.gather(1, chosen) + k*torch.arange(B, device=new.device)[:, None]).flatten())
+        read.take((origin.gather(1, chosen)
+                   + k*torch.arange(B, device=new.device)[:, None]).flatten())
         new = running[:, :, -1].reshape(-1, 1)
     return best[:, 0, :T + n]
 
@@ -226,7 +268,8 @@ def beam_search(
 class StreamingDetokenizer:
     "Turn the tokens of one text into pieces of text."
     def __init__(self, tokenizer, stop:tuple=()): # stop: strings that end the text
-        self.tokenizer, self.stop, self.tokens, self.shown, self.done = tokenizer, stop, [], 0, False
+        self.tokenizer, self.stop, self.tokens, self.shown, self.done = (
+            tokenizer, stop, [], 0, False)
         self.hold = max(map(len, stop), default=1) - 1
 
     def add(self, token:int)->str: # what can be shown now, perhaps nothing
@@ -236,7 +279,8 @@ class StreamingDetokenizer:
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
         if cut := [text.index(s) for s in self.stop if s in text]: return self.end(text[:min(cut)])
-        unfinished = min(3, len(text) - len(text.rstrip('\ufffd')))  # bytes of a character yet to be completed
+        # bytes of a character yet to be completed
+        unfinished = min(3, len(text) - len(text.rstrip('\ufffd')))
         return self.show(text, len(text) - max(self.hold, unfinished))
 
     def show(self, text, upto):
@@ -245,7 +289,8 @@ class StreamingDetokenizer:
         return piece
 
     def end(self, text=None): # the last piece
-        self.done, text = True, self.tokenizer.decode(self.tokens, skip_special_tokens=True) if text is None else text
+        self.done, text = True, self.tokenizer.decode(self.tokens,
+                                                      skip_special_tokens=True) if text is None else text
         return self.show(text, len(text))
 
 # %% ../../nbs/lm/40_generate.ipynb #0bce3914
@@ -259,12 +304,19 @@ def stream(
 )->Iterator: # pieces whose concatenation is the continuation; for several prompts a list of pieces at a time
     "Continue a text, piece by piece."
     from enigma_lab.data.text import encode_texts
-    if num_beams != 1: raise ValueError(f"streaming shows what is final, and beams may replace it, got num_beams={num_beams}; use generate")
+    if num_beams != 1:
+        raise ValueError(
+            f"streaming shows what is final, and beams may replace it, got num_beams={num_beams}; "
+            "use generate")
     if len(tokenizer) != model.config.vocab_size:
-        raise ValueError(f"tokenizer and model must have the same vocabulary, got {len(tokenizer)} rows and {model.config.vocab_size}")
-    rows = [ids or [tokenizer.eos_token_id] for ids in encode_texts(tokenizer, [prompt] if isinstance(prompt, str) else prompt)]
+        raise ValueError(
+            f"tokenizer and model must have the same vocabulary, got {len(tokenizer)} rows and "
+            f"{model.config.vocab_size}")
+    rows = [ids or [tokenizer.eos_token_id]
+            for ids in encode_texts(tokenizer, [prompt] if isinstance(prompt, str) else prompt)]
     longest = max(map(len, rows))
-    ids, mask = (torch.tensor([[fill]*(longest - len(row)) + (row if own else [1]*len(row)) for row in rows], device=model.device)
+    ids, mask = (torch.tensor([[fill]*(longest - len(row)) + (row if own else [1]*len(row))
+                               for row in rows], device=model.device)
                  for fill, own in ((tokenizer.pad_token_id or 0, True), (0, False)))
     spellers = [StreamingDetokenizer(tokenizer, stop) for _ in rows]
     give = lambda pieces: pieces[0] if isinstance(prompt, str) else pieces
@@ -282,16 +334,20 @@ class PrefixCache:
         model, # a causal language model, in eval mode
         precision:str='fp32', # 'auto' | 'fp32' | 'bf16' | 'fp16'
     ):
-        self.model, self.limit, self.ids, self.stepper = model, model.config.max_position_embeddings, [], None
+        self.model, self.limit, self.ids, self.stepper = (
+            model, model.config.max_position_embeddings, [], None)
         self.dtype = compute_dtype(model.device, precision)
 
     def __call__(self, ids:list[int])->Tensor: # a whole text -> (V,), the logits after it
         "Read what is new."
-        same = next((i for i, (a, b) in enumerate(zip(self.ids, ids)) if a != b), min(len(self.ids), len(ids)))
+        same = next((i for i, (a, b) in enumerate(zip(self.ids, ids)) if a != b),
+                    min(len(self.ids), len(ids)))
         same = min(same, len(ids) - 1)
-        if self.stepper is None or not same: self.stepper, same = CachedModel(self.model, 1, self.limit, dtype=self.dtype), 0
+        if self.stepper is None or not same:
+            self.stepper, same = CachedModel(self.model, 1, self.limit, dtype=self.dtype), 0
         elif same < len(self.ids): self.stepper.keep(same)
-        self.ids = self.ids[:same]                                          # what holds should the model be interrupted
+        # what holds should the model be interrupted
+        self.ids = self.ids[:same]
         logits = self.stepper(torch.tensor([ids[same:]], device=self.model.device))[0]
         self.ids = list(ids)
         return logits
@@ -306,14 +362,20 @@ def fit_context(
     "The newest turns that fit."
     from enigma_lab.data.instruct import encode_chat
     if not messages or messages[-1]['role'] != 'user' or not messages[-1]['content'].strip():
-        raise ValueError(f"a reply needs a conversation that ends with a user's turn that says something, got {messages[-1:]}")
+        raise ValueError(
+            "a reply needs a conversation that ends with a user's turn that says something, got "
+            f"{messages[-1:]}")
     first = sum(1 for _ in takewhile(lambda m: m['role'] == 'system', messages))
-    system, turns = encode_chat(tokenizer, messages[:first])[0], [encode_chat(tokenizer, [m])[0] for m in messages[first:]]
+    system, turns = encode_chat(tokenizer,
+                                messages[:first])[0], [encode_chat(tokenizer, [m])[0]
+                                                       for m in messages[first:]]
     mark, begin = encode_chat(tokenizer, [], reply=True)[0], 0
     size = lambda end: len(system) + sum(map(len, turns[begin:end])) + len(mark)
     for end in range(1, len(turns) + 1):
         if size(end) <= limit - room: continue
-        while begin < end - 1 and (size(end) > limit//2 or messages[first + begin]['role'] != 'user'): begin += 1
+        while begin < end - 1 and (size(end) > limit//2 or messages[first + begin]['role']
+                                   != 'user'):
+            begin += 1
     ids = [*system, *(t for turn in turns[begin:] for t in turn)]
     return [*ids[-(limit - room - len(mark)):], *mark], begin
 
@@ -335,14 +397,20 @@ def stream_reply(
     from enigma_lab.data.instruct import role_tokens
     check_sampling(temperature, top_k, top_p, repetition_penalty)
     memory = memory or PrefixCache(model)
-    if memory.model is not model: raise ValueError("a memory belongs to one model, got another's; begin with a new Reading(model)")
+    if memory.model is not model:
+        raise ValueError(
+            "a memory belongs to one model, got another's; begin with a new Reading(model)")
     ids, _ = fit_context(tokenizer, messages, memory.limit, min(max_new_tokens, memory.limit//2))
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    ends, speller = {tokenizer.eos_token_id, *role_tokens(tokenizer).values()}, StreamingDetokenizer(tokenizer)
+    ends, speller = {tokenizer.eos_token_id,
+                     *role_tokens(tokenizer).values()}, StreamingDetokenizer(tokenizer)
     for _ in range(min(max_new_tokens, memory.limit - len(ids))):
-        logits = penalise(memory(ids)[None], torch.tensor([ids], device=model.device), repetition_penalty)
+        logits = penalise(memory(ids)[None], torch.tensor([ids], device=model.device),
+                          repetition_penalty)
         token = draw_token(logits, temperature, top_k, top_p, generator)
-        if log_probs is not None: log_probs.append((tokenizer.convert_ids_to_tokens(token.item()), logits.log_softmax(-1)[0, token.item()].item()))
+        if log_probs is not None:
+            log_probs.append((tokenizer.convert_ids_to_tokens(token.item()),
+                              logits.log_softmax(-1)[0, token.item()].item()))
         if token.item() in ends: break
         ids = [*ids, token.item()]
         if piece := speller.add(token.item()): yield piece

@@ -38,9 +38,11 @@ def untie(
 )->EnigmaForCausalLM: # the same
     "Give the head a matrix of its own."
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=model.lm_head.weight.requires_grad)
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(),
+                                            requires_grad=model.lm_head.weight.requires_grad)
         model.config.tie_word_embeddings = False
-        model._keys_to_ignore_on_save, model.all_tied_weights_keys = None, {} # it is saved from now on
+        # it is saved from now on
+        model._keys_to_ignore_on_save, model.all_tied_weights_keys = None, {}
     return model
 
 @contextmanager
@@ -48,7 +50,8 @@ def quiet():
     "peft warns of what is decided here: old names of transformers, and a head that it takes for an embedding."
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='peft')
-        warnings.filterwarnings('ignore', '.is_gradient_checkpointing. is deprecated', FutureWarning)
+        warnings.filterwarnings('ignore', '.is_gradient_checkpointing. is deprecated',
+                                FutureWarning)
         yield
 
 # %% ../../nbs/lm/60_lora.ipynb #6609b0c6
@@ -66,7 +69,10 @@ def add_lora(
     if head: untie(model)
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=[*PROJECTIONS, *['lm_head']*head], task_type='CAUSAL_LM'))
+        return peft.get_peft_model(model,
+                                   peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
+                                                   target_modules=[*PROJECTIONS, *['lm_head']*head],
+                                                   task_type='CAUSAL_LM'))
 
 def merged(
     model, # a `PeftModel`, which stays as it is
@@ -80,7 +86,9 @@ def trainable_card(
 )->dict: # counts, and the share of the base's parameters
     "What learns, beside what the base has."
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    own = sum(p.numel() for name, p in model.named_parameters() if 'lora_' not in name and not name.endswith('lm_head.base_layer.weight')) # a copy of the embedding
+    # a copy of the embedding
+    own = sum(p.numel() for name, p in model.named_parameters() if 'lora_' not in name
+              and not name.endswith('lm_head.base_layer.weight'))
     return dict(trainable=learns, base=own, share=learns/own)
 
 # %% ../../nbs/lm/60_lora.ipynb #3e603d45
@@ -88,7 +96,9 @@ def fingerprint(
     model:nn.Module, # any
 )->str: # 16 hexadecimal digits
     "A digest of every parameter; a tied matrix counts once, whatever it is called."
-    sums = sorted({hashlib.sha256(p.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest() for p in model.parameters()})
+    sums = sorted(
+        {hashlib.sha256(p.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+         for p in model.parameters()})
     return hashlib.sha256(''.join(sums).encode()).hexdigest()[:16]
 
 def save_adapter(
@@ -104,7 +114,9 @@ class Saving:
     "What `save_model` asks for, for an adapter."
     def __init__(self, model, base): self.model, self.base = model, base
     def save_pretrained(self, path):
-        for adapter in self.model.peft_config.values(): adapter.base_model_name_or_path = self.base['run'] # not where it lay on this machine
+        # not where it lay on this machine
+        for adapter in self.model.peft_config.values():
+            adapter.base_model_name_or_path = self.base['run']
         self.model.save_pretrained(path, save_embedding_layers=False)
         write_json(Path(path)/'base.json', self.base)
 
@@ -119,18 +131,33 @@ def load_adapted(
     from transformers import AutoTokenizer
     run = run if isinstance(run, Run) else find_run(run, 'train_lora')
     path = run.checkpoint
-    if (path/'config.json').is_file(): return EnigmaForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path) # tuned as a whole, or merged
-    missing = [name for name in ('adapter_config.json', 'adapter_model.safetensors', 'base.json') if not (path/name).is_file()]
-    if missing: raise FileNotFoundError(f"an adapter's folder must hold {missing}, which are missing in {path}; tune again, or name another run")
-    try: named, targets = json.loads((path/'base.json').read_text()), json.loads((path/'adapter_config.json').read_text())['target_modules']
-    except (ValueError, KeyError) as e: raise ValueError(f"an adapter's folder must be as it was saved, got {type(e).__name__}: {e} in {path}") from None
+    # tuned as a whole, or merged
+    if (path/'config.json').is_file():
+        return EnigmaForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    missing = [name for name in ('adapter_config.json', 'adapter_model.safetensors', 'base.json')
+               if not (path/name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"an adapter's folder must hold {missing}, which are missing in {path}; tune again, or "
+            "name another run")
+    try:
+        named, targets = json.loads((path/'base.json').read_text()), json.loads(
+            (path/'adapter_config.json').read_text())['target_modules']
+    except (ValueError, KeyError) as e:
+        raise ValueError(
+            f"an adapter's folder must be as it was saved, got {type(e).__name__}: {e} in {path}") from None
     model = EnigmaForCausalLM.from_pretrained(find_run(base or named['run']).checkpoint).eval()
     if (own := fingerprint(model)) != named['fingerprint']:
-        raise ValueError(f"an adapter belongs to the base it was trained on, {named['run']} with fingerprint {named['fingerprint']}, got {own} of {base or named['run']}")
+        raise ValueError(
+            f"an adapter belongs to the base it was trained on, {named['run']} with fingerprint "
+            f"{named['fingerprint']}, got {own} of {base or named['run']}")
     if 'lm_head' in targets: untie(model)
     try:
         with quiet(): model = peft.PeftModel.from_pretrained(model, str(path)).eval()
-    except Exception as e: raise ValueError(f"an adapter's weights must be readable, got {type(e).__name__}: {str(e)[:200]} in {path}; tune again") from e
+    except Exception as e:
+        raise ValueError(
+            f"an adapter's weights must be readable, got {type(e).__name__}: {str(e)[:200]} in "
+            f"{path}; tune again") from e
     return merged(model) if merge else model, AutoTokenizer.from_pretrained(path)
 
 # %% ../../nbs/lm/60_lora.ipynb #192a1443
@@ -151,13 +178,18 @@ class TuneConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_precision(self)
-        if self.method not in ('lora', 'full'): raise ValueError(f"method must be 'lora' or 'full', got {self.method!r}")
+        if self.method not in ('lora', 'full'):
+            raise ValueError(f"method must be 'lora' or 'full', got {self.method!r}")
         if self.r < 1: raise ValueError(f"the rank of an adapter must be at least 1, got {self.r}")
 
 presets = {
-    'smoke': dict(max_steps=12, batch_size=4, eval_steps=6, save_steps=6, eval_windows=4, warmup_steps=2, max_chats=8, r=4, alpha=8, learning_rate=1e-2),
-    'cpu': dict(optimizer='adamw', minutes=8., max_chats=2000, batch_size=8, r=4, alpha=8, learning_rate=1e-2, weight_decay=0., eval_steps=50, save_steps=50, eval_windows=32),
-    'brief-002': dict(optimizer='adamw', max_steps=1000, window=512, batch_size=4, gradient_accumulation_steps=8, learning_rate=1e-4, weight_decay=.01, stop_ppl=25., eval_steps=50, save_steps=50)}
+    'smoke': dict(max_steps=12, batch_size=4, eval_steps=6, save_steps=6, eval_windows=4,
+                  warmup_steps=2, max_chats=8, r=4, alpha=8, learning_rate=1e-2),
+    'cpu': dict(optimizer='adamw', minutes=8., max_chats=2000, batch_size=8, r=4, alpha=8,
+                learning_rate=1e-2, weight_decay=0., eval_steps=50, save_steps=50, eval_windows=32),
+    'brief-002': dict(optimizer='adamw', max_steps=1000, window=512, batch_size=4,
+                      gradient_accumulation_steps=8, learning_rate=1e-4, weight_decay=.01,
+                      stop_ppl=25., eval_steps=50, save_steps=50)}
 
 settings = Settings(TuneConfig, presets)
 
@@ -186,15 +218,22 @@ def prepare_tuning(
     "Load the base, read the conversations, attach what learns."
     from transformers import AutoTokenizer
     base = find_run(config.base, showcase='train_enigma-tasks')
-    model, tokenizer = EnigmaForCausalLM.from_pretrained(base.checkpoint), AutoTokenizer.from_pretrained(base.checkpoint)
+    model, tokenizer = EnigmaForCausalLM.from_pretrained(
+        base.checkpoint), AutoTokenizer.from_pretrained(base.checkpoint)
     corpus = load_chats(config.data, config.max_chats or None)
     check_characters(tokenizer, corpus.train)
     origin = dict(run=base.name, fingerprint=fingerprint(model))
-    if config.window > model.config.max_len: raise ValueError(f"window must lie within the base's context of {model.config.max_len} tokens, got {config.window}")
+    if config.window > model.config.max_len:
+        raise ValueError(
+            f"window must lie within the base's context of {model.config.max_len} tokens, got "
+            f"{config.window}")
     transformers.set_seed(config.seed)
-    if config.method == 'lora': model = add_lora(model, config.r, config.alpha, config.lora_dropout, config.head, config.seed)
+    if config.method == 'lora':
+        model = add_lora(model, config.r, config.alpha, config.lora_dropout, config.head,
+                         config.seed)
     model.to(config.device)
-    windows = [ChatWindows(part, tokenizer, config.window or model.config.max_len) for part in (corpus.train, corpus.validation)]
+    windows = [ChatWindows(part, tokenizer, config.window or model.config.max_len)
+               for part in (corpus.train, corpus.validation)]
     return TuneTaskData(base, corpus, tokenizer, model, *windows, origin)
 
 # %% ../../nbs/lm/60_lora.ipynb #bd4e4ab6
@@ -207,16 +246,22 @@ def answers(
     batch_size:int=64, # questions at a time
 )->list[str]: # replies
     "What a model says to each question."
-    prompts, replies = [encode_chat(tokenizer, chat['messages'][:-1], reply=True)[0] for chat in chats], {}
+    prompts, replies = [encode_chat(tokenizer, chat['messages'][:-1], reply=True)[0]
+                        for chat in chats], {}
     order = sorted(range(len(chats)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         width = max(len(prompts[i]) for i in rows)
-        ids, mask = (torch.tensor([[pad]*(width - len(prompts[i])) + (prompts[i] if own else [1]*len(prompts[i])) for i in rows], device=model.device)
+        ids, mask = (
+            torch.tensor([[pad]*(width - len(prompts[i]))
+                          + (prompts[i] if own else [1]*len(prompts[i])) for i in rows],
+                         device=model.device)
                      for pad, own in ((tokenizer.pad_token_id, True), (0, False)))
-        out = generate(model, ids, attention_mask=mask, temperature=0, max_new_tokens=max_new_tokens)[:, width:].tolist()
+        out = generate(model, ids, attention_mask=mask, temperature=0,
+                       max_new_tokens=max_new_tokens)[:, width:].tolist()
         for i, said in zip(rows, out):
-            said = said[:said.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in said else said
+            said = (said[:said.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in said
+                    else said)
             replies[i] = tokenizer.decode(said, skip_special_tokens=True)
     return [replies[i] for i in range(len(chats))]
 
@@ -239,7 +284,8 @@ def nearest_answers(
         norms = torch.tensor([sum(v*v for v in count.values())**.5 for count in counts])
         return torch.tensor([i, j]), torch.tensor(n, dtype=torch.float)/norms[list(i)], len(rows)
     (at, values, n), (at2, values2, n2) = matrix(train), matrix(chats)
-    sparse = lambda at, values, rows: torch.sparse_coo_tensor(at, values, (rows, len(names)), check_invariants=False)
+    sparse = lambda at, values, rows: torch.sparse_coo_tensor(at, values, (rows, len(names)),
+                                                              check_invariants=False)
     best = torch.sparse.mm(sparse(at, values, n), sparse(at2, values2, n2).to_dense().T).argmax(0)
     return [train[i]['messages'][-1]['content'] for i in best.tolist()]
 
@@ -251,28 +297,36 @@ def evaluate_tuning(
 )->dict: # metrics
     "Exact match on unseen questions: before, after, and by looking up."
     tuned = merged(parts.model) if hasattr(parts.model, 'merge_and_unload') else parts.model.eval()
-    found = dict(parts.corpus.card(), **{f'packed_{k}': v for k, v in parts.train.card().items()}, **{f'parameters_{k}': v for k, v in trainable_card(parts.model).items()},
-        val_nll_nats=best_val_loss(run), **training_report(run), base=parts.origin['run'], base_fingerprint=parts.origin['fingerprint'])
+    found = dict(parts.corpus.card(), **{f'packed_{k}': v for k, v in parts.train.card().items()},
+        **{f'parameters_{k}': v for k, v in trainable_card(parts.model).items()},
+        val_nll_nats=best_val_loss(run), **training_report(run), base=parts.origin['run'],
+        base_fingerprint=parts.origin['fingerprint'])
     if parts.corpus.source != 'tasks': return found
     chats = parts.corpus.read_test(run) if test else parts.corpus.validation
     before = EnigmaForCausalLM.from_pretrained(parts.base.checkpoint).to(tuned.device).eval()
-    for who, replies in dict(exact=answers(tuned, parts.tokenizer, chats), before_exact=answers(before, parts.tokenizer, chats), nearest_exact=nearest_answers(parts.corpus.train, chats)).items():
+    for who, replies in dict(exact=answers(tuned, parts.tokenizer, chats),
+                             before_exact=answers(before, parts.tokenizer, chats),
+                             nearest_exact=nearest_answers(parts.corpus.train, chats)).items():
         match = exact_match(chats, replies)
         name = lambda key: f"{'test' if test else 'val'}_{who}_{key}"
-        found |= {name('all'): match['all'], **{name(tier): share for tier, share in match['tier'].items()}, **{name(f'family_{f}'): share for f, share in match['family'].items()}}
+        found |= {name('all'): match['all'],
+                  **{name(tier): share for tier, share in match['tier'].items()},
+                  **{name(f'family_{f}'): share for f, share in match['family'].items()}}
     return found
 
 # %% ../../nbs/lm/60_lora.ipynb #6731f0a3
 def save_tuned(run:Run, parts:TuneTaskData):
     "The adapter, or the model that was tuned as a whole."
-    if hasattr(parts.model, 'peft_config'): save_adapter(run, parts.model, parts.tokenizer, parts.origin)
+    if hasattr(parts.model, 'peft_config'):
+        save_adapter(run, parts.model, parts.tokenizer, parts.origin)
     else: save_model(run, parts.model, parts.tokenizer)
 
 def load_tuned(run:Run, parts:TuneTaskData):
     "Take the weights that other processes tuned."
     parts.model.load_state_dict(load_adapted(run, merge=False)[0].state_dict())
 
-task = Task('enigma_lab.lm.lora:task', 'train_lora', prepare_tuning, save_tuned, load_tuned, evaluate_tuning, within=quiet,
+task = Task('enigma_lab.lm.lora:task', 'train_lora', prepare_tuning, save_tuned, load_tuned,
+    evaluate_tuning, within=quiet,
     settings=settings)
 
 def tune(
@@ -295,15 +349,20 @@ def exam_table(
     "Exact answers to unseen questions: before tuning, by looking up, and after."
     import pandas as pd
     part = 'test' if 'test_exact_all' in run.metrics else 'val'
-    lines = {**{f: f'family_{f}' for f in FAMILIES}, **{name: name for name in ('easy', 'medium', 'hard', 'all')}}
-    return pd.DataFrame({who: {line: run.metrics[f'{part}_{key}_{end}'] for line, end in lines.items()} for who, key in EXAMINED.items()})
+    lines = {**{f: f'family_{f}' for f in FAMILIES},
+             **{name: name for name in ('easy', 'medium', 'hard', 'all')}}
+    return pd.DataFrame({who: {line: run.metrics[f'{part}_{key}_{end}']
+                               for line, end in lines.items()} for who, key in EXAMINED.items()})
 
-EXAMINED = dict(before='before_exact', nearest='nearest_exact', tuned='exact') # column -> part of the metrics' names
+# column -> part of the metrics' names
+EXAMINED = dict(before='before_exact', nearest='nearest_exact', tuned='exact')
 
 def plot_exam(
     table, # of `exam_table`
 ): # axes
     "A bar for each family and column."
-    ax = table.loc[list(FAMILIES)].plot.barh(figsize=(6.4, 7), width=.8, color=['#999999', '#cccccc', 'C0', 'C1'][:table.shape[1]])
+    ax = table.loc[list(FAMILIES)].plot.barh(figsize=(6.4, 7), width=.8,
+                                             color=['#999999', '#cccccc', 'C0',
+                                                    'C1'][:table.shape[1]])
     ax.set(xlabel='share of exact answers'); ax.invert_yaxis()
     return ax

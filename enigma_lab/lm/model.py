@@ -14,7 +14,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
@@ -34,7 +35,8 @@ class EnigmaConfig(PreTrainedConfig):
     "Shape of an Enigma language model."
     model_type = 'enigma'
     keys_to_ignore_at_inference = ['past_key_values']
-    attribute_map = dict(hidden_size='dim', num_hidden_layers='num_layers', num_attention_heads='num_heads', max_position_embeddings='max_len')
+    attribute_map = dict(hidden_size='dim', num_hidden_layers='num_layers',
+                         num_attention_heads='num_heads', max_position_embeddings='max_len')
 
     vocab_size:int = 512 # V, rows of the embedding
     dim:int = 192 # d, features of a token
@@ -72,7 +74,8 @@ class EnigmaConfig(PreTrainedConfig):
     @classmethod
     def preset(cls, name, **changes):
         "A named configuration, with changes."
-        if name not in presets: raise ValueError(f"preset must be one of {sorted(presets)}, got {name!r}")
+        if name not in presets:
+            raise ValueError(f"preset must be one of {sorted(presets)}, got {name!r}")
         return cls(**{**presets[name], **changes})
 
 # %% ../../nbs/lm/30_model.ipynb #420c1279
@@ -81,31 +84,54 @@ machine_places = ('none', 'input', 'both', 'between')
 def check_config(c):
     "Refuse a configuration that no model can have."
     for name in ('vocab_size', 'dim', 'num_heads', 'max_len', 'num_positions'):
-        if getattr(c, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
+        if getattr(c, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
     for name in ('num_layers', 'num_rev_blocks', 'num_rotors', 'position_rows', 'mlp_dim'):
-        if getattr(c, name) < 0: raise ValueError(f"{name} must be at least 0, got {getattr(c, name)}")
+        if getattr(c, name) < 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(c, name)}")
     for name in ('dropout', 'attn_dropout'):
-        if not 0 <= getattr(c, name) < 1: raise ValueError(f"{name} must lie in [0, 1), got {getattr(c, name)}")
-    if c.dim % 2: raise ValueError(f"dim must be even, for the machine splits it in two halves, got {c.dim}")
-    if c.dim % c.num_heads: raise ValueError(f"num_heads must divide dim={c.dim}, got {c.num_heads}")
-    if c.machine not in machine_places: raise ValueError(f"machine must be one of {list(machine_places)}, got {c.machine!r}")
-    if c.machine == 'between' and not c.reversible: raise ValueError("machine='between' mixes two streams, got reversible=False; set reversible=True")
-    if c.exact and not c.reversible: raise ValueError("exact=True needs two streams that can be undone, got reversible=False; set reversible=True")
+        if not 0 <= getattr(c, name) < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {getattr(c, name)}")
+    if c.dim % 2:
+        raise ValueError(f"dim must be even, for the machine splits it in two halves, got {c.dim}")
+    if c.dim % c.num_heads:
+        raise ValueError(f"num_heads must divide dim={c.dim}, got {c.num_heads}")
+    if c.machine not in machine_places:
+        raise ValueError(f"machine must be one of {list(machine_places)}, got {c.machine!r}")
+    if c.machine == 'between' and not c.reversible:
+        raise ValueError(
+            "machine='between' mixes two streams, got reversible=False; set reversible=True")
+    if c.exact and not c.reversible:
+        raise ValueError(
+            "exact=True needs two streams that can be undone, got reversible=False; set "
+            "reversible=True")
     check_grid(c.grid)
-    if c.exact and c.machine != 'none' and c.grid != GRID: raise ValueError(f"an exact machine works on the grid of {GRID:g}, got grid={c.grid:g}")
-    if c.exact and c.rev_scale: raise ValueError("an exact machine keeps volume, got rev_scale=True")
-    if c.rotor not in rotor_kinds: raise ValueError(f"rotor must be one of {list(rotor_kinds)}, got {c.rotor!r}")
-    if 0 < c.position_rows < c.max_len: raise ValueError(f"position_rows must be 0 or at least max_len={c.max_len}, got {c.position_rows}")
+    if c.exact and c.machine != 'none' and c.grid != GRID:
+        raise ValueError(f"an exact machine works on the grid of {GRID:g}, got grid={c.grid:g}")
+    if c.exact and c.rev_scale:
+        raise ValueError("an exact machine keeps volume, got rev_scale=True")
+    if c.rotor not in rotor_kinds:
+        raise ValueError(f"rotor must be one of {list(rotor_kinds)}, got {c.rotor!r}")
+    if 0 < c.position_rows < c.max_len:
+        raise ValueError(
+            f"position_rows must be 0 or at least max_len={c.max_len}, got {c.position_rows}")
 
 # %% ../../nbs/lm/30_model.ipynb #748934b6
-_brief = dict(machine='input', rotor='table', parametrization='plu', rev_scale=True, position_rows=8192, num_positions=16)
+_brief = dict(machine='input', rotor='table', parametrization='plu', rev_scale=True,
+              position_rows=8192, num_positions=16)
 presets = {
-    'smoke': dict(machine='input', dim=32, num_layers=2, num_heads=2, max_len=16, num_rev_blocks=1, num_rotors=2, num_positions=4),
-    'cpu': dict(dim=128, num_layers=4, num_heads=4, max_len=256, num_rev_blocks=2, num_rotors=2, num_positions=16),
-    'base': dict(vocab_size=11_392, dim=640, num_layers=8, num_heads=10, max_len=2048, num_rev_blocks=2, num_rotors=3, num_positions=16),
-    'brief-148m': dict(_brief, vocab_size=21_128, dim=768, num_layers=12, num_heads=12, max_len=2048, num_rev_blocks=6, num_rotors=4, dropout=.1),
-    'brief-50m': dict(_brief, vocab_size=21_128, dim=512, num_layers=8, num_heads=8, max_len=256, num_rev_blocks=4, num_rotors=2, dropout=.1),
-    'brief-002': dict(_brief, vocab_size=11_392, dim=512, num_layers=8, num_heads=8, max_len=2048, num_rev_blocks=4, num_rotors=2, dropout=.1)}
+    'smoke': dict(machine='input', dim=32, num_layers=2, num_heads=2, max_len=16, num_rev_blocks=1,
+                  num_rotors=2, num_positions=4),
+    'cpu': dict(dim=128, num_layers=4, num_heads=4, max_len=256, num_rev_blocks=2, num_rotors=2,
+                num_positions=16),
+    'base': dict(vocab_size=11_392, dim=640, num_layers=8, num_heads=10, max_len=2048,
+                 num_rev_blocks=2, num_rotors=3, num_positions=16),
+    'brief-148m': dict(_brief, vocab_size=21_128, dim=768, num_layers=12, num_heads=12,
+                       max_len=2048, num_rev_blocks=6, num_rotors=4, dropout=.1),
+    'brief-50m': dict(_brief, vocab_size=21_128, dim=512, num_layers=8, num_heads=8, max_len=256,
+                      num_rev_blocks=4, num_rotors=2, dropout=.1),
+    'brief-002': dict(_brief, vocab_size=11_392, dim=512, num_layers=8, num_heads=8, max_len=2048,
+                      num_rev_blocks=4, num_rotors=2, dropout=.1)}
 
 # %% ../../nbs/lm/30_model.ipynb #65fab9ad
 class Linear(nn.Linear):
@@ -134,23 +160,40 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.layer_idx = config.num_heads, layer_idx
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.q_proj, self.k_proj, self.v_proj = (Linear(config.dim, config.dim, config.dim**-.5) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj = (Linear(config.dim, config.dim, config.dim**-.5)
+                                                 for _ in range(3))
         self.o_proj = Linear(config.dim, config.dim, .02/math.sqrt(2*config.num_layers))
-        self.drop_weights, self.dropout = make_dropout(config, config.attn_dropout, 3*layer_idx), make_dropout(config, config.dropout, 3*layer_idx + 1)
+        self.drop_weights, self.dropout = make_dropout(config, config.attn_dropout,
+                                                       3*layer_idx), make_dropout(
+                                                           config, config.dropout, 3*layer_idx + 1)
 
-    def forward(self, x, q_front, k_front, mask=None, key=None, cache=None): # x, result (B, T, d); fronts: ALiBi's numbers; key: of this pass's dropout
+    def forward(self,
+        x, # x, result (B, T, d)
+        q_front, # fronts: ALiBi's numbers
+        k_front, # key: of this pass's dropout
+        mask=None,
+        key=None,
+        cache=None,
+    ):
         (B, T, d), x = x.shape, self.norm(x)
-        q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         D = q.shape[-1]
-        if q_front is not None: q, k, v = append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v)  # (B, H, T, W)
+        # (B, H, T, W)
+        if q_front is not None:
+            q, k, v = append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v)
         if cache is not None: k, v = cache.update(k, v, self.layer_idx)
-        if mask is None and 1 < T < k.shape[2]: k, v = k[:, :, :T], v[:, :, :T]  # a static cache that is being filled: the rest of it is empty
+        # a static cache that is being filled: the rest of it is empty
+        if mask is None and 1 < T < k.shape[2]: k, v = k[:, :, :T], v[:, :, :T]
         out = causal_attention(q, k, v, D**-.5, mask, self.weight_dropout(key))[..., :D]
         return self.dropout(self.o_proj(out.transpose(1, 2).reshape(B, T, d)), key)
 
-    def weight_dropout(self, key): # a probability for torch's kernel, or a function where the mask has to be repeated
+    def weight_dropout(self,
+        key, # a probability for torch's kernel, or a function where the mask has to be repeated
+    ):
         p = self.drop_weights.p if self.training else 0.
-        return partial(self.drop_weights, key=key) if p and isinstance(self.drop_weights, CounterDropout) else p
+        return (partial(self.drop_weights, key=key)
+                if p and isinstance(self.drop_weights, CounterDropout) else p)
 
 # %% ../../nbs/lm/30_model.ipynb #3d35fd0f
 class MLP(nn.Module):
@@ -162,10 +205,13 @@ class MLP(nn.Module):
         super().__init__()
         width = config.mlp_dim or 4*config.dim
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.up_proj, self.down_proj = Linear(config.dim, width, config.dim**-.5), Linear(width, config.dim, .02/math.sqrt(2*config.num_layers))
+        self.up_proj, self.down_proj = Linear(config.dim, width, config.dim**-.5), Linear(
+            width, config.dim, .02/math.sqrt(2*config.num_layers))
         self.dropout = make_dropout(config, config.dropout, 3*layer_idx + 2)
 
-    def forward(self, h, key=None): return self.dropout(self.down_proj(F.gelu(self.up_proj(self.norm(h)))), key) # (B, T, d)
+    # (B, T, d)
+    def forward(self, h, key=None):
+        return self.dropout(self.down_proj(F.gelu(self.up_proj(self.norm(h)))), key)
 
 # %% ../../nbs/lm/30_model.ipynb #ab23ce93
 class Block(GradientCheckpointingLayer):
@@ -195,7 +241,8 @@ class EnigmaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         "Load, into memory of our own: tensors mapped from a file are aligned otherwise, which changes the last bits of a product."
         loaded = super().from_pretrained(*args, **kwargs)
-        for p in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters(): p.data = p.data.clone()
+        for p in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+            p.data = p.data.clone()
         return loaded
 
     @torch.no_grad()
@@ -217,7 +264,8 @@ def token_positions(
     "The place of each token in its text."
     B, T = h.shape[:2]
     if position_ids is not None: return position_ids.expand(B, T)
-    if attention_mask is not None and attention_mask.ndim == 2: return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
     return torch.arange(past, past + T, device=h.device).expand(B, T)
 
 def alibi_features(
@@ -231,21 +279,30 @@ def alibi_features(
 
 def short_on_cpu(config, length:int, device, dtype)->bool:
     "Whether distances are quicker in a mask than in wider heads, and as exact."
-    return (torch.device(device).type == 'cpu' and length <= 512 and dtype == torch.float32 and config.use_alibi and config.dim//config.num_heads % 8 == 0
-        and not (config.reversible and config.attn_dropout) and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling())
+    return (torch.device(device).type == 'cpu' and length <= 512 and dtype == torch.float32
+        and config.use_alibi and config.dim//config.num_heads % 8 == 0
+        and not (config.reversible and config.attn_dropout) and not torch.is_autocast_enabled('cpu')
+        and not torch.compiler.is_compiling())
 
 # %% ../../nbs/lm/30_model.ipynb #eff14dbc
 class Streams:
     "How a signal passes the blocks of an `EnigmaModel`."
-    def attention_inputs(self, positions, dtype, mask=None, ordinary=True): # ordinary: positions count from 0, and nothing is cached
+    def attention_inputs(self,
+        positions, # ordinary: positions count from 0, and nothing is cached
+        dtype,
+        mask=None,
+        ordinary=True,
+    ):
         "What every attention gets: two fronts, or none, and a mask, or none."
         c, T = self.config, positions.shape[1]
-        if ordinary and mask is None and short_on_cpu(c, T, positions.device, dtype): return None, None, alibi_mask(T, c.num_heads, c.dim//c.num_heads, positions.device)
+        if ordinary and mask is None and short_on_cpu(c, T, positions.device, dtype):
+            return None, None, alibi_mask(T, c.num_heads, c.dim//c.num_heads, positions.device)
         return *alibi_features(c, positions, dtype), mask
 
     def through_layers(self, h, positions, front, mask, cache=None): # the stream after each block
         "All blocks, in one stream or in two with a wheel between each pair of blocks."
-        key = new_key(h.device) if self.training and self.config.reversible and (self.config.dropout or self.config.attn_dropout) else None
+        key = (new_key(h.device) if self.training and self.config.reversible
+               and (self.config.dropout or self.config.attn_dropout) else None)
         if self.config.reversible: return self.two_streams(h, positions, front, mask, key, cache)
         return self.one_stream(h, front, mask, key, cache)
 
@@ -254,7 +311,9 @@ class Streams:
 
     def two_streams(self, h, positions, front, mask, key, cache):
         h = h.float() if self.config.exact else h
-        a, b = ((snap(h, self.config.grid) if self.config.exact else h).view_as(h) for _ in range(2)) # two tensors, whose gradients meet only here
+        # two tensors, whose gradients meet only here
+        a, b = ((snap(h, self.config.grid) if self.config.exact else h).view_as(h)
+                for _ in range(2))
         blocks = list(self.chain(positions, (*front, mask, key), cache))
         if torch.is_grad_enabled() and cache is None and not self.config.output_hidden_states:
             a, b = reversible([step for block in blocks for step in block], a, b)
@@ -267,9 +326,11 @@ class Streams:
     def chain(self, positions, extras, cache=None): # a list of reversible steps for each block
         grid = self.config.grid if self.config.exact else None
         for i, layer in enumerate(self.layers):
-            turn = [BijectionStep(self.wheels[i - 1], positions, ways=self.ways[i - 1])] if i and self.wheels is not None else []
+            turn = ([BijectionStep(self.wheels[i - 1], positions, ways=self.ways[i - 1])]
+                    if i and self.wheels is not None else [])
             attn = layer.attn if cache is None else partial(layer.attn, cache=cache)
-            yield [*turn, Coupling(attn, extras, grid=grid), Coupling(layer.mlp, extras[-1:], grid=grid)]
+            yield [*turn, Coupling(attn, extras, grid=grid),
+                   Coupling(layer.mlp, extras[-1:], grid=grid)]
 
     def read_out(self, a, b): # what the last two streams say
         return (a + b) / 2
@@ -280,9 +341,12 @@ class Ends:
     def encipher(self, h, positions): # embeddings, as the blocks see them
         if self.embed_positions is not None:
             if positions.max() >= self.config.position_rows:
-                raise ValueError(f"positions must be below position_rows={self.config.position_rows}, got {positions.max()}")
+                raise ValueError(
+                    f"positions must be below position_rows={self.config.position_rows}, got "
+                    f"{positions.max()}")
             h = h + self.embed_positions(positions)
-        return h if self.enigma is None else self.enigma(h, positions).to(h.dtype)  # under autocast, too, the stream keeps its digits
+        # under autocast, too, the stream keeps its digits
+        return h if self.enigma is None else self.enigma(h, positions).to(h.dtype)
 
     def decipher(self, h, positions): # features, as the head sees them
         return self.enigma.inverse(h, positions + 1) if self.config.machine == 'both' else h
@@ -297,30 +361,38 @@ class EnigmaModel(Ends, Streams, EnigmaPreTrainedModel):
         c = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.embed_positions = nn.Embedding(c.position_rows, c.dim) if c.position_rows else None
-        self.enigma = Enigma(c.dim, c.num_rev_blocks, c.num_rotors, c.num_positions, c.rotor, c.plugboard, c.reciprocal, c.parametrization, c.rev_scale,
-            c.exact, seed=c.machine_seed) if c.machine in ('input', 'both') else None
+        self.enigma = (Enigma(c.dim, c.num_rev_blocks, c.num_rotors, c.num_positions, c.rotor,
+             c.plugboard, c.reciprocal, c.parametrization, c.rev_scale,
+             c.exact, seed=c.machine_seed) if c.machine in ('input', 'both') else None)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
-        self.wheels = nn.ModuleList(make_rotor(c.rotor, 2*c.dim, c.num_positions, i % max(1, c.num_rotors), 'lifted' if c.exact else c.parametrization, seed=c.machine_seed + i)
-            for i in range(c.num_layers - 1)) if c.machine == 'between' else None
-        self.ways = [BijectionModule(wheel) for wheel in self.wheels or ()] # in a list, so that parameters keep their names
+        self.wheels = (nn.ModuleList(make_rotor(c.rotor, 2*c.dim, c.num_positions,
+                                                i % max(1, c.num_rotors), 'lifted' if c.exact
+                                                else c.parametrization, seed=c.machine_seed + i)
+             for i in range(c.num_layers - 1)) if c.machine == 'between' else None)
+        # in a list, so that parameters keep their names
+        self.ways = [BijectionModule(wheel) for wheel in self.wheels or ()]
         self.norm = nn.LayerNorm(c.dim)
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 use_cache=None, output_hidden_states=None, **kwargs): # features (B, T, d) of tokens (B, T) or of their embeddings
-        if (input_ids is None) == (inputs_embeds is None): raise ValueError("give either input_ids or inputs_embeds, got both or neither")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, got both or neither")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training: past_key_values = DynamicCache(config=self.config)
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         positions = token_positions(h, attention_mask, position_ids, past)
         mask = create_causal_mask(self.config, h, attention_mask, past_key_values, position_ids)
         h = self.encipher(h, positions)
-        *front, mask = self.attention_inputs(positions, h.dtype, mask, position_ids is None and past_key_values is None)
+        *front, mask = self.attention_inputs(positions, h.dtype, mask,
+                                             position_ids is None and past_key_values is None)
         states = (h,) if (keep := output_hidden_states or self.config.output_hidden_states) else ()
         for h in self.through_layers(h, positions, front, mask, past_key_values):
             if keep: states = *states, h
-        return BaseModelOutputWithPast(last_hidden_state=self.decipher(self.norm(h), positions), past_key_values=past_key_values,
+        return BaseModelOutputWithPast(last_hidden_state=self.decipher(self.norm(h), positions),
+            past_key_values=past_key_values,
             hidden_states=states if keep else None)
 
 # %% ../../nbs/lm/30_model.ipynb #61a38d30
@@ -351,10 +423,14 @@ class EnigmaForCausalLM(EnigmaPreTrainedModel, GenerationMixin):
     )->CausalLMOutputWithPast: # loss in nats per predicted token; logits (B, T, V)
         "Logits of the next token at every position."
         if labels is not None or self.training: use_cache = False
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states)
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+                         use_cache, output_hidden_states)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
+        loss = (None if labels is None
+                else self.loss_function(logits=logits, labels=labels,
+                                        vocab_size=self.config.vocab_size, **kwargs))
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values,
+                                      hidden_states=out.hidden_states)
 
 AutoConfig.register('enigma', EnigmaConfig, exist_ok=True)
 AutoModel.register(EnigmaConfig, EnigmaModel, exist_ok=True)
@@ -366,19 +442,25 @@ def parameter_card(
 )->dict[str,int]: # component -> parameters, and 'total', and 'reachable' within max_len tokens
     "Count parameters by component."
     c, base = model.config, model.model
-    count = lambda *modules: sum(p.numel() for m in modules if m is not None for p in m.parameters())
+    count = lambda *modules: sum(p.numel() for m in modules if m is not None
+                                 for p in m.parameters())
     e = base.enigma
-    card = dict(embedding=count(base.embed_tokens), position_table=count(base.embed_positions), rotors=count(e and e.rotors, base.wheels),
-        rev_blocks=count(e and e.rev_blocks), reflector=count(e and e.reflector), blocks=count(base.layers), final_norm=count(base.norm),
+    card = dict(embedding=count(base.embed_tokens), position_table=count(base.embed_positions),
+        rotors=count(e and e.rotors, base.wheels),
+        rev_blocks=count(e and e.rev_blocks), reflector=count(e and e.reflector),
+        blocks=count(base.layers), final_norm=count(base.norm),
         head=0 if c.tie_word_embeddings else count(model.lm_head))
     total = sum(card.values())
     table = reached_matrices(model)
-    unseen = sum(count(wheel) // wheel.num_positions * (wheel.num_positions - n) for wheel, n in table)
-    return dict(card, total=total, reachable=total - unseen - max(0, c.position_rows - c.max_len) * c.dim)
+    unseen = sum(count(wheel) // wheel.num_positions * (wheel.num_positions - n)
+                 for wheel, n in table)
+    return dict(card, total=total,
+                reachable=total - unseen - max(0, c.position_rows - c.max_len) * c.dim)
 
 def reached_matrices(
     model:EnigmaForCausalLM, # on any device
 )->list: # pairs (wheel with a matrix for each position, how many of them a text of max_len tokens reaches)
     "Which of the tables' matrices can be learned at all."
     context = torch.arange(model.config.max_len + (model.config.machine == 'both'), device='cpu')
-    return [(m, len(odometer(context, m.place, m.num_positions, m.key).unique())) for m in model.modules() if isinstance(m, TableRotor)]
+    return [(m, len(odometer(context, m.place, m.num_positions, m.key).unique()))
+            for m in model.modules() if isinstance(m, TableRotor)]

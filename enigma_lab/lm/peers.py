@@ -45,13 +45,16 @@ class RotaryBlock(nn.Module):
         super().__init__()
         self.num_heads, width = c.num_heads, c.mlp_dim or 4*c.dim
         self.attn_norm, self.mlp_norm = nn.RMSNorm(c.dim, eps=1e-6), nn.RMSNorm(c.dim, eps=1e-6)
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(c.dim, c.dim) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(c.dim, c.dim)
+                                                              for _ in range(4))
         self.up_proj, self.down_proj = nn.Linear(c.dim, width), nn.Linear(width, c.dim)
 
     def forward(self, h, cos, sin): # (B, T, d)
         (B, T, d), x = h.shape, self.attn_norm(h)
-        q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v,
+                                           is_causal=True)
         h = h + self.o_proj(y.transpose(1, 2).reshape(B, T, d))
         return h + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(h))))
 
@@ -65,20 +68,31 @@ class PlainRotary(nn.Module):
     ):
         super().__init__()
         self.config = c
-        self.embed_tokens, self.norm = nn.Embedding(c.vocab_size, c.dim), nn.RMSNorm(c.dim, eps=1e-6)
+        self.embed_tokens, self.norm = nn.Embedding(c.vocab_size,
+                                                    c.dim), nn.RMSNorm(c.dim, eps=1e-6)
         self.layers = nn.ModuleList(RotaryBlock(c) for _ in range(c.num_layers))
-        for name, table in zip(('cos', 'sin'), rotary_tables(c.max_len, c.dim//c.num_heads)): self.register_buffer(name, table, persistent=False)
-        stds = dict(embed_tokens=.02, o_proj=.02/math.sqrt(2*c.num_layers), down_proj=.02/math.sqrt(2*c.num_layers))
+        for name, table in zip(('cos', 'sin'), rotary_tables(c.max_len, c.dim//c.num_heads)):
+            self.register_buffer(name, table, persistent=False)
+        stds = dict(embed_tokens=.02, o_proj=.02/math.sqrt(2*c.num_layers),
+                    down_proj=.02/math.sqrt(2*c.num_layers))
         for name, p in self.named_parameters():
             if p.ndim == 2: nn.init.normal_(p, std=stds.get(name.split('.')[-2], c.dim**-.5))
             elif name.endswith('bias'): nn.init.zeros_(p)
 
-    def forward(self, input_ids, labels=None, num_items_in_batch=None, **kwargs): # (B, T) int64 -> loss in nats, logits (B, T, V)
-        if input_ids.shape[1] > len(self.cos): raise ValueError(f"a text has at most {len(self.cos)} tokens, got {input_ids.shape[1]}")
+    def forward(self,
+        input_ids, # (B, T) int64
+        labels=None,
+        num_items_in_batch=None,
+        **kwargs,
+    ): # loss in nats, logits (B, T, V)
+        if input_ids.shape[1] > len(self.cos):
+            raise ValueError(f"a text has at most {len(self.cos)} tokens, got {input_ids.shape[1]}")
         h = self.embed_tokens(input_ids)
-        for layer in self.layers: h = layer(h, *(table[:h.shape[1]] for table in (self.cos, self.sin)))
+        for layer in self.layers:
+            h = layer(h, *(table[:h.shape[1]] for table in (self.cos, self.sin)))
         logits = F.linear(self.norm(h), self.embed_tokens.weight)
-        loss = None if labels is None else ForCausalLMLoss(logits, labels, self.config.vocab_size, num_items_in_batch)
+        loss = (None if labels is None
+                else ForCausalLMLoss(logits, labels, self.config.vocab_size, num_items_in_batch))
         return CausalLMOutput(loss=loss, logits=logits)
 
 # %% ../../nbs/lm/46_peers.ipynb #4d90a23e
@@ -86,8 +100,10 @@ def gpt2(
     c:EnigmaConfig, # shape
 )->GPT2LMHeadModel: # without end tokens and dropout
     "transformers' GPT-2 of our shape, as it comes."
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.max_len, n_embd=c.dim, n_layer=c.num_layers, n_head=c.num_heads,
-        n_inner=c.mlp_dim or 4*c.dim, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., bos_token_id=None, eos_token_id=None, attn_implementation='sdpa'))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.max_len, n_embd=c.dim,
+        n_layer=c.num_layers, n_head=c.num_heads,
+        n_inner=c.mlp_dim or 4*c.dim, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
+        bos_token_id=None, eos_token_id=None, attn_implementation='sdpa'))
     model.loss_type = 'ForCausalLM' # the loss that transformers falls back to, with a warning
     return model
 
@@ -98,7 +114,8 @@ def quickened(
     for block in model.transformer.h:
         block.mlp.act = nn.GELU(approximate='tanh')
         for part in (block.attn, block.mlp):
-            for name, old in [(name, m) for name, m in part.named_children() if isinstance(m, Conv1D)]:
+            for name, old in [(name, m) for name, m in part.named_children()
+                              if isinstance(m, Conv1D)]:
                 new = nn.Linear(old.nx, old.nf, device=old.weight.device)
                 new.weight, new.bias = nn.Parameter(old.weight.detach().T.contiguous()), old.bias
                 setattr(part, name, new)

@@ -14,13 +14,18 @@ from ..machine.grid import snapped
 from ..machine.reversible import ReversibleSequence
 
 # %% ../../nbs/lm/32_reverse.ipynb #da9deec0
-def chain_of(base, ids:Tensor): # an `EnigmaModel`; (B, T) -> the two streams at the start, and all steps
+def chain_of(
+    base, # an `EnigmaModel`
+    ids:Tensor, # (B, T)
+): # the two streams at the start, and all steps
     "What the model does to a text, as a reversible chain."
-    if not base.config.reversible: raise ValueError("only a model of two streams can be reversed, got reversible=False")
+    if not base.config.reversible:
+        raise ValueError("only a model of two streams can be reversed, got reversible=False")
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     h = base.encipher(base.embed_tokens(ids), positions)
     if base.config.exact: h = snapped(h, base.config.grid)
-    steps = [step for block in base.chain(positions, (*base.attention_inputs(positions, h.dtype), None)) for step in block]
+    steps = [step for block in base.chain(positions, (*base.attention_inputs(positions, h.dtype),
+                                                      None)) for step in block]
     return h, steps
 
 @torch.no_grad()
@@ -67,11 +72,15 @@ class BlockChain(ReversibleSequence):
         model, # a reversible `EnigmaForCausalLM`
     ):
         super().__init__([], exact=model.config.exact, grid=model.config.grid)
-        self.model, self.layers, self.wheels = [model.model], model.model.layers, model.model.wheels # in a list: embedding and machine are no part of the chain
+        # in a list: embedding and machine are no part of the chain
+        self.model, self.layers, self.wheels = [model.model], model.model.layers, model.model.wheels
 
     def steps(self, extras, positions): # int64 (B, T)
         base, = self.model
-        for block in base.chain(positions, (*base.attention_inputs(positions, base.embed_tokens.weight.dtype), None)): yield from block
+        for block in base.chain(positions,
+                                (*base.attention_inputs(positions, base.embed_tokens.weight.dtype),
+                                 None)):
+            yield from block
 
 def certify_model(
     model, # an `EnigmaForCausalLM`
@@ -79,8 +88,16 @@ def certify_model(
 )->dict[str,Certificate]: # 'machine' and 'blocks', whichever can be undone
     "Certificates for the parts of a language model that can be undone; a ValueError if there are none."
     base, c = model.eval().model, model.config
-    if base.enigma is None and not c.reversible: raise ValueError("a certificate is for what can be undone, and this model has machine='none' and reversible=False")
+    if base.enigma is None and not c.reversible:
+        raise ValueError(
+            "a certificate is for what can be undone, and this model has machine='none' and "
+            "reversible=False")
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    with torch.no_grad(): x, h = (v.detach().clone() for v in (base.embed_tokens(ids), base.encipher(base.embed_tokens(ids), positions)))
-    return ({} if base.enigma is None else dict(machine=certify(base.enigma, x.flatten(0, 1), positions=positions.flatten()))) | (
-        dict(blocks=certify(BlockChain(model), torch.cat([h, h], -1), positions=positions)) if c.reversible else {})
+    with torch.no_grad():
+        x, h = (v.detach().clone()
+                for v in (base.embed_tokens(ids), base.encipher(base.embed_tokens(ids), positions)))
+    return ({} if base.enigma is None
+            else dict(machine=certify(base.enigma, x.flatten(0, 1),
+                                      positions=positions.flatten()))) | (
+dict(blocks=certify(BlockChain(model), torch.cat([h, h], -1), positions=positions)) if c.reversible
+else {})

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 # %% ../../nbs/lm/10_tokenizer.ipynb #0941edfc
-SPECIAL = dict(pad='<|pad|>', bos='<|bos|>', eos='<|eos|>', system='<|system|>', user='<|user|>', assistant='<|assistant|>')
+SPECIAL = dict(pad='<|pad|>', bos='<|bos|>', eos='<|eos|>', system='<|system|>', user='<|user|>',
+               assistant='<|assistant|>')
 BYTES = [f'<0x{b:02X}>' for b in range(256)]
 
 chat_template = """{% for message in messages %}{{ '<|' + message['role'] + '|>' }}\
@@ -30,17 +31,23 @@ def train_char_tokenizer(
     "A tokenizer whose tokens are the characters of `texts`, commonest first, with bytes for all others."
     fixed = [*SPECIAL.values(), *BYTES]
     if max_vocab is not None and max_vocab <= len(fixed):
-        raise ValueError(f"max_vocab must leave room beside {len(fixed)} special and byte tokens, got {max_vocab}")
+        raise ValueError(
+            f"max_vocab must leave room beside {len(fixed)} special and byte tokens, got "
+            f"{max_vocab}")
     counts = Counter()
     for text in texts: counts.update(text)
     if not counts: raise ValueError("an alphabet needs at least one character, got empty texts")
-    characters = [c for c, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if not '\ud800' <= c <= '\udfff']
+    characters = [c for c, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+                  if not '\ud800' <= c <= '\udfff']
     vocab = {token: row for row, token in enumerate([*fixed, *characters][:max_vocab])}
     tokenizer = Tokenizer(models.BPE(vocab, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL.values()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, clean_up_tokenization_spaces=False,
-        pad_token=SPECIAL['pad'], bos_token=SPECIAL['bos'], eos_token=SPECIAL['eos'], padding_side='left',
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False)
+                                  for t in SPECIAL.values()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template,
+        clean_up_tokenization_spaces=False,
+        pad_token=SPECIAL['pad'], bos_token=SPECIAL['bos'], eos_token=SPECIAL['eos'],
+        padding_side='left',
         additional_special_tokens=[SPECIAL[role] for role in ('system', 'user', 'assistant')])
 
 # %% ../../nbs/lm/10_tokenizer.ipynb #8293a57c
@@ -50,10 +57,16 @@ def bert_tokenizer(
     "Chinese BERT's tokenizer from its list of tokens (arXiv:1810.04805)."
     tokens = Path(vocab_file).read_text(encoding='utf-8').splitlines()
     twice = sorted(token for token, n in Counter(tokens).items() if n > 1)
-    if twice: raise ValueError(f"a vocabulary names each token once, got {twice[:5]} more than once in {vocab_file}")
+    if twice:
+        raise ValueError(
+            f"a vocabulary names each token once, got {twice[:5]} more than once in {vocab_file}")
     if missing := {'[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'} - set(tokens):
-        raise ValueError(f"BERT's vocabulary has the tokens [PAD], [UNK], [CLS], [SEP] and [MASK], got none of {sorted(missing)} in {vocab_file}")
-    return BertTokenizer(vocab={token: row for row, token in enumerate(tokens)}, do_lower_case=False, bos_token='[CLS]', eos_token='[SEP]', padding_side='left')
+        raise ValueError(
+            "BERT's vocabulary has the tokens [PAD], [UNK], [CLS], [SEP] and [MASK], got none of "
+            f"{sorted(missing)} in {vocab_file}")
+    return BertTokenizer(vocab={token: row for row, token in enumerate(tokens)},
+                         do_lower_case=False, bos_token='[CLS]', eos_token='[SEP]',
+                         padding_side='left')
 
 def load_tokenizer(
     source:str='auto', # 'auto', the folder of a saved tokenizer, or a BERT vocab.txt
@@ -64,4 +77,6 @@ def load_tokenizer(
     if source == 'auto': return train_char_tokenizer(texts, max_vocab)
     if Path(source).is_file(): return bert_tokenizer(source)
     if (Path(source)/'tokenizer.json').is_file(): return AutoTokenizer.from_pretrained(source)
-    raise FileNotFoundError(f"tokenizer must be 'auto', the folder of a saved tokenizer or an existing vocab.txt, got {source!r}")
+    raise FileNotFoundError(
+        "tokenizer must be 'auto', the folder of a saved tokenizer or an existing vocab.txt, got "
+        f"{source!r}")

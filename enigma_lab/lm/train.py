@@ -36,7 +36,8 @@ class TrainConfig(TrainingConfig):
     rotor:str = 'table' # 'table' | 'roll' | 'static' | 'permutation' | 'none'
     dropout:float = 0. # of blocks' outputs
     attn_dropout:float = 0. # of attention weights
-    shape:dict = field(default_factory=dict) # other fields of `EnigmaConfig` that differ from the preset's
+    shape:dict = field(
+        default_factory=dict) # other fields of `EnigmaConfig` that differ from the preset's
 
     def __post_init__(self):
         super().__post_init__()
@@ -45,20 +46,35 @@ class TrainConfig(TrainingConfig):
 
     def model_config(self, tokenizer=None):
         "The model's shape, with the tokenizer's rows."
-        rows = {} if tokenizer is None else dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-        return EnigmaConfig.preset(self.preset, **dict(machine=self.machine, rotor=self.rotor, dropout=self.dropout, attn_dropout=self.attn_dropout) | self.shape | rows)
+        rows = ({} if tokenizer is None else dict(vocab_size=len(tokenizer),
+                                                  pad_token_id=tokenizer.pad_token_id,
+                                                  bos_token_id=tokenizer.bos_token_id,
+                                                  eos_token_id=tokenizer.eos_token_id))
+        return EnigmaConfig.preset(self.preset,
+                                   **dict(machine=self.machine, rotor=self.rotor,
+                                          dropout=self.dropout, attn_dropout=self.attn_dropout)
+                                   | self.shape | rows)
 
 # %% ../../nbs/lm/50_train.ipynb #a4369be1
-_brief = dict(optimizer='adamw', machine='input', dropout=.1, warmup_steps=200, decay_share=1., weight_decay=.01)
+_brief = dict(optimizer='adamw', machine='input', dropout=.1, warmup_steps=200, decay_share=1.,
+              weight_decay=.01)
 presets = {
-    'smoke': dict(machine='input', max_steps=20, batch_size=8, eval_steps=10, eval_windows=16, save_steps=10, warmup_steps=5, max_chars=60_000, learning_rate=2e-2),
+    'smoke': dict(machine='input', max_steps=20, batch_size=8, eval_steps=10, eval_windows=16,
+                  save_steps=10, warmup_steps=5, max_chars=60_000, learning_rate=2e-2),
     'cpu': dict(minutes=3., batch_size=8, learning_rate=1e-2, eval_steps=100, save_steps=100),
-    'base': dict(minutes=20., batch_size=16, learning_rate=5e-3, eval_steps=250, save_steps=500, warmup_steps=100, max_vocab=11_392),
-    'brief-148m': dict(_brief, epochs=10, batch_size=16, gradient_accumulation_steps=4, learning_rate=2e-4, eval_steps=500, save_steps=500, max_vocab=21_128),
-    'brief-50m': dict(_brief, epochs=1, batch_size=8, effective_batch=160, learning_rate=5e-4, eval_steps=2000, save_steps=10_000, patience=2, gradient_checkpointing=True, max_vocab=21_128),
-    'brief-002': dict(_brief, max_steps=5000, batch_size=4, learning_rate=3e-4, eval_steps=100, save_steps=500, stop_ppl=25., precision='fp16', gradient_checkpointing=True, max_vocab=11_392)}
+    'base': dict(minutes=20., batch_size=16, learning_rate=5e-3, eval_steps=250, save_steps=500,
+                 warmup_steps=100, max_vocab=11_392),
+    'brief-148m': dict(_brief, epochs=10, batch_size=16, gradient_accumulation_steps=4,
+                       learning_rate=2e-4, eval_steps=500, save_steps=500, max_vocab=21_128),
+    'brief-50m': dict(_brief, epochs=1, batch_size=8, effective_batch=160, learning_rate=5e-4,
+                      eval_steps=2000, save_steps=10_000, patience=2, gradient_checkpointing=True,
+                      max_vocab=21_128),
+    'brief-002': dict(_brief, max_steps=5000, batch_size=4, learning_rate=3e-4, eval_steps=100,
+                      save_steps=500, stop_ppl=25., precision='fp16', gradient_checkpointing=True,
+                      max_vocab=11_392)}
 
-settings = Settings(TrainConfig, presets, EnigmaConfig, auto=lambda given: 'base' if given.get('gpus') else 'cpu',
+settings = Settings(TrainConfig, presets, EnigmaConfig, auto=lambda given: 'base'
+    if given.get('gpus') else 'cpu',
     fixed=('vocab_size', 'pad_token_id', 'bos_token_id', 'eos_token_id', 'use_cache'))
 
 def make_config(
@@ -87,7 +103,9 @@ def prepare(
     shape = config.model_config(tokenizer)
     transformers.set_seed(config.seed)
     model = EnigmaForCausalLM(shape).to(config.device)
-    return TaskData(corpus, tokenizer, model, *(Windows(docs, tokenizer, shape.max_len, config.isolate) for docs in (corpus.train, corpus.validation)))
+    return TaskData(corpus, tokenizer, model,
+                    *(Windows(docs, tokenizer, shape.max_len, config.isolate)
+                      for docs in (corpus.train, corpus.validation)))
 
 # %% ../../nbs/lm/50_train.ipynb #f112cee9
 def evaluate(
@@ -96,18 +114,24 @@ def evaluate(
     test:bool=True, # read the test documents; False while a preset is being chosen
 )->dict: # metrics, units in their names
     "Measure a trained model on validation and, once, on the test documents."
-    validation, card = evaluate_text(parts.model, parts.tokenizer, parts.corpus.validation), parameter_card(parts.model)
-    return dict(val_bits_per_char=validation['bits_per_char'], eval_window=validation['window'], eval_stride=validation['stride'],
-        **(evaluate_test(run, parts) if test else {}), **machine_report(parts.model), **parts.corpus.card(), parameters=card['total'],
-        reachable_parameters=card['reachable'], vocabulary=len(parts.tokenizer), **training_report(run))
+    validation, card = evaluate_text(parts.model, parts.tokenizer,
+                                     parts.corpus.validation), parameter_card(parts.model)
+    return dict(val_bits_per_char=validation['bits_per_char'], eval_window=validation['window'],
+        eval_stride=validation['stride'],
+        **(evaluate_test(run, parts) if test else {}), **machine_report(parts.model),
+        **parts.corpus.card(), parameters=card['total'],
+        reachable_parameters=card['reachable'], vocabulary=len(parts.tokenizer),
+        **training_report(run))
 
 def evaluate_test(run:Run, parts:TaskData)->dict:
     "The model and the compressors on the test documents; the read goes on record."
     documents = parts.corpus.read_test(run)
     test = evaluate_text(parts.model, parts.tokenizer, documents)
     names = tuple(name for name in compressors if name != 'ppmd5' or has_package('pyppmd'))
-    return dict(test_bits_per_char=test['bits_per_char'], test_perplexity=test['perplexity'], test_tokens=test['tokens'],
-        **{f'test_{name}_bits_per_char': bits for name, bits in compressor_bits(parts.corpus.train, documents, names).items()})
+    return dict(test_bits_per_char=test['bits_per_char'], test_perplexity=test['perplexity'],
+        test_tokens=test['tokens'],
+        **{f'test_{name}_bits_per_char': bits
+           for name, bits in compressor_bits(parts.corpus.train, documents, names).items()})
 
 def has_package(name:str)->bool:
     "Whether a package can be imported."
@@ -123,7 +147,8 @@ def load(run:Run, parts:TaskData):
     "Take the weights that other processes trained."
     parts.model.load_state_dict(EnigmaForCausalLM.from_pretrained(run.checkpoint).state_dict())
 
-task = Task('enigma_lab.lm.train:task', 'train_enigma', prepare, save, load, evaluate, settings=settings)
+task = Task('enigma_lab.lm.train:task', 'train_enigma', prepare, save, load, evaluate,
+            settings=settings)
 
 def train(
     config:TrainConfig, # what to do

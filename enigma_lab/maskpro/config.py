@@ -62,7 +62,8 @@ class MaskProConfig:
     def world(self): return max(self.gpus, self.processes) # processes
 
     @property
-    def parts(self): return self.gradient_accumulation_steps*self.world # of a batch, over all processes
+    # of a batch, over all processes
+    def parts(self): return self.gradient_accumulation_steps*self.world
 
 # %% ../../nbs/maskpro/52_config.ipynb #f898458b
 def check_config(c:MaskProConfig):
@@ -72,11 +73,16 @@ def check_config(c:MaskProConfig):
     check_tracker(c.tracker)
     make_method(c.estimator)
     for name in ('batch_size', 'gradient_accumulation_steps', 'eval_steps', 'repeats'):
-        if getattr(c, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
-    if not (c.budget or c.max_steps or c.epochs): raise ValueError("learning needs an end: set budget, max_steps or epochs above 0")
-    if c.initial not in KINDS and not Path(c.initial).is_dir(): raise ValueError(f"initial must be one of {KINDS}, or a folder with a pruned pipeline, got {c.initial!r}")
+        if getattr(c, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
+    if not (c.budget or c.max_steps or c.epochs):
+        raise ValueError("learning needs an end: set budget, max_steps or epochs above 0")
+    if c.initial not in KINDS and not Path(c.initial).is_dir():
+        raise ValueError(
+            f"initial must be one of {KINDS}, or a folder with a pruned pipeline, got {c.initial!r}")
     if not 0 < c.share <= 1: raise ValueError(f"share must lie in (0, 1], got {c.share}")
-    if c.pool < 2 and make_method(c.estimator).pool: raise ValueError(f"pool must be at least 2, got {c.pool}")
+    if c.pool < 2 and make_method(c.estimator).pool:
+        raise ValueError(f"pool must be at least 2, got {c.pool}")
     if not 1 <= c.n <= c.m: raise ValueError(f"n must lie in 1 … m, got n={c.n}, m={c.m}")
 
 def steps_of(

@@ -24,10 +24,12 @@ def each_loss(
     loss, # loss(model, batch) -> scalar; with loss.each(model, batch) -> (B,) it is asked sample by sample
 )->Tensor: # (samples,) or, without `each`, (batches,)
     "Losses in the order of the batches."
-    device = next((p.device for p in model.parameters()), torch.device('cpu')) if hasattr(model, 'parameters') else None
+    device = (next((p.device for p in model.parameters()), torch.device('cpu'))
+              if hasattr(model, 'parameters') else None)
     ask = getattr(loss, 'each', lambda *args: loss(*args).reshape(1))
     with evaluating(model):
-        return torch.cat([ask(model, batch.to(device) if device and hasattr(batch, 'to') else batch).detach().double().cpu() for batch in batches])
+        return torch.cat([ask(model, batch.to(device) if device and hasattr(batch, 'to')
+                              else batch).detach().double().cpu() for batch in batches])
 
 # %% ../../nbs/maskpro/60_evaluate.ipynb #5d65c8f3
 def loss_by_timestep(
@@ -37,7 +39,9 @@ def loss_by_timestep(
     buckets:int=10, # of equal length
 )->Tensor: # (buckets,) means; nan where there is no sample
     "Mean loss in each part of the schedule."
-    if len(losses) != len(t): raise ValueError(f"every loss needs its timestep, got {len(losses)} losses and {len(t)} timesteps")
+    if len(losses) != len(t):
+        raise ValueError(
+            f"every loss needs its timestep, got {len(losses)} losses and {len(t)} timesteps")
     place = (t.cpu()*buckets//num_steps).long()
     total = torch.zeros(buckets, dtype=torch.float64).index_add_(0, place, losses.double().cpu())
     return total/torch.bincount(place, minlength=buckets)
@@ -52,7 +56,9 @@ def plot_timesteps(
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(5, 2.4))[1]
     middle = (torch.arange(buckets) + .5)*num_steps/buckets
-    for name, values in losses.items(): ax.plot(middle, loss_by_timestep(values, t, num_steps, buckets), marker='o', markersize=3, label=name)
+    for name, values in losses.items():
+        ax.plot(middle, loss_by_timestep(values, t, num_steps, buckets), marker='o', markersize=3,
+                label=name)
     ax.set(xlabel='timestep', ylabel='squared error', yscale='log'); ax.legend()
     return ax
 
@@ -65,17 +71,21 @@ def loss_report(
 )->dict: # names -> numbers, intervals as '_from' and '_to'
     "Losses, their differences and what could have been found."
     found = {}
-    def enter(name, value, low, high): found.update({name: float(value), f'{name}_from': low, f'{name}_to': high})
+    def enter(name, value, low, high):
+        found.update({name: float(value), f'{name}_from': low, f'{name}_to': high})
     mean, again = resampled_means(losses, units, resamples, seed)
     for name in losses: enter(f'{name}_loss', mean[name], *interval(again[name]))
     names = list(losses)
     for i, a in enumerate(names):
         for b in names[:i]:
-            enter(f'{a}_minus_{b}', *paired_difference(losses[a], losses[b], units, resamples, seed))
-            found[f'{a}_minus_{b}_smallest'] = minimal_detectable_effect(losses[a], losses[b], units)
+            enter(f'{a}_minus_{b}',
+                  *paired_difference(losses[a], losses[b], units, resamples, seed))
+            found[f'{a}_minus_{b}_smallest'] = minimal_detectable_effect(
+                losses[a], losses[b], units)
     if {'dense', 'initial', 'learned'} <= losses.keys():
         dense, initial, learned = (losses[name] for name in ('dense', 'initial', 'learned'))
-        if paired_difference(initial, dense, units, resamples, seed)[1] > 0: enter('gap_recovered', *gap_recovered(dense, initial, learned, units, resamples, seed))
+        if paired_difference(initial, dense, units, resamples, seed)[1] > 0:
+            enter('gap_recovered', *gap_recovered(dense, initial, learned, units, resamples, seed))
     return found
 
 # %% ../../nbs/maskpro/60_evaluate.ipynb #0de91f38
@@ -93,11 +103,18 @@ def evaluate_models(
 )->dict: # ready for JSON
     "What each model loses, how sure that is, and how real its images look."
     given = [x is not None for x in (scheduler, real, held_out, features)]
-    if any(given[1:]) and not all(given): raise ValueError("to judge samples give all of scheduler, real, held_out and features, got only some of them")
+    if any(given[1:]) and not all(given):
+        raise ValueError(
+            "to judge samples give all of scheduler, real, held_out and features, got only some of "
+            "them")
     losses = {name: each_loss(model, batches, loss) for name, model in models.items()}
-    found = dict(loss_report(losses, units, seed=seed), samples=len(next(iter(losses.values()))), units=units or len(next(iter(losses.values()))))
+    found = dict(loss_report(losses, units, seed=seed), samples=len(next(iter(losses.values()))),
+                 units=units or len(next(iter(losses.values()))))
     if all(hasattr(b, 't') for b in batches) and scheduler is not None:
         t = torch.cat([b.t for b in batches]).cpu()
-        by_time = {name: loss_by_timestep(values, t, scheduler.config.num_train_timesteps).tolist() for name, values in losses.items()}
-        found['by_timestep'] = {name: [None if math.isnan(v) else v for v in values] for name, values in by_time.items()}
-    return dict(found, **distance_report(models, scheduler, real, held_out, features, steps)[0]) if all(given) else found
+        by_time = {name: loss_by_timestep(values, t, scheduler.config.num_train_timesteps).tolist()
+                   for name, values in losses.items()}
+        found['by_timestep'] = {name: [None if math.isnan(v) else v for v in values]
+                                for name, values in by_time.items()}
+    return (dict(found, **distance_report(models, scheduler, real, held_out, features, steps)[0])
+            if all(given) else found)

@@ -19,7 +19,8 @@ def export_dense(
     "Multiply the masks into a copy, and check what came out."
     masks, dense = find_masks(model), remove_masks(copy.deepcopy(model))
     box = nn.Module()
-    box._modules = {layer.name: dense.get_submodule(layer.name) for layer in masks.layers} # the masked layers alone, under their names
+    # the masked layers alone, under their names
+    box._modules = {layer.name: dense.get_submodule(layer.name) for layer in masks.layers}
     checked = verify_weights(box, masks.n, masks.m, protect=(), groups=masks.groups)
     assert list(checked) == [layer.name for layer in masks.layers]
     return dense

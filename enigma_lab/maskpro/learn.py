@@ -86,7 +86,8 @@ class Learner:
         batches, # a pool or a function of the step
         config:LearnConfig, # how
     ):
-        self.objective, self.batches, self.config, method = objective, batches, config, config.method
+        self.objective, self.batches, self.config, method = (objective, batches, config,
+                                                             config.method)
         self.initial = objective.initial
         self.logits = self.initial*(config.logits or method.logits)
         self.estimator, self.rule = method.make(objective.masks.n), method.rule()
@@ -103,7 +104,8 @@ class Learner:
 
     @property
     def room(self): # for another step
-        return self.objective.forwards + self.estimator.forwards <= self.config.budget and self.progress < 1
+        return (self.objective.forwards + self.estimator.forwards <= self.config.budget
+                and self.progress < 1)
 
 # %% ../../nbs/maskpro/50_learn.ipynb #7351c85a
 @patch

@@ -15,7 +15,8 @@ from .presets import paper_presets, presets as known_presets
 from .train import config_of
 
 # %% ../../nbs/maskpro/57_modes.ipynb #32c55502
-preset_groups = dict(quick=paper_presets[:1], standard=paper_presets[1:2], full=paper_presets, custom=[])
+preset_groups = dict(quick=paper_presets[:1], standard=paper_presets[1:2], full=paper_presets,
+                     custom=[])
 
 def run_mode(
     mode:str, # of `preset_groups`
@@ -25,16 +26,24 @@ def run_mode(
     **fixed # fields of `MaskProConfig` that all have
 ): # a DataFrame: a row for each preset
     "Run presets, and compare them."
-    if mode not in preset_groups: raise ValueError(f"mode must be one of {[*preset_groups]}, got {mode!r}")
-    if bool(presets) != (mode == 'custom'): raise ValueError(f"presets are named for mode 'custom' and only there, got {list(presets)} for {mode!r}")
-    if unknown := sorted(set(presets) - known_presets.keys()): raise ValueError(f"preset must be one of {sorted(known_presets)}, got {unknown}")
-    fixed['model'] = find_pipeline(fixed.get('model', ''))                                # a sweep's cells have a runs folder of their own
-    return sweep('enigma_lab.maskpro.train:train_maskpro', [dict(preset=preset) for preset in preset_groups[mode] or presets], name, parallel, **fixed)
+    if mode not in preset_groups:
+        raise ValueError(f"mode must be one of {[*preset_groups]}, got {mode!r}")
+    if bool(presets) != (mode == 'custom'):
+        raise ValueError(
+            f"presets are named for mode 'custom' and only there, got {list(presets)} for {mode!r}")
+    if unknown := sorted(set(presets) - known_presets.keys()):
+        raise ValueError(f"preset must be one of {sorted(known_presets)}, got {unknown}")
+    # a sweep's cells have a runs folder of their own
+    fixed['model'] = find_pipeline(fixed.get('model', ''))
+    return sweep('enigma_lab.maskpro.train:train_maskpro',
+                 [dict(preset=preset) for preset in preset_groups[mode] or presets], name, parallel,
+                 **fixed)
 
 # %% ../../nbs/maskpro/57_modes.ipynb #1087bcbd
 def maskpro_runs()->list[Run]: # oldest first
     "Records of mask learning, those of sweeps too."
-    return list_runs('train_maskpro') + [run for p in sorted((runs_root()/'sweeps').glob('*')) for run in runs_in(p/'train_maskpro')]
+    return list_runs('train_maskpro') + [run for p in sorted((runs_root()/'sweeps').glob('*'))
+                                         for run in runs_in(p/'train_maskpro')]
 
 def progress_table(
     running:bool=True, # only what has not ended
@@ -45,12 +54,19 @@ def progress_table(
     for run in maskpro_runs():
         if running and run.finished: continue
         history = run.history
-        last, look = (next((row for row in reversed(history) if key in row), {}) for key in ('loss', 'changed'))
+        last, look = (next((row for row in reversed(history) if key in row), {})
+                      for key in ('loss', 'changed'))
         c = config_of(run)
-        state = 'finished' if run.finished else 'learned' if (run.path/'learned_masks.safetensors').exists() else 'learning' if last else 'masks'
-        rows.append(dict(run=run.name, preset=c.preset, state=state, step=last.get('step', 0), forwards=last.get('forwards', 0),
-            **{k: look.get(k) for k in ('gain', 'val_loss', 'changed', 'entropy_bits')}, quiet_s=round(time.time() - max((p.stat().st_mtime for p in run.path.glob('*')), default=0))))
-    return pd.DataFrame(rows, columns=['run', 'preset', 'state', 'step', 'forwards', 'gain', 'val_loss', 'changed', 'entropy_bits', 'quiet_s'])
+        state = ('finished' if run.finished else 'learned'
+                 if (run.path/'learned_masks.safetensors').exists() else 'learning'
+                 if last else 'masks')
+        rows.append(dict(run=run.name, preset=c.preset, state=state, step=last.get('step', 0),
+            forwards=last.get('forwards', 0),
+            **{k: look.get(k) for k in ('gain', 'val_loss', 'changed', 'entropy_bits')},
+            quiet_s=round(time.time() - max((p.stat().st_mtime for p in run.path.glob('*')),
+                                            default=0))))
+    return pd.DataFrame(rows, columns=['run', 'preset', 'state', 'step', 'forwards', 'gain',
+                                       'val_loss', 'changed', 'entropy_bits', 'quiet_s'])
 
 def monitor(
     every:float=2., # seconds

@@ -10,9 +10,14 @@ from ..lab.settings import Settings, make_settings
 from .config import MaskProConfig
 
 # %% ../../nbs/maskpro/53_presets.ipynb #36168dbb
-_config = lambda size, batch, rate, logits, epochs, steps: dict(estimator='pge', dataset_size=size, batch_size=batch, learning_rate=rate, logits=logits, epochs=float(epochs), max_steps=steps, budget=0)
+_config = lambda size, batch, rate, logits, epochs, steps: dict(estimator='pge', dataset_size=size,
+                                                                batch_size=batch,
+                                                                learning_rate=rate, logits=logits,
+                                                                epochs=float(epochs),
+                                                                max_steps=steps, budget=0)
 presets = {
-    'smoke': dict(budget=40, batch_size=16, pool=2, dataset_size=64, eval_steps=5, num_samples=16, repeats=1),
+    'smoke': dict(budget=40, batch_size=16, pool=2, dataset_size=64, eval_steps=5, num_samples=16,
+                  repeats=1),
     'cpu': dict(),
     'pge': dict(estimator='pge'),
     'config1_conservative': _config(5_000, 16, .5, 3., 1000, 5_000),

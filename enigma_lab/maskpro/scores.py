@@ -45,8 +45,10 @@ def input_norms(
     def listen(layer):
         def add(module, args, kwargs):
             x = next(iter((*args, *kwargs.values()))).detach().float()
-            if isinstance(module, nn.Conv2d): x = x.movedim(-3, -1)                                   # (…, C)
-            squares[layer.name] = squares.get(layer.name, 0) + x.reshape(-1, x.shape[-1]).square().sum(0)
+            # (…, C)
+            if isinstance(module, nn.Conv2d): x = x.movedim(-3, -1)
+            squares[layer.name] = squares.get(layer.name,
+                                              0) + x.reshape(-1, x.shape[-1]).square().sum(0)
         return layer.module.register_forward_pre_hook(add, with_kwargs=True)
 
     hooks = [listen(layer) for layer in masks.layers]
@@ -56,7 +58,10 @@ def input_norms(
     finally:
         for hook in hooks: hook.remove()
     silent = [layer.name for layer in masks.layers if layer.name not in squares]
-    if silent: raise ValueError(f"Wanda needs an input of every masked layer, got none of {len(silent)}, such as {silent[:3]}; are there batches?")
+    if silent:
+        raise ValueError(
+            f"Wanda needs an input of every masked layer, got none of {len(silent)}, such as "
+            f"{silent[:3]}; are there batches?")
     return {name: square.sqrt() for name, square in squares.items()}
 
 # %% ../../nbs/maskpro/30_scores.ipynb #e579edc3
@@ -77,7 +82,8 @@ def wanda_scores(
 )->Tensor: # (G, M)
     "Size of each weight times the norm of its input (Wanda, arXiv:2306.11695, eq. 1)."
     norms = input_norms(masks, loss_fn, batches)
-    return masks.weights().abs()*masks.pack({layer.name: over_weight(norms[layer.name], layer) for layer in masks.layers})
+    return masks.weights().abs()*masks.pack({layer.name: over_weight(norms[layer.name], layer)
+                                             for layer in masks.layers})
 
 # %% ../../nbs/maskpro/30_scores.ipynb #605888b2
 def fisher_scores(
@@ -99,7 +105,8 @@ def random_scores(
     seed:int=0, # of the draw
 )->Tensor: # (G, M) float64
     "Every subset alike."
-    return torch.rand(masks.num_groups, masks.m, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(masks.device)
+    return torch.rand(masks.num_groups, masks.m, dtype=torch.float64,
+                      generator=torch.Generator().manual_seed(seed)).to(masks.device)
 
 # %% ../../nbs/maskpro/30_scores.ipynb #5a46808c
 KINDS = 'magnitude', 'wanda', 'fisher', 'random'
@@ -113,7 +120,8 @@ def initial_mask(
 )->Tensor: # (G, M) zeros and ones
     "Keep the N weights of each group with the largest scores, of equals the first."
     if kind not in KINDS: raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    if kind in ('wanda', 'fisher') and loss_fn is None: raise ValueError(f"a mask of kind {kind!r} needs loss_fn and batches, got no loss_fn")
+    if kind in ('wanda', 'fisher') and loss_fn is None:
+        raise ValueError(f"a mask of kind {kind!r} needs loss_fn and batches, got no loss_fn")
     if kind == 'magnitude': scores = magnitude_scores(masks)
     elif kind == 'random': scores = random_scores(masks, seed)
     else: scores = (wanda_scores if kind == 'wanda' else fisher_scores)(masks, loss_fn, batches)
@@ -128,17 +136,22 @@ def prune_magnitude(
 ): # a pandas DataFrame, a row for each pruned layer
     "Set the smallest weights of each layer to zero, without a pattern; of equals the last."
     import pandas as pd
-    if not 0 <= amount < 1: raise ValueError(f"amount must lie in 0 … 1 and be less than 1, got {amount}")
-    if any(mask_of(module) for module in model.modules()): raise ValueError("a model must be pruned before it gets masks, got one that has them")
+    if not 0 <= amount < 1:
+        raise ValueError(f"amount must lie in 0 … 1 and be less than 1, got {amount}")
+    if any(mask_of(module) for module in model.modules()):
+        raise ValueError("a model must be pruned before it gets masks, got one that has them")
     owned, report = owners(model), []
     for name, module in choose_layers(model, targets, protect)[0].items():
         if why_dense(name, module, 1, 'flat', owned): continue
         weight, zeros = module.weight.detach(), round(amount*module.weight.numel())
         kept = torch.ones(weight.numel(), device=weight.device, dtype=weight.dtype)
-        kept[weight.abs().flatten().sort(descending=True, stable=True).indices[weight.numel() - zeros:]] = 0
+        kept[weight.abs().flatten().sort(descending=True,
+                                         stable=True).indices[weight.numel() - zeros:]] = 0
         energy = weight.float().square().sum().item()
         weight.mul_(kept.view(weight.shape))
-        report.append(dict(layer=name, weights=weight.numel(), zeros=zeros, energy_kept=weight.float().square().sum().item()/energy if energy else 1.))
+        report.append(dict(layer=name, weights=weight.numel(), zeros=zeros,
+                           energy_kept=weight.float().square().sum().item()/energy
+                           if energy else 1.))
     if not report: raise ValueError("one layer at least must be pruned, got none")
     return pd.DataFrame(report).set_index('layer')
 
@@ -147,10 +160,15 @@ def extract_masks(
     pruned, # a model, or the `state_dict` of one
 )->dict: # name of a layer -> bool in the shape of its weight, True: kept
     "The zeros of those layers that have some."
-    if isinstance(pruned, nn.Module): weights = {name: module.weight for name, module in choose_layers(pruned, protect=())[0].items()}
-    else: weights = {key.removesuffix('weight').removesuffix('.'): w for key, w in pruned.items() if ('.' + key).endswith('.weight') and w.ndim > 1}
+    if isinstance(pruned, nn.Module):
+        weights = {name: module.weight
+                   for name, module in choose_layers(pruned, protect=())[0].items()}
+    else:
+        weights = {key.removesuffix('weight').removesuffix('.'): w for key, w in pruned.items()
+                   if ('.' + key).endswith('.weight') and w.ndim > 1}
     masks = {name: w.detach() != 0 for name, w in weights.items()}
-    if all(mask.all() for mask in masks.values()): raise ValueError(f"a pruned model must have zeros, got none in {len(masks)} layers")
+    if all(mask.all() for mask in masks.values()):
+        raise ValueError(f"a pruned model must have zeros, got none in {len(masks)} layers")
     return {name: mask for name, mask in masks.items() if not mask.all()}
 
 # %% ../../nbs/maskpro/30_scores.ipynb #ef0a3e85
@@ -160,14 +178,24 @@ def project(
 )->tuple[Tensor,dict]: # (G, M) mask; what was lost in the layers named there, shares
     "The N:M mask that keeps most of an unstructured one, by magnitude where that leaves a choice."
     named = [layer for layer in masks.layers if layer.name in unstructured]
-    if not named: raise ValueError(f"an unstructured mask must name masked layers, got {[*unstructured][:3]}; masked is {masks.layers[0].name!r}")
-    kept = masks.pack({layer.name: unstructured.get(layer.name, torch.ones_like(layer.mask)) for layer in masks.layers})
-    rank = magnitude_scores(masks).argsort(dim=1, descending=True, stable=True).argsort(dim=1)               # 0: the largest of its group
+    if not named:
+        raise ValueError(
+            f"an unstructured mask must name masked layers, got {[*unstructured][:3]}; masked is "
+            f"{masks.layers[0].name!r}")
+    kept = masks.pack({layer.name: unstructured.get(layer.name, torch.ones_like(layer.mask))
+                       for layer in masks.layers})
+    # 0: the largest of its group
+    rank = magnitude_scores(masks).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     mask = top_n(kept*masks.m - rank, masks.n)
-    rows = torch.cat([torch.arange(layer.start, layer.stop, device=masks.device) for layer in named])
+    rows = torch.cat([torch.arange(layer.start, layer.stop, device=masks.device)
+                      for layer in named])
     k, m, energy = kept[rows], mask[rows], masks.weights()[rows].square()
     return mask, dict(
-        kept_lost=(k*(1 - m)).sum().item()/k.sum().item(),                                             # of the kept weights
-        energy_lost=(k*(1 - m)*energy).sum().item()/(k*energy).sum().item(),                           # of their squares
-        revived=((1 - k)*m).sum().item()/m.sum().item(),                                               # of the new mask, weights that had been pruned
-        other_groups=(k.sum(1) != masks.n).float().mean().item())                                      # groups that had not N survivors
+        # of the kept weights
+        kept_lost=(k*(1 - m)).sum().item()/k.sum().item(),
+        # of their squares
+        energy_lost=(k*(1 - m)*energy).sum().item()/(k*energy).sum().item(),
+        # of the new mask, weights that had been pruned
+        revived=((1 - k)*m).sum().item()/m.sum().item(),
+        # groups that had not N survivors
+        other_groups=(k.sum(1) != masks.n).float().mean().item())

@@ -47,22 +47,36 @@ def compress(
     mask:Tensor|None=None, # (O, K), two ones in each group; `None`: what is not zero, at most two a group
 )->Compressed: # of matrix·mask
     "Two of each four numbers along K, and their places."
-    if matrix.ndim != 2 or matrix.shape[1] % 4: raise ValueError(f"a matrix must have rows of whole groups of 4, got shape {tuple(matrix.shape)}")
-    if mask is not None and mask.shape != matrix.shape: raise ValueError(f"mask and matrix must have one shape, got {tuple(mask.shape)} and {tuple(matrix.shape)}")
+    if matrix.ndim != 2 or matrix.shape[1] % 4:
+        raise ValueError(
+            f"a matrix must have rows of whole groups of 4, got shape {tuple(matrix.shape)}")
+    if mask is not None and mask.shape != matrix.shape:
+        raise ValueError(
+            f"mask and matrix must have one shape, got {tuple(mask.shape)} and "
+            f"{tuple(matrix.shape)}")
     groups = matrix.reshape(-1, 4)
-    kept = top_n((groups != 0).float(), 2) if mask is None else check_mask(mask.reshape(-1, 4), 2, 4)
-    if mask is None and (wrong := count_invalid_groups(matrix)): raise ValueError(f"at most 2 of 4 numbers may differ from zero, got more in {wrong} of {len(groups)} groups")
-    where = kept.nonzero()[:, 1].view(-1, 2)                                          # (G, 2), ascending
-    return Compressed(groups.gather(1, where).view(len(matrix), -1), pack_bits(where[:, 0] | where[:, 1] << 2, 4))
+    kept = (top_n((groups != 0).float(), 2) if mask is None
+            else check_mask(mask.reshape(-1, 4), 2, 4))
+    if mask is None and (wrong := count_invalid_groups(matrix)):
+        raise ValueError(
+            f"at most 2 of 4 numbers may differ from zero, got more in {wrong} of {len(groups)} "
+            "groups")
+    # (G, 2), ascending
+    where = kept.nonzero()[:, 1].view(-1, 2)
+    return Compressed(groups.gather(1, where).view(len(matrix), -1),
+                      pack_bits(where[:, 0] | where[:, 1] << 2, 4))
 
 def expand(
     compressed:Compressed, # of `compress`
 )->Tensor: # (O, K)
     "Put the zeros back."
     values, indices = compressed
-    if values.numel() % 2 or len(indices) != -(-values.numel()//4): raise ValueError(f"two values need four bits, got {values.numel()} values and {8*len(indices)} bits")
+    if values.numel() % 2 or len(indices) != -(-values.numel()//4):
+        raise ValueError(
+            f"two values need four bits, got {values.numel()} values and {8*len(indices)} bits")
     where = unpack_bits(indices, 2, values.numel()).view(-1, 2)
-    return values.new_zeros(len(where), 4).scatter(1, where, values.reshape(-1, 2)).view(len(values), -1)
+    return values.new_zeros(len(where), 4).scatter(1, where,
+                                                   values.reshape(-1, 2)).view(len(values), -1)
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #099d3bea
 def to_matrix(
@@ -80,10 +94,15 @@ def columns(
     "What each output pixel sees (im2col)."
     (B, C, *size), x = x.shape, x.permute(0, 2, 3, 1)
     out = [(n - d*(k - 1) - 1)//s + 1 for n, k, s, d in zip(size, kernel_size, stride, dilation)]
-    if min(out) < 1: raise ValueError(f"a kernel must fit into the image, got {tuple(kernel_size)}, dilated by {tuple(dilation)}, and {tuple(size)}")
+    if min(out) < 1:
+        raise ValueError(
+            f"a kernel must fit into the image, got {tuple(kernel_size)}, dilated by "
+            f"{tuple(dilation)}, and {tuple(size)}")
     image, pixel, channel = x.stride(0), x.stride()[1:3], x.stride(3)
-    steps = (image, *(p*s for p, s in zip(pixel, stride)), *(p*d for p, d in zip(pixel, dilation)), channel)
-    return x.as_strided((B, *out, *kernel_size, C), steps).reshape(B, *out, -1)       # a view until here; reshape copies
+    steps = (image, *(p*s for p, s in zip(pixel, stride)), *(p*d for p, d in zip(pixel, dilation)),
+             channel)
+    # a view until here; reshape copies
+    return x.as_strided((B, *out, *kernel_size, C), steps).reshape(B, *out, -1)
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #4d6ba14d
 class SparseLinear(nn.Module):
@@ -97,7 +116,8 @@ class SparseLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x:Tensor)->Tensor: # (…, K), (…, O)
-        y = F.linear(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.bias)  # the kernels read plain matrices only
+        # the kernels read plain matrices only
+        y = F.linear(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.bias)
         return y.view(*x.shape[:-1], self.weight.shape[0])
 
 class SparseConv2d(SparseLinear):
@@ -109,7 +129,8 @@ class SparseConv2d(SparseLinear):
     ):
         super().__init__(weight, bias)
         self.geometry = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.mode = conv._reversed_padding_repeated_twice, 'constant' if conv.padding_mode == 'zeros' else conv.padding_mode
+        self.padding, self.mode = (conv._reversed_padding_repeated_twice, 'constant'
+                                   if conv.padding_mode == 'zeros' else conv.padding_mode)
 
     def forward(self, x:Tensor)->Tensor: # (B, C, H, W), (B, O, H', W')
         if x.ndim == 3: return self(x[None])[0]
@@ -122,12 +143,15 @@ def why_not_sparse(
     module:nn.Module, # a linear layer or a convolution
 )->list[str]: # empty: there are none
     "What keeps a layer from being one matrix product with a 2:4 weight."
-    own, (O, K), found = next(c for c in type(module).__mro__ if 'forward' in vars(c)), to_matrix(module).shape, []
-    if own not in (nn.Linear, nn.Conv2d) and input_axis(module) != 0: found.append(f'{type(module).__name__} has a forward of its own')
+    own, (O, K), found = next(c for c in type(module).__mro__
+                              if 'forward' in vars(c)), to_matrix(module).shape, []
+    if own not in (nn.Linear, nn.Conv2d) and input_axis(module) != 0:
+        found.append(f'{type(module).__name__} has a forward of its own')
     if module._forward_hooks or module._forward_pre_hooks: found.append('it has hooks')
     if getattr(module, 'groups', 1) > 1: found.append(f'a convolution in {module.groups} groups')
     elif K % 4: found.append(f'{K} columns do not divide by 4')
-    elif wrong := count_invalid_groups(to_matrix(module)): found.append(f'not 2:4, {wrong} of {O*K//4} groups keep more than two')
+    elif wrong := count_invalid_groups(to_matrix(module)):
+        found.append(f'not 2:4, {wrong} of {O*K//4} groups keep more than two')
     return found
 
 def as_semi_structured(
@@ -135,16 +159,23 @@ def as_semi_structured(
     make_sparse:Callable|None=None, # (O, K) matrix -> tensor; `None`: torch's, see `to_sparse`
 )->SparseLinear: # or `SparseConv2d`; shares the bias
     "The same layer over a compressed weight."
-    if input_axis(module) is None: raise ValueError(f"a layer must be linear or a convolution in two dimensions, got {type(module).__name__}")
-    if found := why_not_sparse(module): raise ValueError(f"a layer must be one product with a 2:4 weight, got {'; '.join(found)}")
+    if input_axis(module) is None:
+        raise ValueError(
+            "a layer must be linear or a convolution in two dimensions, got "
+            f"{type(module).__name__}")
+    if found := why_not_sparse(module):
+        raise ValueError(f"a layer must be one product with a 2:4 weight, got {'; '.join(found)}")
     weight = (make_sparse or to_sparse)(to_matrix(module).detach().contiguous())
-    return SparseConv2d(weight, module.bias, module) if isinstance(module, nn.Conv2d) else SparseLinear(weight, module.bias)
+    return (SparseConv2d(weight, module.bias, module) if isinstance(module, nn.Conv2d)
+            else SparseLinear(weight, module.bias))
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #9b795f79
 def sparse_class()->type: # a subclass of `torch.sparse.SparseSemiStructuredTensor`
     "The kind of compressed tensor that this torch would make."
-    forced = torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS or not torch.backends.cusparselt.is_available()
-    return torch.sparse.SparseSemiStructuredTensorCUTLASS if forced else torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    forced = (torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS
+              or not torch.backends.cusparselt.is_available())
+    return (torch.sparse.SparseSemiStructuredTensorCUTLASS
+            if forced else torch.sparse.SparseSemiStructuredTensorCUSPARSELT)
 
 def to_sparse(
     matrix:Tensor, # (O, K) contiguous, 2:4, on CUDA, in half precision
@@ -159,10 +190,13 @@ def torch_rules(
     weight, (O, K), kind = module.weight, to_matrix(module).shape, sparse_class()
     halves = torch.float16, torch.bfloat16
     found = [] if weight.is_cuda else [f'no CUDA, the layer is on {weight.device}']
-    if weight.dtype not in halves: found.append(f'{weight.dtype}, one of {halves} is needed'.replace('torch.', ''))
-    rule, C = kind._DTYPE_SHAPE_CONSTRAINTS[weight.dtype if weight.dtype in halves else torch.float16], weight.shape[input_axis(module)]
+    if weight.dtype not in halves:
+        found.append(f'{weight.dtype}, one of {halves} is needed'.replace('torch.', ''))
+    rule, C = kind._DTYPE_SHAPE_CONSTRAINTS[weight.dtype if weight.dtype in halves
+                                            else torch.float16], weight.shape[input_axis(module)]
     inputs = f'{C} input channels' if C == K else f'{C} input channels by {K//C} taps are {K}'
-    for number, text, step in ((K, inputs, rule.sparse_min_cols), (O, f'{O} output channels', rule.sparse_min_rows)):
+    for number, text, step in ((K, inputs, rule.sparse_min_cols),
+                               (O, f'{O} output channels', rule.sparse_min_rows)):
         if number % step: found.append(f'{text}, a multiple of {step} is needed ({kind.BACKEND})')
     return found
 
@@ -173,7 +207,9 @@ class Seen(NamedTuple):
     rows:int # of its matrix product
 
     def like(self, device, seed:int=0)->Tensor: # normal numbers of this form
-        return torch.empty_like(self.x, device=device).normal_(generator=torch.Generator(device).manual_seed(seed))
+        return torch.empty_like(self.x,
+                                device=device).normal_(
+                                    generator=torch.Generator(device).manual_seed(seed))
 
 @torch.no_grad()
 def call(
@@ -194,11 +230,14 @@ def record_inputs(
     def watch(name, O):
         def hook(module, args, kwargs, y):
             x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-            if name not in found or x.numel() > found[name].x.numel(): found[name] = Seen(torch.empty_like(x, device='meta'), y.numel()//O)
+            if name not in found or x.numel() > found[name].x.numel():
+                found[name] = Seen(torch.empty_like(x, device='meta'), y.numel()//O)
         return hook
     try:
         for name, module in model.named_modules():
-            if input_axis(module) is not None: handles.append(module.register_forward_hook(watch(name, len(to_matrix(module))), with_kwargs=True))
+            if input_axis(module) is not None:
+                handles.append(module.register_forward_hook(watch(name, len(to_matrix(module))),
+                                                            with_kwargs=True))
         call(model, example_inputs)
     finally:
         for handle in handles: handle.remove()
@@ -216,9 +255,11 @@ def difference(
     b, # the same, to be compared with
 )->float: # inf where forms differ, nan where numbers are missing
     "The largest difference, relative to the largest number."
-    a, b = ([v.float() for v in pytree.tree_leaves(out) if isinstance(v, Tensor) and v.is_floating_point()] for out in (a, b))
+    a, b = ([v.float() for v in pytree.tree_leaves(out) if isinstance(v, Tensor)
+             and v.is_floating_point()] for out in (a, b))
     if [v.shape for v in a] != [v.shape for v in b]: return float('inf')
-    return torch.stack([(u - v).abs().max()/v.abs().max().clamp(min=1e-30) for u, v in zip(a, b) if v.numel()]).max().item()
+    return torch.stack([(u - v).abs().max()/v.abs().max().clamp(min=1e-30) for u, v in zip(a, b)
+                        if v.numel()]).max().item()
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #be39182b
 def time_call(
@@ -227,7 +268,8 @@ def time_call(
     calls:int=10, # in a row, so that launching one overlaps with running another, as in a model
 )->float: # seconds of one
     "How long a call takes."
-    wait = torch.cuda.synchronize if any(isinstance(v, Tensor) and v.is_cuda for v in pytree.tree_leaves(inputs)) else lambda: None
+    wait = (torch.cuda.synchronize if any(isinstance(v, Tensor) and v.is_cuda
+                                          for v in pytree.tree_leaves(inputs)) else lambda: None)
     wait()
     begin = time.perf_counter()
     for _ in range(calls): call(model, inputs)
@@ -243,7 +285,8 @@ def measure(
 )->dict: # medians and their ratio, above 1: the sparse one is faster
     "Time two by turns, after a call of each that does not count."
     for model in (dense, sparse): clock(model, inputs)
-    a, b = (median(times) for times in zip(*[(clock(dense, inputs), clock(sparse, inputs)) for _ in range(repeats)]))
+    a, b = (median(times) for times in zip(*[(clock(dense, inputs), clock(sparse, inputs))
+                                             for _ in range(repeats)]))
     return dict(dense_s=a, sparse_s=b, ratio=a/b)
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #d9c2085c
@@ -257,10 +300,13 @@ def compare(
 )->dict: # what a table says of them
     "Are they equal, and which is faster?"
     found = difference(call(sparse, inputs), call(dense, inputs))
-    if not found <= most: return dict(difference=found, verdict=f'kept dense: it differs by {found:.2g}, {most:.2g} is allowed')
+    if not found <= most:
+        return dict(difference=found,
+                    verdict=f'kept dense: it differs by {found:.2g}, {most:.2g} is allowed')
     times = measure(dense, sparse, inputs, repeats, clock)
     gains = times['ratio'] > 1
-    return times | dict(difference=found, gains=gains, verdict=f"{times['ratio']:.2f}×" + ('' if gains else ': kept dense'))
+    return times | dict(difference=found, gains=gains,
+                        verdict=f"{times['ratio']:.2f}×" + ('' if gains else ': kept dense'))
 
 def failure(
     error:Exception, # from wherever
@@ -277,7 +323,8 @@ def evaluate_layer(
     clock:Callable, # as in `measure`
 )->dict: # what the table says of it
     "Try a layer."
-    reasons = why_not_sparse(module) + ([] if make_sparse else torch_rules(module)) + ([] if seen else ['the example inputs do not reach it'])
+    reasons = why_not_sparse(module) + ([] if make_sparse else torch_rules(module)) + (
+        [] if seen else ['the example inputs do not reach it'])
     if reasons: return dict(verdict='kept dense: ' + '; '.join(reasons))
     try:
         sparse, x = as_semi_structured(module, make_sparse), seen.like(module.weight.device)
@@ -294,9 +341,11 @@ def prepare(
     masked = any(mask_of(module) for module in model.modules())
     dense = (export_dense if masked else copy.deepcopy)(model).eval()
     if device is None: return dense, example_inputs
-    return dense.to(device), pytree.tree_map(lambda v: v.to(device) if hasattr(v, 'to') else v, example_inputs)
+    return dense.to(device), pytree.tree_map(lambda v: v.to(device) if hasattr(v, 'to') else v,
+                                             example_inputs)
 
-COLUMNS = dict(shape='', gemm='', dense_s=float('nan'), sparse_s=float('nan'), ratio=float('nan'), difference=float('nan'), gains=False, verdict='')
+COLUMNS = dict(shape='', gemm='', dense_s=float('nan'), sparse_s=float('nan'), ratio=float('nan'),
+               difference=float('nan'), gains=False, verdict='')
 
 def evaluate_layers(
     dense:nn.Module, # of `prepare`
@@ -312,9 +361,13 @@ def evaluate_layers(
     for name, module in dense.named_modules():
         if input_axis(module) is None: continue
         O, K = to_matrix(module).shape
-        form = dict(shape='×'.join(map(str, module.weight.shape)), gemm=f"{O}×{K}×{seen[name].rows if name in seen else '?'}")
-        rows[name] = COLUMNS | form | evaluate_layer(module, seen.get(name), repeats, make_sparse, clock or time_call)
-    if not rows: raise ValueError(f"a model must have a linear layer or a convolution, got none in {type(dense).__name__}")
+        form = dict(shape='×'.join(map(str, module.weight.shape)),
+                    gemm=f"{O}×{K}×{seen[name].rows if name in seen else '?'}")
+        rows[name] = COLUMNS | form | evaluate_layer(module, seen.get(name), repeats, make_sparse,
+                                                     clock or time_call)
+    if not rows:
+        raise ValueError(
+            f"a model must have a linear layer or a convolution, got none in {type(dense).__name__}")
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name='layer'))
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #69a86b76
@@ -355,7 +408,8 @@ def export_sparse(
     if table.gains.any():
         try:
             shared = {id(v): v for v in (*dense.parameters(), *dense.buffers())}
-            layers = {name: as_semi_structured(dense.get_submodule(name), make_sparse) for name in table.index[table.gains]}
+            layers = {name: as_semi_structured(dense.get_submodule(name), make_sparse)
+                      for name in table.index[table.gains]}
             sparse = swap_layers(copy.deepcopy(dense, shared), layers)
             whole |= compare(dense, sparse, inputs, 1., repeats, clock or time_call)
         except Exception as e: whole['verdict'] = failure(e)
@@ -381,15 +435,20 @@ def typical(
     dtype:torch.dtype=torch.bfloat16, # of weights and inputs
 )->tuple[SideBySide,tuple]: # masked layers; an input for each
     "Layers as language and diffusion models have them."
-    sizes = [(64, 64), (24, 32)] if small else [(1024, 1024), (1024, 4096), (4096, 1024), (2048, 2048), (4096, 4096)]
-    convs = [(32, 3, 8)] if small else [(C, k, H) for C, H in ((128, 32), (256, 32), (256, 16), (512, 8)) for k in (3, 1)]
+    sizes = ([(64, 64), (24, 32)] if small else [(1024, 1024), (1024, 4096), (4096, 1024),
+                                                 (2048, 2048), (4096, 4096)])
+    convs = ([(32, 3, 8)] if small
+             else [(C, k, H) for C, H in ((128, 32), (256, 32), (256, 16), (512, 8))
+                   for k in (3, 1)])
     rows, batch, made = (32, 2, {}) if small else (16384, 256, {})
     with torch.device(device):
-        for a, b in sizes: made[f'linear {a} to {b}'] = nn.Linear(a, b), torch.randn(rows, a, dtype=dtype)
+        for a, b in sizes:
+            made[f'linear {a} to {b}'] = nn.Linear(a, b), torch.randn(rows, a, dtype=dtype)
         for C, k, H in convs:
             x = torch.randn(batch, C, H, H, dtype=dtype).to(memory_format=torch.channels_last)
             made[f'conv {k}×{k} {C} at {H}×{H}'] = nn.Conv2d(C, C, k, padding=k//2), x
-    model = SideBySide({name: layer for name, (layer, _) in made.items()}).to(dtype=dtype, memory_format=torch.channels_last)
+    model = SideBySide({name: layer for name, (layer, _) in made.items()}).to(
+        dtype=dtype, memory_format=torch.channels_last)
     apply_masks(model)
     return model, tuple(x for _, x in made.values())
 
@@ -399,24 +458,33 @@ def gpu(
     repeats:int=20, # pairs of times for each layer
 ): # the table of `preflight`
     "Measure typical layers on the GPU; without one, say so."
-    if not small and not torch.cuda.is_available(): raise ValueError("typical layers need CUDA, got none; toy ones (small=True, --small) run anywhere")
+    if not small and not torch.cuda.is_available():
+        raise ValueError(
+            "typical layers need CUDA, got none; toy ones (small=True, --small) run anywhere")
     return preflight(*typical(small, 'cuda' if torch.cuda.is_available() else 'cpu'), repeats)
 
 def main(
     arguments:list[str]=(), # of the command line
 ):
     "Print, layer by layer, what torch's 2:4 kernels gain on this machine."
-    parser = argparse.ArgumentParser('python -m enigma_lab.maskpro.sparse', description=main.__doc__)
+    parser = argparse.ArgumentParser('python -m enigma_lab.maskpro.sparse',
+                                     description=main.__doc__)
     parser.add_argument('--small', action='store_true', help='toy size, also without a GPU')
     parser.add_argument('--repeats', type=int, default=20, help='pairs of times for each layer')
     parser.add_argument('--to', type=Path, help='a new JSON file for the table')
     given = parser.parse_args(arguments)
-    if given.to and given.to.exists(): raise FileExistsError(f"a table is never overwritten, got {given.to}, which exists")
+    if given.to and given.to.exists():
+        raise FileExistsError(f"a table is never overwritten, got {given.to}, which exists")
     table = gpu(given.small, given.repeats)
-    head = dict(device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA', torch=torch.__version__, backend=sparse_class().BACKEND)
+    head = dict(device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA',
+                torch=torch.__version__, backend=sparse_class().BACKEND)
     print(*head.values(), sep=', ')
     print(table.drop(columns=['shape', 'gains']).to_string())
     if given.to: given.to.parent.mkdir(parents=True, exist_ok=True)
-    if given.to: write_json(given.to, head | dict(layers=table.astype(object).where(table.notna(), None).reset_index().to_dict('records')))
+    if given.to:
+        write_json(given.to,
+                   head
+                   | dict(layers=table.astype(object).where(table.notna(),
+                                                            None).reset_index().to_dict('records')))
 
 if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1:])

@@ -22,8 +22,10 @@ def encode_masks(
 )->Tensor: # (G,) int64, the row of each group in `subsets(n, m)`
     "Subsets as numbers 0 … C(m, n) - 1 in lexicographic order."
     m, ones = values.shape[1], values.flip(1).long()
-    binomials = torch.tensor([[math.comb(i, k) for k in range(n + 1)] for i in range(m)], device=values.device)
-    return math.comb(m, n) - 1 - (ones*binomials[torch.arange(m, device=values.device), ones.cumsum(1)]).sum(1)
+    binomials = torch.tensor([[math.comb(i, k) for k in range(n + 1)] for i in range(m)],
+                             device=values.device)
+    return math.comb(m, n) - 1 - (ones*binomials[torch.arange(m, device=values.device),
+                                                 ones.cumsum(1)]).sum(1)
 
 def decode_masks(
     codes:Tensor, # (G,) int64
@@ -55,7 +57,8 @@ def unpack_bits(
     count:int, # G numbers
 )->Tensor: # (G,) int64
     "The inverse of `pack_bits`."
-    stream = (octets.long()[:, None] >> torch.arange(8, device=octets.device) & 1).flatten()[:count*bits].view(count, bits)
+    stream = (octets.long()[:, None] >> torch.arange(8, device=octets.device)
+              & 1).flatten()[:count*bits].view(count, bits)
     return (stream << torch.arange(bits, device=octets.device)).sum(1)
 
 # %% ../../nbs/maskpro/25_storage.ipynb #06c4fe79
@@ -63,7 +66,8 @@ def architecture(
     model:nn.Module, # with or without masks
 )->dict: # name -> shape of each parameter
     "Names and shapes of a model's parameters, whether masked or not."
-    return {name.replace('parametrizations.weight.original', 'weight'): list(p.shape) for name, p in model.named_parameters()}
+    return {name.replace('parametrizations.weight.original', 'weight'): list(p.shape)
+            for name, p in model.named_parameters()}
 
 def fingerprint(
     shapes:dict, # of `architecture`
@@ -76,7 +80,8 @@ def header_of(
     masks:Masks, # of a model
 )->dict: # what JSON can hold
     "The pattern and the masked layers."
-    return dict(n=masks.n, m=masks.m, groups=masks.groups, layers=[[layer.name, list(layer.shape)] for layer in masks.layers])
+    return dict(n=masks.n, m=masks.m, groups=masks.groups,
+                layers=[[layer.name, list(layer.shape)] for layer in masks.layers])
 
 # %% ../../nbs/maskpro/25_storage.ipynb #642e6778
 def save_masks(
@@ -87,11 +92,16 @@ def save_masks(
     from safetensors.torch import save_file
     path, values, total = Path(path), masks.values(), math.comb(masks.m, masks.n)
     masks.check(values)
-    if total >= 2**62: raise ValueError(f"a mask's code must fit 62 bits, got {total} subsets of {masks.n}:{masks.m}")
-    if path.exists(): raise FileExistsError(f"a mask file is never overwritten, got {path}, which exists")
+    if total >= 2**62:
+        raise ValueError(
+            f"a mask's code must fit 62 bits, got {total} subsets of {masks.n}:{masks.m}")
+    if path.exists():
+        raise FileExistsError(f"a mask file is never overwritten, got {path}, which exists")
     header, part = header_of(masks), path.with_name(path.name + '.part')
     codes = pack_bits(encode_masks(values, masks.n).cpu(), (total - 1).bit_length())
-    save_file(dict(codes=codes), part, metadata=dict(masks=json.dumps(header), fingerprint=fingerprint(architecture(masks.model), header)))
+    save_file(dict(codes=codes), part,
+              metadata=dict(masks=json.dumps(header),
+                            fingerprint=fingerprint(architecture(masks.model), header)))
     part.replace(path)
     return path
 
@@ -102,16 +112,21 @@ def read_masks(
     "What a mask file says, before it is compared with a model."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(path, 'pt') as file: metadata, octets = file.metadata() or {}, file.get_tensor('codes')
+        with safe_open(path, 'pt') as file:
+            metadata, octets = file.metadata() or {}, file.get_tensor('codes')
         header, digest = json.loads(metadata['masks']), metadata['fingerprint']
     except (SafetensorError, KeyError, ValueError) as e:
-        raise ValueError(f"a mask file must be one that save_masks wrote, got {path}: {type(e).__name__} {e}") from e
-    count, total = sum(math.prod(shape) for _, shape in header['layers'])//header['m'], math.comb(header['m'], header['n'])
+        raise ValueError(
+            f"a mask file must be one that save_masks wrote, got {path}: {type(e).__name__} {e}") from e
+    count, total = sum(math.prod(shape) for _, shape in header['layers'])//header['m'], math.comb(
+        header['m'], header['n'])
     bits = (total - 1).bit_length()
     if len(octets) == -(-count*bits//8):
         codes = unpack_bits(octets, bits, count)
         if (codes < total).all(): return header, digest, codes
-    raise ValueError(f"a mask file must hold a number below {total} for each of its {count} groups, got other contents in {path}")
+    raise ValueError(
+        f"a mask file must hold a number below {total} for each of its {count} groups, got other "
+        f"contents in {path}")
 
 # %% ../../nbs/maskpro/25_storage.ipynb #0e5dc0d5
 def load_masks(
@@ -125,17 +140,21 @@ def load_masks(
         own = shapes.get(f'{name}.weight' if name else 'weight')
         if own != shape:
             raise ValueError("masks belong to the model they were made for, "
-                f"got layer {name!r} of shape {shape} in {path}, and {own or 'none'} in {type(model).__name__}")
+                f"got layer {name!r} of shape {shape} in {path}, and {own or 'none'} in "
+                f"{type(model).__name__}")
     if fingerprint(shapes, header) != digest:
         raise ValueError("masks belong to the model they were made for, "
-            f"got the masked layers of {path} in {type(model).__name__}, but other layers beside them, or a changed file")
+            f"got the masked layers of {path} in {type(model).__name__}, but other layers beside "
+            "them, or a changed file")
     values = decode_masks(codes, n, m)
     if not any(mask_of(module) for module in model.modules()):
-        return attach(model, {name: model.get_submodule(name) for name, _ in header['layers']}, n, m, groups, values=values)
+        return attach(model, {name: model.get_submodule(name) for name, _ in header['layers']}, n,
+                      m, groups, values=values)
     masks = find_masks(model)
     if header_of(masks) != header:
         raise ValueError("a model and the masks it loads must have the same pattern and layers, "
             f"got {n}:{m} ({groups}) on {len(header['layers'])} layers in {path}, "
-            f"and {masks.n}:{masks.m} ({masks.groups}) on {len(masks.layers)} in the model; remove_masks first, or start from an unmasked one")
+            f"and {masks.n}:{masks.m} ({masks.groups}) on {len(masks.layers)} in the model; "
+            "remove_masks first, or start from an unmasked one")
     masks.set(values)
     return masks

@@ -23,8 +23,10 @@ class RotaryEmbedding(nn.Module):
         base:float=10_000., # of the wavelengths
     ):
         super().__init__()
-        if dim % 2: raise ValueError(f"a head must have an even width to be rotated in pairs, got {dim}")
-        angles = torch.arange(max_len)[:, None] * base**(-torch.arange(0, dim, 2)/dim)           # (max_len, dim/2)
+        if dim % 2:
+            raise ValueError(f"a head must have an even width to be rotated in pairs, got {dim}")
+        # (max_len, dim/2)
+        angles = torch.arange(max_len)[:, None] * base**(-torch.arange(0, dim, 2)/dim)
         self.register_buffer('cos', angles.cos().repeat(1, 2), persistent=False)
         self.register_buffer('sin', angles.sin().repeat(1, 2), persistent=False)
 
@@ -45,7 +47,9 @@ class SinusoidalTimeEmbedding(nn.Module):
         super().__init__()
         if dim % 2: raise ValueError(f"sines and cosines need an even width, got {dim}")
         self.num_steps = num_steps
-        self.register_buffer('frequencies', torch.exp(-math.log(10_000)*torch.arange(dim//2)/(dim//2 - 1)), persistent=False)
+        self.register_buffer('frequencies',
+                             torch.exp(-math.log(10_000)*torch.arange(dim//2)/(dim//2 - 1)),
+                             persistent=False)
 
     def forward(self,
         u:Tensor, # (B,) in [0, 1]
@@ -67,12 +71,16 @@ class Attention(nn.Module):
         mask:Tensor|None=None, # (B, 1, 1, T) True where there is a token
         rope:RotaryEmbedding|None=None, # positions of queries and keys
     )->Tensor: # (B, T, C)
-        if memory is not None and memory.shape[1] == 1 and not torch.is_grad_enabled(): return self.o_proj(self.v_proj(memory))   # one key: softmax is 1
+        # one key: softmax is 1
+        if memory is not None and memory.shape[1] == 1 and not torch.is_grad_enabled():
+            return self.o_proj(self.v_proj(memory))
         source = x if memory is None else memory
-        heads = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                # (B, H, T, D)
+        # (B, H, T, D)
+        heads = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(source)), heads(self.v_proj(source))
         if rope: q, k = rope(q), rope(k)
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(
+            1, 2).flatten(2))
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #84c40140
 CONDITIONINGS, POSITIONS = ('cross', 'memory', 'adaln'), ('both', 'rope', 'absolute', 'none')
@@ -89,12 +97,15 @@ class DecoderLayer(nn.Module):
     ):
         super().__init__()
         self.norm, self.dropout = norm, nn.Dropout(dropout)
-        self.attention, self.mlp = Attention(dim, num_heads), nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, dim))
+        self.attention, self.mlp = Attention(dim, num_heads), nn.Sequential(
+            nn.Linear(dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, dim))
         self.cross = Attention(dim, num_heads) if conditioning != 'adaln' else None
         self.modulation = nn.Linear(dim, 6*dim) if conditioning == 'adaln' else None
         affine = conditioning != 'adaln'
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=affine) for _ in range(2 + affine))
-        if self.modulation: nn.init.zeros_(self.modulation.weight); nn.init.zeros_(self.modulation.bias)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=affine)
+                                   for _ in range(2 + affine))
+        if self.modulation:
+            nn.init.zeros_(self.modulation.weight); nn.init.zeros_(self.modulation.bias)
 
     def forward(self,
         x:Tensor, # (B, T, C)
@@ -108,7 +119,8 @@ class DecoderLayer(nn.Module):
             x = x + self.dropout(g1*attend((1 + a1)*self.norms[0](x) + b1))
             return x + self.dropout(g2*self.mlp((1 + a2)*self.norms[1](x) + b2))
         for norm, part in zip(self.norms, (attend, lambda h: self.cross(h, condition), self.mlp)):
-            x = x + self.dropout(part(norm(x))) if self.norm == 'pre' else norm(x + self.dropout(part(x)))
+            x = (x + self.dropout(part(norm(x))) if self.norm == 'pre'
+                 else norm(x + self.dropout(part(x))))
         return x
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #61368ca4
@@ -126,11 +138,18 @@ def make_condition(
 # %% ../../nbs/sgdd/30_decoder.ipynb #c219ecbd
 def check_decoder(dim, num_heads, cond_dim, conditioning, positions, norm):
     "Refuse a decoder that cannot be built."
-    for name, value, known in (('conditioning', conditioning, CONDITIONINGS), ('positions', positions, POSITIONS), ('norm', norm, ('pre', 'post'))):
+    for name, value, known in (('conditioning', conditioning, CONDITIONINGS),
+                               ('positions', positions, POSITIONS),
+                               ('norm', norm, ('pre', 'post'))):
         if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
-    if dim % num_heads: raise ValueError(f"dim must be a multiple of num_heads={num_heads}, got {dim}")
-    if conditioning == 'cross' and cond_dim != dim: raise ValueError(f"one key and value must be as wide as the decoder, {dim}, got {cond_dim}; project it")
-    if conditioning == 'adaln' and norm == 'post': raise ValueError("'adaln' modulates what is normed before a layer; norm must be 'pre', got 'post'")
+    if dim % num_heads:
+        raise ValueError(f"dim must be a multiple of num_heads={num_heads}, got {dim}")
+    if conditioning == 'cross' and cond_dim != dim:
+        raise ValueError(
+            f"one key and value must be as wide as the decoder, {dim}, got {cond_dim}; project it")
+    if conditioning == 'adaln' and norm == 'post':
+        raise ValueError(
+            "'adaln' modulates what is normed before a layer; norm must be 'pre', got 'post'")
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #89c34abe
 class DiffusionDecoder(nn.Module):
@@ -152,13 +171,17 @@ class DiffusionDecoder(nn.Module):
     ):
         super().__init__()
         check_decoder(dim, num_heads, cond_dim, conditioning, positions, norm)
-        self.dim, self.max_len, self.conditioning, self.num_memory = dim, max_len, conditioning, num_memory
+        self.dim, self.max_len, self.conditioning, self.num_memory = (
+            dim, max_len, conditioning, num_memory)
         self.embed = nn.Embedding(vocab_size, dim)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
-        self.place = nn.Parameter(torch.empty(max_len, dim)) if positions in ('both', 'absolute') else None
-        self.rope = RotaryEmbedding(dim//num_heads, max_len) if positions in ('both', 'rope') else None
+        self.place = (nn.Parameter(torch.empty(max_len, dim)) if positions in ('both', 'absolute')
+                      else None)
+        self.rope = (RotaryEmbedding(dim//num_heads, max_len) if positions in ('both', 'rope')
+                     else None)
         self.time = SinusoidalTimeEmbedding(dim) if time else None
-        self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, ffn_dim or 4*dim, conditioning, norm, dropout) for _ in range(num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, ffn_dim or 4*dim, conditioning,
+                                                 norm, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim) if norm == 'pre' else None
         self.condition = make_condition(conditioning, cond_dim, dim, num_memory)
         nn.init.normal_(self.embed.weight, std=.02)
@@ -179,14 +202,18 @@ def hidden(self:DiffusionDecoder,
     content:Tensor|None=None, # (B, T) True where there is a token; `None`: everywhere
 )->Tensor: # (B, T, C)
     "The states of all places."
-    if x_t.shape[1] > self.max_len: raise ValueError(f"a canvas must have at most max_len={self.max_len} places, got {x_t.shape[1]}")
+    if x_t.shape[1] > self.max_len:
+        raise ValueError(
+            f"a canvas must have at most max_len={self.max_len} places, got {x_t.shape[1]}")
     h = self.embed(x_t)
     if self.place is not None: h = h + self.place[:x_t.shape[1]]
     if self.norm: h = h * self.dim**.5
     if self.time: h = h + self.time(u)[:, None]/(self.dim**.5 if self.norm else 1)
     condition = self.condition(z)
-    if self.conditioning != 'adaln': condition = condition.unflatten(-1, (-1, self.dim))                        # (B, M, C)
-    mask = None if content is None or content.all() else content[:, None, None].bool()                     # none: a quicker kernel
+    # (B, M, C)
+    if self.conditioning != 'adaln': condition = condition.unflatten(-1, (-1, self.dim))
+    # none: a quicker kernel
+    mask = None if content is None or content.all() else content[:, None, None].bool()
     for layer in self.layers: h = layer(h, condition, mask, self.rope)
     return self.norm(h) if self.norm else h
 
@@ -197,7 +224,9 @@ def svd_embedding(
     std:float=.02, # of the result's entries
 )->Tensor: # (V, C)
     "The best table of rank C, up to a rotation and its scale."
-    if dim > min(table.shape): raise ValueError(f"dim must be at most {min(table.shape)}, the rank of the table, got {dim}")
+    if dim > min(table.shape):
+        raise ValueError(
+            f"dim must be at most {min(table.shape)}, the rank of the table, got {dim}")
     U, S, _ = torch.linalg.svd(table.double(), full_matrices=False)
     E = U[:, :dim]*S[:dim]
     return (E*std/E.std()).to(table.dtype)

@@ -29,7 +29,9 @@ class NoiseSchedule(nn.Module):
     )->Tensor: # the same shape
         "Share of visible tokens after `t` steps."
         t = torch.as_tensor(t)
-        if ((t < 0) | (t > self.num_steps)).any(): raise ValueError(f"a step must lie in 0 … {self.num_steps}, got {t.flatten().tolist()[:5]}")
+        if ((t < 0) | (t > self.num_steps)).any():
+            raise ValueError(
+                f"a step must lie in 0 … {self.num_steps}, got {t.flatten().tolist()[:5]}")
         return self.alpha_bar(t.double()/self.num_steps)
 
     def get_beta(self,
@@ -67,8 +69,10 @@ class DiscreteDiffusion(nn.Module):
         kind:str='absorbing', # 'absorbing' (a mask) | 'uniform' (any token)
     ):
         super().__init__()
-        if kind not in ('absorbing', 'uniform'): raise ValueError(f"kind must be 'absorbing' or 'uniform', got {kind!r}")
-        if not 0 <= mask_id < vocab_size: raise ValueError(f"mask_id must lie in 0 … {vocab_size - 1}, got {mask_id}")
+        if kind not in ('absorbing', 'uniform'):
+            raise ValueError(f"kind must be 'absorbing' or 'uniform', got {kind!r}")
+        if not 0 <= mask_id < vocab_size:
+            raise ValueError(f"mask_id must lie in 0 … {vocab_size - 1}, got {mask_id}")
         self.vocab_size, self.mask_id, self.kind = vocab_size, mask_id, kind
         self.schedule = schedule or LinearNoiseSchedule()
 
@@ -81,11 +85,15 @@ class DiscreteDiffusion(nn.Module):
     )->tuple[Tensor,Tensor]: # x_t (B, T); hidden (B, T), bool
         "Draw from q(x_t | x_0)."
         content = torch.ones_like(x_0, dtype=torch.bool) if content is None else content.bool()
-        noise = torch.rand(x_0.shape, generator=generator, device=x_0.device).masked_fill(~content, 2.)
+        noise = torch.rand(x_0.shape, generator=generator,
+                           device=x_0.device).masked_fill(~content, 2.)
         hidden = noise < 1 - self.schedule.alpha_bar(u)[:, None]
-        if at_least_one: hidden |= (noise == noise.amin(1, keepdim=True)) & content & ~hidden.any(1, keepdim=True)
+        if at_least_one:
+            hidden |= (noise
+                       == noise.amin(1, keepdim=True)) & content & ~hidden.any(1, keepdim=True)
         if self.kind == 'absorbing': return x_0.masked_fill(hidden, self.mask_id), hidden
-        return torch.where(hidden, torch.randint(self.vocab_size, x_0.shape, generator=generator, device=x_0.device), x_0), hidden
+        return torch.where(hidden, torch.randint(self.vocab_size, x_0.shape, generator=generator,
+                                                 device=x_0.device), x_0), hidden
 
     def get_loss_weights(self, u:Tensor)->Tensor: # (B,)
         "What a hidden token's cross-entropy counts in the bound: `-alpha_bar'(u)/(1 - alpha_bar(u))` (MDLM, arXiv:2406.07524)."
@@ -115,8 +123,10 @@ def nelbo(
     length, total = content.sum(1), torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
     offset = torch.rand(B, generator=generator, device=x_0.device)
     for k in range(samples):
-        n = ((k + offset)/samples * length).long() + 1                                         # 1 … T, evenly over the samples
-        noise = torch.rand(x_0.shape, generator=generator, device=x_0.device).masked_fill(~content, 2.)
+        # 1 … T, evenly over the samples
+        n = ((k + offset)/samples * length).long() + 1
+        noise = torch.rand(x_0.shape, generator=generator,
+                           device=x_0.device).masked_fill(~content, 2.)
         hidden = noise.argsort(1).argsort(1) < n[:, None]
         logs = log_probs(x_0.masked_fill(hidden, mask_id), torch.arange(B, device=x_0.device))
         lost = -logs.double().gather(-1, x_0[..., None])[..., 0].masked_fill(~hidden, 0.).sum(1)

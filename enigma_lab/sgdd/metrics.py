@@ -22,7 +22,9 @@ from .sampling import maskgit_sample
 # %% ../../nbs/sgdd/60_metrics.ipynb #2c52b0b7
 def check_pairs(written, wanted):
     "Refuse lists that cannot be compared."
-    if len(written) != len(wanted) or not written: raise ValueError(f"every text written needs one that was wanted, got {len(written)} and {len(wanted)}")
+    if len(written) != len(wanted) or not written:
+        raise ValueError(
+            f"every text written needs one that was wanted, got {len(written)} and {len(wanted)}")
 
 def exact_match_score(
     written:list[str], # by a model
@@ -38,7 +40,8 @@ def token_accuracy(
 )->float: # share of the reference tokens, 0 … 1
     "How many tokens are right in their place; a text that goes on too long pays for it."
     check_pairs(written, wanted)
-    return sum(sum(a == b for a, b in zip(x, y)) for x, y in zip(written, wanted))/sum(max(len(x), len(y)) for x, y in zip(written, wanted))
+    return sum(sum(a == b for a, b in zip(x, y)) for x, y in zip(written, wanted))/sum(
+        max(len(x), len(y)) for x, y in zip(written, wanted))
 
 def match_by_length(
     written:list[str], # by a model
@@ -47,7 +50,8 @@ def match_by_length(
 )->dict[str,float]: # share for each bucket that has a reference
     "Exact match by the number of words."
     check_pairs(written, wanted)
-    bucket = lambda text: next((f'to_{e}_words' for e in edges if len(text.split()) <= e), f'over_{edges[-1]}_words')
+    bucket = lambda text: next((f'to_{e}_words' for e in edges if len(text.split()) <= e),
+                               f'over_{edges[-1]}_words')
     found = {}
     for a, b in zip(written, wanted): found.setdefault(bucket(b), []).append(a == b)
     return {name: sum(right)/len(right) for name, right in found.items()}
@@ -62,10 +66,12 @@ def compute_bleu(
     from sacrebleu.metrics import BLEU
     check_pairs(written, wanted)
     lists = [[w] if isinstance(w, str) else list(w) for w in wanted]
-    streams = [[refs[i] if i < len(refs) else None for refs in lists] for i in range(max(map(len, lists)))]
+    streams = [[refs[i] if i < len(refs) else None for refs in lists]
+               for i in range(max(map(len, lists)))]
     score = BLEU().corpus_score(written, streams, n_bootstrap=resamples or 1)
     if not resamples: return dict(bleu=score.score/100)
-    return {'bleu': score.score/100, 'from': (score._mean - score._ci)/100, 'to': (score._mean + score._ci)/100}
+    return {'bleu': score.score/100, 'from': (score._mean - score._ci)/100,
+            'to': (score._mean + score._ci)/100}
 
 def compute_ibleu(
     written:list[str], # by a model
@@ -74,7 +80,8 @@ def compute_ibleu(
     alpha:float=.8, # weight of the references
 )->float:
     "BLEU less what was copied (Sun and Zhou, 2012)."
-    return alpha*compute_bleu(written, wanted)['bleu'] - (1 - alpha)*compute_bleu(written, sources)['bleu']
+    return alpha*compute_bleu(written,
+                              wanted)['bleu'] - (1 - alpha)*compute_bleu(written, sources)['bleu']
 
 def copy_rate(
     written:list[str], # by a model
@@ -98,10 +105,14 @@ def nelbo_bits(
     for start in range(0, len(tokens), batch_size):
         rows = tokens[start:start + batch_size]
         T = max(map(len, rows))
-        content = torch.tensor([[1]*len(row) + [0]*(T - len(row)) for row in rows], device=model.device).bool()
-        x_0 = torch.tensor([row + [model.config.pad_id]*(T - len(row)) for row in rows], device=model.device)
-        c = model.null.expand(len(rows), -1) if z is None else model.vector(z[start:start + batch_size])
-        found.append(nelbo(lambda x_t, i: model.log_probs(x_t, c, content), x_0, content, model.config.mask_id, samples, generator))
+        content = torch.tensor([[1]*len(row) + [0]*(T - len(row)) for row in rows],
+                               device=model.device).bool()
+        x_0 = torch.tensor([row + [model.config.pad_id]*(T - len(row)) for row in rows],
+                           device=model.device)
+        c = (model.null.expand(len(rows), -1) if z is None
+             else model.vector(z[start:start + batch_size]))
+        found.append(nelbo(lambda x_t, i: model.log_probs(x_t, c, content), x_0, content,
+                           model.config.mask_id, samples, generator))
     return torch.cat(found).cpu()/math.log(2)
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #6d91aec3
@@ -112,7 +123,8 @@ def nearest_texts(
 )->list[str]: # N texts
     "The nearest training sentence, by cosine."
     unit = F.normalize(z_known, dim=1)
-    return [known[i] for part in F.normalize(z, dim=1).split(512) for i in (part @ unit.T).argmax(1).tolist()]
+    return [known[i] for part in F.normalize(z, dim=1).split(512)
+            for i in (part @ unit.T).argmax(1).tolist()]
 
 def semantic_cosine(
     encoder:SemanticEncoder, # frozen
@@ -122,7 +134,8 @@ def semantic_cosine(
     "How near the written text's vector is; an empty text has none, and counts 0."
     full = [i for i, text in enumerate(written) if text.strip()]
     found = torch.zeros(len(written))
-    if full: found[full] = F.cosine_similarity(encoder.encode([written[i] for i in full]), z[full].cpu())
+    if full:
+        found[full] = F.cosine_similarity(encoder.encode([written[i] for i in full]), z[full].cpu())
     return found
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #9b000c37
@@ -148,16 +161,24 @@ def evaluate_generation(
     trajectories = [maskgit_sample(model, part, **how) for part in z.split(batch_size)]
     written = [text for t in trajectories for text in model.read(t.tokens, t.content)]
     found = {}
-    def put(name, values): found.update(zip((name, f'{name}_from', f'{name}_to'), bootstrap(values)))
+    def put(name, values):
+        found.update(zip((name, f'{name}_from', f'{name}_to'), bootstrap(values)))
     put('exact_match', [a == b for a, b in zip(written, wanted)])
     put('cosine', semantic_cosine(model.encoder, written, z).tolist())
     costs = nelbo_bits(model, tokens, z), nelbo_bits(model, tokens)
     put('nelbo_bits', costs[0].tolist()); put('information_bits', (costs[1] - costs[0]).tolist())
     bleu = compute_bleu(written, wanted, resamples=200)
-    found.update(bleu=bleu['bleu'], bleu_from=bleu['from'], bleu_to=bleu['to'], token_accuracy=token_accuracy(normal_form(model, written)[0], tokens),
-        evaluations=sum(t.evaluations for t in trajectories)/len(texts), sentences=len(texts), **{f'exact_match_{k}': v for k, v in match_by_length(written, wanted).items()})
-    if sources: found.update(copy_rate=copy_rate(written, normal_form(model, sources)[1]), ibleu=compute_ibleu(written, wanted, sources), copy_bleu=compute_bleu(sources, wanted)['bleu'])
+    found.update(bleu=bleu['bleu'], bleu_from=bleu['from'], bleu_to=bleu['to'],
+        token_accuracy=token_accuracy(normal_form(model, written)[0], tokens),
+        evaluations=sum(t.evaluations for t in trajectories)/len(texts), sentences=len(texts),
+        **{f'exact_match_{k}': v for k, v in match_by_length(written, wanted).items()})
+    if sources:
+        found.update(copy_rate=copy_rate(written, normal_form(model, sources)[1]),
+                     ibleu=compute_ibleu(written, wanted, sources),
+                     copy_bleu=compute_bleu(sources, wanted)['bleu'])
     if known:
         lookup = normal_form(model, nearest_texts(*known, z))[1]
-        found.update(nearest_exact_match=exact_match_score(lookup, wanted), nearest_bleu=compute_bleu(lookup, wanted)['bleu'])
-    return dict(found, examples=[dict(wanted=a, written=b, exact=a == b) for a, b in zip(wanted, written)])
+        found.update(nearest_exact_match=exact_match_score(lookup, wanted),
+                     nearest_bleu=compute_bleu(lookup, wanted)['bleu'])
+    return dict(found,
+                examples=[dict(wanted=a, written=b, exact=a == b) for a, b in zip(wanted, written)])

@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from transformers.utils import ModelOutput
 
 from .decoder import DiffusionDecoder, svd_embedding
-from .diffusion import CosineNoiseSchedule, DiscreteDiffusion, LinearNoiseSchedule, compute_masked_loss, even_times
+from .diffusion import CosineNoiseSchedule, DiscreteDiffusion, LinearNoiseSchedule
+from .diffusion import compute_masked_loss, even_times
 from .encoder import SemanticEncoder, check_encoder, fingerprint
 
 # %% ../../nbs/sgdd/40_model.ipynb #dc1dc01f
@@ -34,18 +35,22 @@ def make_tokenizer(
     special = dict(pad_token='[PAD]', unk_token='[UNK]', mask_token='[MASK]')
     if encoder.tokenizer is None:
         words = sorted({word for text in texts for word in text.split()})
-        made = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special.values(), *words])}, unk_token='[UNK]'))
+        made = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special.values(), *words])},
+                                          unk_token='[UNK]'))
         made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     else:
         spec = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
-        if spec['model']['type'] != 'WordPiece': return encoder.tokenizer                       # RoBERTa's bytes cannot be left out
+        # RoBERTa's bytes cannot be left out
+        if spec['model']['type'] != 'WordPiece': return encoder.tokenizer
         seen = {piece for text in texts for piece in encoder.tokenizer.tokenize(text)}
         letters = {mark + c for c in string.printable for mark in ('', '##')}
-        pieces = [p for p in spec['model']['vocab'] if p in seen | letters and p not in special.values()]
+        pieces = [p for p in spec['model']['vocab'] if p in seen | letters
+                  and p not in special.values()]
         spec['model']['vocab'] = {p: i for i, p in enumerate([*special.values(), *pieces])}
         spec.update(post_processor=None, added_tokens=[], truncation=None, padding=None)
         made = Tokenizer.from_str(json.dumps(spec))
-    return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False,
+                                   **special)
 
 # %% ../../nbs/sgdd/40_model.ipynb #58ed6a9c
 @dataclass
@@ -84,16 +89,20 @@ class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's
 def check_config(c):
     "Refuse a configuration that no model can have."
     for name, known in dict(schedule=('linear', 'cosine'), weights=('flat', 'bound')).items():
-        if getattr(c, name) not in known: raise ValueError(f"{name} must be one of {known}, got {getattr(c, name)!r}")
-    if not 0 <= c.null_share < 1: raise ValueError(f"null_share must lie in [0, 1), got {c.null_share}")
+        if getattr(c, name) not in known:
+            raise ValueError(f"{name} must be one of {known}, got {getattr(c, name)!r}")
+    if not 0 <= c.null_share < 1:
+        raise ValueError(f"null_share must lie in [0, 1), got {c.null_share}")
 
 # %% ../../nbs/sgdd/40_model.ipynb #da946f4d
 presets = dict(
     tiny=dict(dim=32, num_layers=1, num_heads=4, ffn_dim=64, max_len=32),
     small=dict(),
     base=dict(dim=512, num_layers=6, ffn_dim=2048),
-    brief=dict(vocab_size=50_265, mask_id=50_264, pad_id=1, encoder='roberta-base', encoder_dim=768, proj_dim=512, standardise=False, dim=512, num_layers=6, ffn_dim=2048,
-        conditioning='cross', positions='rope', norm='post', time=True, dropout=.1, schedule='cosine', learned_null=False, length_head=False))
+    brief=dict(vocab_size=50_265, mask_id=50_264, pad_id=1, encoder='roberta-base', encoder_dim=768,
+        proj_dim=512, standardise=False, dim=512, num_layers=6, ffn_dim=2048,
+        conditioning='cross', positions='rope', norm='post', time=True, dropout=.1,
+        schedule='cosine', learned_null=False, length_head=False))
 
 @patch(cls_method=True)
 def preset(cls:SGDDConfig,
@@ -101,7 +110,8 @@ def preset(cls:SGDDConfig,
     **changes # fields; vocabulary and mask are the tokenizer's
 ):
     "A named size with changes."
-    if name not in presets: raise ValueError(f"preset must be one of {sorted(presets)}, got {name!r}")
+    if name not in presets:
+        raise ValueError(f"preset must be one of {sorted(presets)}, got {name!r}")
     return cls(**{**presets[name], **changes})
 
 # %% ../../nbs/sgdd/40_model.ipynb #cfe1216f
@@ -114,9 +124,11 @@ class SGDDModel(nn.Module):
     ):
         super().__init__()
         c = self.config = config
-        self.__dict__.update(encoder=encoder, tokenizer=tokenizer)                             # not a part: neither saved nor trained
+        # not a part: neither saved nor trained
+        self.__dict__.update(encoder=encoder, tokenizer=tokenizer)
         self.origin = None if encoder is None else fingerprint(encoder)
-        self.register_buffer('z_mean', torch.zeros(c.encoder_dim)); self.register_buffer('z_std', torch.ones(c.encoder_dim))
+        self.register_buffer('z_mean', torch.zeros(c.encoder_dim))
+        self.register_buffer('z_std', torch.ones(c.encoder_dim))
         cond_dim = c.proj_dim or c.encoder_dim
         self.projection = nn.Linear(c.encoder_dim, c.proj_dim) if c.proj_dim else nn.Identity()
         null = torch.zeros(cond_dim)
@@ -125,7 +137,8 @@ class SGDDModel(nn.Module):
         self.length = nn.Linear(cond_dim, c.max_len) if c.length_head else None
         schedule = dict(linear=LinearNoiseSchedule, cosine=CosineNoiseSchedule)[c.schedule]()
         self.diffusion = DiscreteDiffusion(c.vocab_size, c.mask_id, schedule, c.noise)
-        self.decoder = DiffusionDecoder(c.vocab_size, cond_dim, c.dim, c.num_layers, c.num_heads, c.ffn_dim, c.max_len,
+        self.decoder = DiffusionDecoder(c.vocab_size, cond_dim, c.dim, c.num_layers, c.num_heads,
+            c.ffn_dim, c.max_len,
             c.conditioning, c.positions, c.norm, c.time, c.num_memory, c.dropout)
 
     @property
@@ -135,7 +148,10 @@ class SGDDModel(nn.Module):
         z:Tensor, # (B, encoder_dim) as the encoder gives it
     )->Tensor: # (B, cond_dim)
         "Standardised and projected."
-        if z.shape[-1] != self.config.encoder_dim: raise ValueError(f"a vector must have {self.config.encoder_dim} numbers, as the encoder's, got {z.shape[-1]}")
+        if z.shape[-1] != self.config.encoder_dim:
+            raise ValueError(
+                f"a vector must have {self.config.encoder_dim} numbers, as the encoder's, got "
+                f"{z.shape[-1]}")
         return self.projection((z.to(self.device) - self.z_mean)/self.z_std)
 
 # %% ../../nbs/sgdd/40_model.ipynb #c3f5bca7
@@ -151,7 +167,8 @@ def log_probs(self:SGDDModel,
     share = masked.float().sum(1)/(x_t.shape[1] if content is None else content.sum(1))
     h = self.decoder.hidden(x_t, c, share, content)
     logits = self.decoder.logits(h if hidden is None else h[hidden]).float()
-    return logits.index_fill(-1, torch.tensor(self.config.mask_id, device=logits.device), -torch.inf).log_softmax(-1)
+    return logits.index_fill(-1, torch.tensor(self.config.mask_id, device=logits.device),
+                             -torch.inf).log_softmax(-1)
 
 # %% ../../nbs/sgdd/40_model.ipynb #76e7d230
 @dataclass
@@ -164,7 +181,8 @@ def noise_source(
     device,
 )->torch.Generator|None:
     "A generator that belongs to a batch."
-    return None if key is None else torch.Generator(device).manual_seed(int(key.sum()) & (2**63 - 1))
+    return (None if key is None
+            else torch.Generator(device).manual_seed(int(key.sum()) & (2**63 - 1)))
 
 # %% ../../nbs/sgdd/40_model.ipynb #86160f8c
 @patch
@@ -179,21 +197,30 @@ def compute_loss(self:SGDDModel,
     content = torch.ones_like(x_0, dtype=torch.bool) if content is None else content.bool()
     canvas = content if self.length is not None else torch.ones_like(content)
     u = even_times(len(x_0), device=x_0.device, generator=g)
-    x_t, hidden = self.diffusion.q_sample(x_0, u, canvas, at_least_one=c.weights == 'flat', generator=g)
+    x_t, hidden = self.diffusion.q_sample(x_0, u, canvas, at_least_one=c.weights == 'flat',
+                                          generator=g)
     dropped = torch.rand(len(x_0), 1, device=x_0.device, generator=g) < c.null_share
     cond = self.vector(z)
-    h = self.decoder.hidden(x_t, torch.where(dropped, self.null, cond), 1 - self.diffusion.schedule.alpha_bar(u), canvas)   # what is hidden on average, as in sampling
-    logits = self.decoder.logits(h[hidden]).index_fill(-1, torch.tensor(c.mask_id, device=h.device), -torch.inf)
+    # what is hidden on average, as in sampling
+    h = self.decoder.hidden(x_t, torch.where(dropped, self.null, cond),
+                            1 - self.diffusion.schedule.alpha_bar(u), canvas)
+    logits = self.decoder.logits(h[hidden]).index_fill(-1, torch.tensor(c.mask_id, device=h.device),
+                                                       -torch.inf)
     tokens = self._token_loss(logits, x_0, hidden, content, u)
-    length = F.cross_entropy(self.length(cond), content.sum(1) - 1) if self.length else tokens.new_zeros(())
+    length = (F.cross_entropy(self.length(cond), content.sum(1) - 1) if self.length
+              else tokens.new_zeros(()))
     return dict(loss=tokens + length, tokens=tokens.detach(), length=length.detach())
 
 @patch
 def _token_loss(self:SGDDModel, logits, x_0, hidden, content, u):
-    if self.config.weights == 'bound': return compute_masked_loss(logits, x_0, hidden, self.diffusion.get_loss_weights(u.clamp(min=1e-3)))
+    if self.config.weights == 'bound':
+        return compute_masked_loss(logits, x_0, hidden,
+                                   self.diffusion.get_loss_weights(u.clamp(min=1e-3)))
     if self.length is not None: return compute_masked_loss(logits, x_0, hidden)
-    weight = torch.where(content, 1., self.config.pad_weight)[hidden]                            # padding counts less, and is never reported
-    return (F.cross_entropy(logits.float(), x_0[hidden], reduction='none')*weight).sum()/weight.sum()
+    # padding counts less, and is never reported
+    weight = torch.where(content, 1., self.config.pad_weight)[hidden]
+    return (F.cross_entropy(logits.float(), x_0[hidden],
+                            reduction='none')*weight).sum()/weight.sum()
 
 # %% ../../nbs/sgdd/40_model.ipynb #40dbd345
 @patch
@@ -207,7 +234,8 @@ def forward(self:SGDDModel,
     content = labels != -100
     if self.training: return SGDDOutput(loss=self.compute_loss(input_ids, z, content, key)['loss'])
     hidden = (input_ids == self.config.mask_id) & content
-    logs = self.log_probs(input_ids, self.vector(z), content if self.length is not None else None, hidden)
+    logs = self.log_probs(input_ids, self.vector(z), content if self.length is not None else None,
+                          hidden)
     return SGDDOutput(loss=F.nll_loss(logs, labels[hidden]))
 
 # %% ../../nbs/sgdd/40_model.ipynb #36802ca5
@@ -220,9 +248,13 @@ class SentenceVectors(Dataset):
         seed:int=0, # of the training noise
         hidden:bool=False, # hide tokens once and for all: validation
     ):
-        if len(tokens) != len(z): raise ValueError(f"every sentence needs a vector, got {len(tokens)} sentences and {len(z)} vectors")
+        if len(tokens) != len(z):
+            raise ValueError(
+                f"every sentence needs a vector, got {len(tokens)} sentences and {len(z)} vectors")
         if long := [i for i, row in enumerate(tokens) if not 1 <= len(row) <= config.max_len]:
-            raise ValueError(f"a sentence must have 1 to max_len={config.max_len} tokens, got {len(tokens[long[0]])} in number {long[0]}")
+            raise ValueError(
+                f"a sentence must have 1 to max_len={config.max_len} tokens, got "
+                f"{len(tokens[long[0]])} in number {long[0]}")
         self.z, self.seed, self.epoch, self.fixed = z, seed, 0, hidden
         T = max(map(len, tokens)) if config.length_head else config.max_len
         self.labels = torch.tensor([row + [-100]*(T - len(row)) for row in tokens])
@@ -231,7 +263,8 @@ class SentenceVectors(Dataset):
             u = torch.tensor([.25, .5, .75, 1.])[torch.arange(len(tokens)) % 4]
             diffusion = DiscreteDiffusion(config.vocab_size, config.mask_id)
             canvas = self.labels != -100 if config.length_head else None
-            self.tokens = diffusion.q_sample(self.tokens, u, canvas, at_least_one=True, generator=torch.Generator().manual_seed(0))[0]
+            self.tokens = diffusion.q_sample(self.tokens, u, canvas, at_least_one=True,
+                                             generator=torch.Generator().manual_seed(0))[0]
 
     def set_epoch(self, epoch:int): self.epoch = epoch # by accelerate, at each pass
 
@@ -239,7 +272,8 @@ class SentenceVectors(Dataset):
 
     def __getitem__(self, i): # input_ids, labels (T,); z (encoder_dim,); in training key
         row = dict(input_ids=self.tokens[i], labels=self.labels[i], z=self.z[i])
-        return row if self.fixed else dict(row, key=torch.tensor(hash((self.seed, self.epoch, i)) & (2**48 - 1)))
+        return (row if self.fixed
+                else dict(row, key=torch.tensor(hash((self.seed, self.epoch, i)) & (2**48 - 1))))
 
 # %% ../../nbs/sgdd/40_model.ipynb #24e0e3ad
 @patch
@@ -249,7 +283,8 @@ def fit_statistics(self:SGDDModel,
 ):
     "Mean and deviation of every coordinate."
     if len(z) < 2: raise ValueError(f"statistics need two vectors at least, got {len(z)}")
-    if self.config.standardise: self.z_mean.copy_(z.mean(0)); self.z_std.copy_(z.std(0).clamp(min=1e-6))
+    if self.config.standardise:
+        self.z_mean.copy_(z.mean(0)); self.z_std.copy_(z.std(0).clamp(min=1e-6))
     if lengths is not None: self.fit_lengths(lengths)
 
 @patch
@@ -265,9 +300,11 @@ def fit_lengths(self:SGDDModel,
 @patch
 def init_embedding(self:SGDDModel):
     "Start from the encoder's embedding of the same pieces, in its best approximation of our width."
-    if self.encoder is None or self.encoder.tokenizer is None: raise ValueError("embeddings come from an encoder that is a transformer, got none")
+    if self.encoder is None or self.encoder.tokenizer is None:
+        raise ValueError("embeddings come from an encoder that is a transformer, got none")
     table = self.encoder.model.get_input_embeddings().weight.detach()
-    rows = self.encoder.tokenizer.convert_tokens_to_ids(self.tokenizer.convert_ids_to_tokens(range(self.config.vocab_size)))
+    rows = self.encoder.tokenizer.convert_tokens_to_ids(
+        self.tokenizer.convert_ids_to_tokens(range(self.config.vocab_size)))
     if min(self.config.dim, *table.shape) == self.config.dim and len(rows) >= self.config.dim:
         self.decoder.embed.weight.data.copy_(svd_embedding(table[rows], self.config.dim))
 
@@ -316,7 +353,8 @@ def infill(self:SGDDModel,
     ids = self.tokenizer(text, return_tensors='pt')['input_ids'].to(self.device)
     if not (ids == self.config.mask_id).any():
         raise ValueError(f"a text to fill in must hold {self.tokenizer.mask_token}, got {text!r}")
-    filled = unmask(self, z[None].to(self.device), ids, torch.ones_like(ids, dtype=torch.bool), **how)
+    filled = unmask(self, z[None].to(self.device), ids, torch.ones_like(ids, dtype=torch.bool),
+                    **how)
     return self.read(filled.tokens)[0]
 
 # %% ../../nbs/sgdd/40_model.ipynb #0e9f5297
@@ -326,9 +364,11 @@ def parameter_card(self:SGDDModel,
 )->dict[str,int]: # parameters by part
     "What there is, and what learns."
     encoder = encoder if encoder is not None else getattr(self.encoder, 'model', None)
-    count = lambda *modules: sum(p.numel() for module in modules if isinstance(module, nn.Module) for p in module.parameters())
+    count = lambda *modules: sum(p.numel() for module in modules if isinstance(module, nn.Module)
+                                 for p in module.parameters())
     null = self.null.numel() if isinstance(self.null, nn.Parameter) else 0
-    card = dict(encoder=count(encoder), projection=count(self.projection), decoder=count(self.decoder), length_head=count(self.length), null_vector=null)
+    card = dict(encoder=count(encoder), projection=count(self.projection),
+                decoder=count(self.decoder), length_head=count(self.length), null_vector=null)
     trainable = sum(card.values()) - card['encoder']
     return dict(card, trainable=trainable, total=trainable + card['encoder'])
 
@@ -340,7 +380,8 @@ def save_pretrained(self:SGDDModel,
     "Save all but the encoder."
     path = Path(path); path.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path/'model.safetensors')
-    (path/'config.json').write_text(json.dumps(dict(asdict(self.config), origin=self.origin), indent=1))
+    (path/'config.json').write_text(json.dumps(dict(asdict(self.config), origin=self.origin),
+                                               indent=1))
     if self.tokenizer is not None: self.tokenizer.save_pretrained(path)
 
 @patch(cls_method=True)
@@ -351,13 +392,20 @@ def from_pretrained(cls:SGDDModel,
     "Load a model and make sure of its encoder."
     from transformers import AutoTokenizer
     path = Path(path)
-    missing = [name for name in ('config.json', 'model.safetensors', 'tokenizer.json') if not (path/name).is_file()]
-    if missing: raise FileNotFoundError(f"a model's folder must hold {missing}, which are missing in {path}")
-    stored, weights = json.loads((path/'config.json').read_text()), load_file(path/'model.safetensors')
+    missing = [name for name in ('config.json', 'model.safetensors', 'tokenizer.json')
+               if not (path/name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"a model's folder must hold {missing}, which are missing in {path}")
+    stored, weights = json.loads((path/'config.json').read_text()), load_file(
+        path/'model.safetensors')
     origin = stored.pop('origin')
     if lost := {'z_mean', 'z_std'} - weights.keys():
-        raise ValueError(f"a model needs the statistics of its vectors, {sorted(lost)}, which are missing in {path}; save it again after fit_statistics")
-    if unknown := sorted(stored.keys() - {f.name for f in fields(SGDDConfig)}): raise ValueError(f"a config must hold fields of SGDDConfig, got {unknown} in {path}")
+        raise ValueError(
+            f"a model needs the statistics of its vectors, {sorted(lost)}, which are missing in "
+            f"{path}; save it again after fit_statistics")
+    if unknown := sorted(stored.keys() - {f.name for f in fields(SGDDConfig)}):
+        raise ValueError(f"a config must hold fields of SGDDConfig, got {unknown} in {path}")
     config = SGDDConfig(**stored)
     encoder = encoder or SemanticEncoder(config.encoder, config.num_vectors)
     check_encoder(encoder, origin)

@@ -26,14 +26,18 @@ class CausalDecoder(SGDDModel):
     )->Tensor: # (B, T, C)
         "The states of all places, each of itself and those before it."
         d, T = self.decoder, seen.shape[1]
-        if T > d.max_len: raise ValueError(f"start and sentence must have at most max_len={d.max_len} places, got {T}")
+        if T > d.max_len:
+            raise ValueError(
+                f"start and sentence must have at most max_len={d.max_len} places, got {T}")
         h, condition = (d.embed(seen) + d.place[:T])*d.dim**.5, d.condition(c)
         before = torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
         for layer in d.layers: h = layer(h, condition, before, d.rope)
         return d.norm(h)
 
     def logits(self, h:Tensor)->Tensor: # (..., C) -> (..., V), never the start
-        return self.decoder.logits(h).index_fill(-1, torch.tensor(self.config.mask_id, device=h.device), -torch.inf)
+        return self.decoder.logits(h).index_fill(-1,
+                                                 torch.tensor(self.config.mask_id, device=h.device),
+                                                 -torch.inf)
 
     def forward(self,
         input_ids:Tensor, # (B, T) not looked at: what is seen follows from what is wanted
@@ -43,10 +47,13 @@ class CausalDecoder(SGDDModel):
     )->SGDDOutput: # with the mean cross-entropy of a token or an end, nats
         "Every token from those before it, all at once (teacher forcing)."
         n = (labels != -100).sum(1, keepdim=True)
-        wanted = F.pad(labels, (0, 1), value=-100).scatter(1, n, self.config.pad_id)           # the end after the last
-        seen = F.pad(labels.clamp(min=0), (1, 0), value=self.config.mask_id)                   # the start before the first
+        # the end after the last
+        wanted = F.pad(labels, (0, 1), value=-100).scatter(1, n, self.config.pad_id)
+        # the start before the first
+        seen = F.pad(labels.clamp(min=0), (1, 0), value=self.config.mask_id)
         asked = wanted != -100
-        return SGDDOutput(loss=F.cross_entropy(self.logits(self.hidden(seen, self.vector(z))[asked]), wanted[asked]))
+        return SGDDOutput(loss=F.cross_entropy(
+            self.logits(self.hidden(seen, self.vector(z))[asked]), wanted[asked]))
 
 # %% ../../nbs/sgdd/65_peers.ipynb #ef156f47
 class Cache:
@@ -58,7 +65,8 @@ class Cache:
         condition, H = decoder.condition(c), decoder.layers[0].attention.num_heads
         self.decoder, self.t = decoder, 0
         self.gates = [layer.modulation(condition)[:, None].chunk(6, -1) for layer in decoder.layers]
-        self.past = [(c.new_zeros(len(c), H, 0, decoder.dim//H),)*2 for _ in decoder.layers]     # keys and values (B, H, t, D)
+        # keys and values (B, H, t, D)
+        self.past = [(c.new_zeros(len(c), H, 0, decoder.dim//H),)*2 for _ in decoder.layers]
 
     def step(self,
         token:Tensor, # (B,) at place t
@@ -68,9 +76,12 @@ class Cache:
         h = (d.embed(token) + d.place[t])[:, None]*d.dim**.5
         for i, (layer, (a1, b1, g1, a2, b2, g2)) in enumerate(zip(d.layers, self.gates)):
             x, a = (1 + a1)*layer.norms[0](h) + b1, layer.attention
-            q, k, v = (p(x).unflatten(-1, (a.num_heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
-            k, v = self.past[i] = tuple(torch.cat(pair, 2) for pair in zip(self.past[i], (turn(d.rope, k, t), v)))
-            h = h + g1*a.o_proj(F.scaled_dot_product_attention(turn(d.rope, q, t), k, v).transpose(1, 2).flatten(2))
+            q, k, v = (p(x).unflatten(-1, (a.num_heads, -1)).transpose(1, 2)
+                       for p in (a.q_proj, a.k_proj, a.v_proj))
+            k, v = self.past[i] = tuple(torch.cat(pair, 2)
+                                        for pair in zip(self.past[i], (turn(d.rope, k, t), v)))
+            h = h + g1*a.o_proj(F.scaled_dot_product_attention(turn(d.rope, q, t), k, v).transpose(
+                1, 2).flatten(2))
             h = h + g2*layer.mlp((1 + a2)*layer.norms[1](h) + b2)
         self.t += 1
         return d.norm(h)[:, 0]
@@ -79,7 +90,11 @@ class Cache:
         self.gates = [[gate[rows] for gate in gates] for gates in self.gates]
         self.past = [(k[rows], v[rows]) for k, v in self.past]
 
-def turn(rope, x:Tensor, t:int)->Tensor: # of the decoder; (B, H, 1, D); a place -> x, rotated as at that place
+def turn(
+    rope, # of the decoder
+    x:Tensor, # (B, H, 1, D)
+    t:int, # a place
+)->Tensor: # x, rotated as at that place
     a, b = x.chunk(2, -1)
     return x*rope.cos[t] + torch.cat([-b, a], -1)*rope.sin[t]
 
@@ -98,9 +113,11 @@ def write(self:CausalDecoder,
     "The likeliest token at every place, until the end."
     end, c, rows = self.config.pad_id, self.vector(z), torch.arange(len(z))
     tokens, evaluations = torch.full((len(z), self.config.max_len), end), 0
-    seen, cache = torch.full((len(z), 1), self.config.mask_id), Cache(self.decoder, c) if cached else None
+    seen, cache = torch.full((len(z), 1),
+                             self.config.mask_id), Cache(self.decoder, c) if cached else None
     for t in range(self.config.max_len):
-        token = self.logits(cache.step(seen[:, -1]) if cached else self.hidden(seen, c)[:, -1]).argmax(-1)
+        token = self.logits(cache.step(seen[:, -1])
+                            if cached else self.hidden(seen, c)[:, -1]).argmax(-1)
         tokens[rows, t] = token
         evaluations += len(rows)
         on = token != end

@@ -49,7 +49,8 @@ class Search:
         z:Tensor, # (B, dim) vectors
     ):
         self.model, self.z = model, z
-        self.tokens, self.distances, self.tried, self.best_round = [None]*len(z), [float('inf')]*len(z), [set() for _ in z], [0]*len(z)
+        self.tokens, self.distances, self.tried, self.best_round = [None]*len(z), [
+            float('inf')]*len(z), [set() for _ in z], [0]*len(z)
 
     def offer(self,
         rows:list[int], # which vector a draft is for
@@ -60,13 +61,15 @@ class Search:
         fresh = {}
         for i, ids in zip(rows, tokens):
             text = self.model.tokenizer.decode(ids)
-            if text.strip() and text not in self.tried[i]: self.tried[i].add(text); fresh[i, text] = ids
+            if text.strip() and text not in self.tried[i]:
+                self.tried[i].add(text); fresh[i, text] = ids
         if not fresh: return
         texts = list(dict.fromkeys(text for _, text in fresh))
         vector = dict(zip(texts, self.model.encoder.encode(texts)))
         for (i, text), ids in fresh.items():
             far = distance(vector[text], self.z[i]).item()
-            if far < self.distances[i]: self.tokens[i], self.distances[i], self.best_round[i] = ids, far, round
+            if far < self.distances[i]:
+                self.tokens[i], self.distances[i], self.best_round[i] = ids, far, round
 
     @property
     def open(self): # numbers of the vectors that are not proved
@@ -87,8 +90,10 @@ def candidates(
         length = lengths[:, 1 if k % 4 == 3 and lengths.shape[1] > 1 else 0]
         for part in torch.arange(len(rows)).split(batch_size):
             z = search.z[[rows[i] for i in part]]
-            t = unmask(m, z, *empty_canvas(length[part], m.config.mask_id, m.config.pad_id), steps=16 if k else 1, temperature=float(k > 0), generator=generator)
-            search.offer([rows[i] for i in part], [row[keep].tolist() for row, keep in zip(t.tokens, t.content)], 0)
+            t = unmask(m, z, *empty_canvas(length[part], m.config.mask_id, m.config.pad_id),
+                       steps=16 if k else 1, temperature=float(k > 0), generator=generator)
+            search.offer([rows[i] for i in part],
+                         [row[keep].tolist() for row, keep in zip(t.tokens, t.content)], 0)
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #943872f9
 def occlusion(
@@ -99,7 +104,8 @@ def occlusion(
 )->Tensor: # (T,) how much nearer the vector comes without each piece; larger: more suspicious
     "Leave out one piece at a time."
     texts = [join(words[:i] + words[i + 1:]) for i in range(len(words))]
-    whole, *parts = encoder.encode([join(words), *[text if text.strip() else '.' for text in texts]])
+    whole, *parts = encoder.encode([join(words),
+                                    *[text if text.strip() else '.' for text in texts]])
     return distance(whole, z) - distance(torch.stack(parts), z)
 
 def occlusion_scores(
@@ -114,7 +120,8 @@ def occlusion_scores(
             text = tokenizer.decode(ids[:k] + ids[k + 1:])
             texts.append(text if text.strip() else '.'); owners.append(i)
     far = distance(search.model.encoder.encode(texts), search.z[owners])
-    return [search.distances[i] - part for i, part in zip(rows, far.split([len(search.tokens[i]) for i in rows]))]
+    return [search.distances[i] - part
+            for i, part in zip(rows, far.split([len(search.tokens[i]) for i in rows]))]
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #93aa5b24
 def redraft(
@@ -128,11 +135,13 @@ def redraft(
     m, suspicion = search.model, occlusion_scores(search, rows)
     for k in range(n):
         T = max(len(search.tokens[i]) for i in rows)
-        canvas, content = empty_canvas(torch.tensor([len(search.tokens[i]) for i in rows]), m.config.mask_id, m.config.pad_id)
+        canvas, content = empty_canvas(torch.tensor([len(search.tokens[i]) for i in rows]),
+                                       m.config.mask_id, m.config.pad_id)
         for j, i in enumerate(rows):
             size = len(search.tokens[i])
             noise = torch.rand(size, generator=generator)
-            order = (suspicion[j] + .3*suspicion[j].std(correction=0)*noise).argsort(descending=True)[:1 + k % 4]
+            order = (suspicion[j]
+                     + .3*suspicion[j].std(correction=0)*noise).argsort(descending=True)[:1 + k % 4]
             hide = torch.zeros(T, dtype=torch.bool); hide[order] = True
             if k % 2: hide[int(noise.argmax())] = True
             given = torch.tensor(search.tokens[i] + [m.config.pad_id]*(T - size))
@@ -154,8 +163,10 @@ def cheapest_changes(
     for flat in gain.topk(min(n, gain.isfinite().sum().item())).indices.tolist():
         p, w = divmod(flat, logs.shape[1])
         found.append(draft[:p] + [w] + draft[p + 1:])
-    across = logs[:, t]                                                                     # (T, T): token of q at p
-    gain = (across + across.T - own[:, None] - own).masked_fill((t[:, None] == t) | torch.ones(T, T).tril().bool(), -torch.inf).flatten()
+    # (T, T): token of q at p
+    across = logs[:, t]
+    gain = (across + across.T - own[:, None] - own).masked_fill(
+        (t[:, None] == t) | torch.ones(T, T).tril().bool(), -torch.inf).flatten()
     for flat in gain.topk(min(n, gain.isfinite().sum().item())).indices.tolist():
         p, q = divmod(flat, T)
         changed = draft[:]; changed[p], changed[q] = draft[q], draft[p]
@@ -170,10 +181,13 @@ def local_search(
 ):
     "Try what the decoder would also have said."
     m = search.model
-    canvas, content = empty_canvas(torch.tensor([len(search.tokens[i]) for i in rows]), m.config.mask_id, m.config.pad_id)
+    canvas, content = empty_canvas(torch.tensor([len(search.tokens[i]) for i in rows]),
+                                   m.config.mask_id, m.config.pad_id)
     logs = m.log_probs(canvas, m.vector(search.z[rows]), content)
-    drafts = [cheapest_changes(part[:len(search.tokens[i])], search.tokens[i], n*round) for i, part in zip(rows, logs)]
-    search.offer([i for i, found in zip(rows, drafts) for _ in found], [ids for found in drafts for ids in found], round)
+    drafts = [cheapest_changes(part[:len(search.tokens[i])], search.tokens[i], n*round)
+              for i, part in zip(rows, logs)]
+    search.offer([i for i, found in zip(rows, drafts) for _ in found],
+                 [ids for found in drafts for ids in found], round)
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #ce359a98
 @torch.no_grad()
@@ -186,8 +200,12 @@ def reconstruct(
     seed:int=0, # of the drafts
 )->list[Verdict]: # for each vector
     "Read sentences from vectors, with the encoder as judge."
-    if drafts < 1 or rounds < 0 or redrafts < 1: raise ValueError(f"drafts and redrafts must be at least 1 and rounds at least 0, got {drafts}, {redrafts} and {rounds}")
-    if model.encoder is None: raise ValueError("the encoder is the judge: the model must have one, got None")
+    if drafts < 1 or rounds < 0 or redrafts < 1:
+        raise ValueError(
+            f"drafts and redrafts must be at least 1 and rounds at least 0, got {drafts}, "
+            f"{redrafts} and {rounds}")
+    if model.encoder is None:
+        raise ValueError("the encoder is the judge: the model must have one, got None")
     if not isinstance(z, Tensor): z = model.encoder.encode(list(z))
     search, generator = Search(model, z.cpu()), torch.Generator().manual_seed(seed)
     candidates(search, list(range(len(z))), 1, generator)
@@ -195,6 +213,9 @@ def reconstruct(
     for round in range(1, rounds + 1):
         rows = [i for i in search.open if search.tokens[i]]
         if rows: redraft(search, rows, redrafts, round, generator)
-        if rows := [i for i in rows if search.distances[i] >= PROVED]: local_search(search, rows, redrafts, round)
+        if rows := [i for i in rows if search.distances[i] >= PROVED]:
+            local_search(search, rows, redrafts, round)
     read = lambda ids: model.tokenizer.decode(ids) if ids else ''
-    return [Verdict(read(ids), far, verdict_of(far), len(tried), found) for ids, far, tried, found in zip(search.tokens, search.distances, search.tried, search.best_round)]
+    return [Verdict(read(ids), far, verdict_of(far), len(tried), found)
+            for ids, far, tried, found in zip(search.tokens, search.distances, search.tried,
+                                              search.best_round)]

@@ -22,7 +22,8 @@ def still_hidden(
     steps:int, # calls in all
 )->Tensor: # (B,) int64
     "Places that stay hidden after a call (MaskGIT, arXiv:2202.04200, section 3.3)."
-    left = torch.zeros_like(length) if step >= steps else (length*math.cos(math.pi/2*step/steps) + 1e-9).long()
+    left = (torch.zeros_like(length) if step >= steps
+            else (length*math.cos(math.pi/2*step/steps) + 1e-9).long())
     return torch.minimum(left, (length - step).clamp(min=0))
 
 # %% ../../nbs/sgdd/50_sampling.ipynb #fc4fd3a7
@@ -45,7 +46,8 @@ def guided(
     if formula == 'prob':
         p = (with_z.exp() + weight*(with_z.exp() - without.exp())).clamp(min=0)
         return (p/p.sum(-1, keepdim=True)).log()
-    return torch.lerp(without, with_z, 1. + weight).nan_to_num_(nan=-torch.inf).log_softmax(-1)          # the mask is impossible in both: inf - inf
+    # the mask is impossible in both: inf - inf
+    return torch.lerp(without, with_z, 1. + weight).nan_to_num_(nan=-torch.inf).log_softmax(-1)
 
 # %% ../../nbs/sgdd/50_sampling.ipynb #44d314d8
 def cat_unconditional(
@@ -55,7 +57,8 @@ def cat_unconditional(
 )->tuple: # arguments of `log_probs`
     "One pass of the decoder for both halves of guidance."
     if not twice: return x, c, content, hidden
-    return torch.cat([x, x]), torch.cat([c, model.null.expand_as(c)]), torch.cat([content, content]), torch.cat([hidden, hidden])
+    return torch.cat([x, x]), torch.cat([c, model.null.expand_as(c)]), torch.cat(
+        [content, content]), torch.cat([hidden, hidden])
 
 # %% ../../nbs/sgdd/50_sampling.ipynb #514f4c76
 @dataclass
@@ -77,8 +80,13 @@ def check_unmask(model, steps, order, temperature, guidance):
     "Refuse settings of `unmask` that mean nothing."
     if order not in ORDERS: raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
-    if temperature < 0 or guidance < 0: raise ValueError(f"temperature and guidance must be at least 0, got {temperature} and {guidance}")
-    if guidance and not model.config.null_share: raise ValueError(f"guidance needs a model that has learned to write without a vector, got null_share=0 and guidance={guidance}")
+    if temperature < 0 or guidance < 0:
+        raise ValueError(
+            f"temperature and guidance must be at least 0, got {temperature} and {guidance}")
+    if guidance and not model.config.null_share:
+        raise ValueError(
+            "guidance needs a model that has learned to write without a vector, got null_share=0 "
+            f"and guidance={guidance}")
 
 # %% ../../nbs/sgdd/50_sampling.ipynb #9abe72b3
 @torch.no_grad()
@@ -108,13 +116,17 @@ def unmask(
         hidden = (x == mask_id) & content
         rows = hidden.any(1)
         if not rows.any(): break
-        logs = model.log_probs(*cat_unconditional(model, x[rows], c[rows], content[rows], hidden[rows], guidance > 0))                # (N, V)
+        # (N, V)
+        logs = model.log_probs(*cat_unconditional(model, x[rows], c[rows], content[rows],
+                                                  hidden[rows], guidance > 0))
         evaluations += int(rows.sum())*(1 + (guidance > 0))
         if guidance: logs = guided(*logs.chunk(2), guidance*(k/steps if ramp else 1), formula)
-        chosen = (logs.double()/temperature + gumbel(logs, generator) if temperature else logs).argmax(-1)
+        chosen = (logs.double()/temperature + gumbel(logs, generator) if temperature
+                  else logs).argmax(-1)
         x[hidden], call[hidden] = chosen, k
         score[hidden] = logs.gather(1, chosen[:, None])[:, 0].double()
-        x[remask(x, hidden, given, content, score, length, k, steps, order, spread, threshold, generator)] = mask_id
+        x[remask(x, hidden, given, content, score, length, k, steps, order, spread, threshold,
+                 generator)] = mask_id
         canvases.append(x.clone())
     return Trajectory(torch.stack(canvases), call, score.exp(), content, evaluations)
 
@@ -123,11 +135,16 @@ def remask(
     x, hidden, given, content, score, length, k, steps, order, spread, threshold, generator # of `unmask`
 )->Tensor: # (B, T) True for what is hidden again
     "The places of which a sampler is least sure."
-    sure = torch.where(hidden, score, torch.inf)                                                        # what stands, stands
-    if order == 'remask': sure = score.masked_fill(given, torch.inf)                                     # unless it is doubtful
-    if order == 'random': sure = torch.where(hidden, torch.rand(x.shape, dtype=torch.float64, generator=generator, device=x.device), torch.inf)
+    # what stands, stands
+    sure = torch.where(hidden, score, torch.inf)
+    # unless it is doubtful
+    if order == 'remask': sure = score.masked_fill(given, torch.inf)
+    if order == 'random':
+        sure = torch.where(hidden, torch.rand(x.shape, dtype=torch.float64, generator=generator,
+                                              device=x.device), torch.inf)
     if spread: sure = sure + spread*(1 - k/steps)*gumbel(score, generator)
-    rank = sure.argsort(1).argsort(1)                                                                     # 0: least sure
+    # 0: least sure
+    rank = sure.argsort(1).argsort(1)
     left = still_hidden(length, k, steps)[:, None]
     if order != 'threshold': return (rank < left) & ~given
     best = hidden & (sure == sure.masked_fill(~hidden, -torch.inf).amax(1, keepdim=True))
@@ -153,8 +170,11 @@ def maskgit_sample(
     z = z.to(model.device)
     length = model.lengths(z)[:, 0] if length is None else length
     if not 1 <= int(length.min()) <= int(length.max()) <= model.config.max_len:
-        raise ValueError(f"a length must lie in 1 … max_len={model.config.max_len}, got {int(length.min())} … {int(length.max())}")
-    return unmask(model, z, *empty_canvas(length.to(model.device), model.config.mask_id, model.config.pad_id), **how)
+        raise ValueError(
+            f"a length must lie in 1 … max_len={model.config.max_len}, got {int(length.min())} … "
+            f"{int(length.max())}")
+    return unmask(model, z, *empty_canvas(length.to(model.device), model.config.mask_id,
+                                          model.config.pad_id), **how)
 
 # %% ../../nbs/sgdd/50_sampling.ipynb #4cf7ce73
 def plot_trajectory(
@@ -172,6 +192,9 @@ def plot_trajectory(
     ax.imshow(shade, cmap='Blues', vmin=0, vmax=2, aspect='auto')
     for k, line in enumerate(steps[:, keep].tolist()):
         for i, token in enumerate(line):
-            if token != model.config.mask_id: ax.text(i, k, model.tokenizer.convert_ids_to_tokens(token), ha='center', va='center', fontsize=8)
-    ax.set(xticks=[], yticks=range(len(steps)), yticklabels=range(1, len(steps) + 1), ylabel='call'); ax.grid(False)
+            if token != model.config.mask_id:
+                ax.text(i, k, model.tokenizer.convert_ids_to_tokens(token), ha='center',
+                        va='center', fontsize=8)
+    ax.set(xticks=[], yticks=range(len(steps)), yticklabels=range(1, len(steps) + 1), ylabel='call')
+    ax.grid(False)
     return ax

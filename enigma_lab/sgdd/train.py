@@ -53,21 +53,34 @@ class SGDDTrainConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_precision(self)
-        if self.phase not in (1, 2): raise ValueError(f"phase must be 1 (reconstruction) or 2 (paraphrase), got {self.phase}")
-        if self.phase == 2 and not self.base: raise ValueError("phase 2 goes on from a run of phase 1: set base to its name")
-        if self.phase == 1 and self.base: raise ValueError(f"phase 1 starts anew; base belongs to phase 2, got {self.base!r}")
-        if self.size not in shapes: raise ValueError(f"size must be one of {sorted(shapes)}, got {self.size!r}")
+        if self.phase not in (1, 2):
+            raise ValueError(
+                f"phase must be 1 (reconstruction) or 2 (paraphrase), got {self.phase}")
+        if self.phase == 2 and not self.base:
+            raise ValueError("phase 2 goes on from a run of phase 1: set base to its name")
+        if self.phase == 1 and self.base:
+            raise ValueError(f"phase 1 starts anew; base belongs to phase 2, got {self.base!r}")
+        if self.size not in shapes:
+            raise ValueError(f"size must be one of {sorted(shapes)}, got {self.size!r}")
 
-_brief = dict(size='brief', encoder='roberta-base', optimizer='adamw', batch_size=32, learning_rate=1e-4, weight_decay=.01, warmup_steps=500, decay_share=1., max_sentences=100_000, max_words=48,
+_brief = dict(size='brief', encoder='roberta-base', optimizer='adamw', batch_size=32,
+              learning_rate=1e-4, weight_decay=.01, warmup_steps=500, decay_share=1.,
+              max_sentences=100_000, max_words=48,
               eval_steps=500, save_steps=1000, svd=True)
 presets = {
-    'smoke': dict(data='small', size='tiny', max_sentences=200, test_sentences=40, loop_sentences=3, max_steps=20, batch_size=16, eval_steps=10, save_steps=10, eval_windows=64, warmup_steps=5),
-    'cpu': dict(minutes=3., num_vectors=4, batch_size=256, learning_rate=2.5e-3, warmup_steps=20, eval_steps=100, save_steps=100, eval_windows=400),
+    'smoke': dict(data='small', size='tiny', max_sentences=200, test_sentences=40, loop_sentences=3,
+                  max_steps=20, batch_size=16, eval_steps=10, save_steps=10, eval_windows=64,
+                  warmup_steps=5),
+    'cpu': dict(minutes=3., num_vectors=4, batch_size=256, learning_rate=2.5e-3, warmup_steps=20,
+                eval_steps=100, save_steps=100, eval_windows=400),
     'brief-phase1': dict(_brief, data='wikimedia/wikipedia:20231101.en', epochs=10.),
-    'brief-phase2': dict(_brief, data='sentence-transformers/quora-duplicates:pair', phase=2, base='train_sgdd', epochs=5.),
-    'brief-test': dict(_brief, data='small', encoder='minilm', size='tiny', epochs=1., max_sentences=1000, warmup_steps=5, eval_steps=10, save_steps=10)}
+    'brief-phase2': dict(_brief, data='sentence-transformers/quora-duplicates:pair', phase=2,
+                         base='train_sgdd', epochs=5.),
+    'brief-test': dict(_brief, data='small', encoder='minilm', size='tiny', epochs=1.,
+                       max_sentences=1000, warmup_steps=5, eval_steps=10, save_steps=10)}
 
-settings = Settings(SGDDTrainConfig, presets, SGDDConfig, fixed=('vocab_size', 'mask_id', 'pad_id', 'encoder_dim'))
+settings = Settings(SGDDTrainConfig, presets, SGDDConfig,
+                    fixed=('vocab_size', 'mask_id', 'pad_id', 'encoder_dim'))
 
 def make_sgdd_config(
     preset:str='cpu', # a preset's name
@@ -81,7 +94,8 @@ def sides(
     rows:list, # sentences, or pairs of source and target
 )->tuple[list[str],list[str]]: # sources, targets
     "Whose vector is given, and what is to be written."
-    return (rows, rows) if isinstance(rows[0], str) else ([a for a, _ in rows], [b for _, b in rows])
+    return ((rows, rows) if isinstance(rows[0], str)
+            else ([a for a, _ in rows], [b for _, b in rows]))
 
 def within(
     tokens:list[list[int]], # sentences
@@ -100,7 +114,10 @@ def vectors_of(
     sources, targets = sides(rows)
     tokens = model.tokenizer(targets)['input_ids']
     z, keep = encode_cached(model.encoder, sources), within(tokens, model.config.max_len)
-    if not keep: raise ValueError(f"a sentence must have at most max_len={model.config.max_len} tokens, and all {len(rows)} have more")
+    if not keep:
+        raise ValueError(
+            f"a sentence must have at most max_len={model.config.max_len} tokens, and all "
+            f"{len(rows)} have more")
     return SentenceVectors([tokens[i] for i in keep], z[keep], model.config, seed, hidden), z
 
 # %% ../../nbs/sgdd/70_train.ipynb #0e6ba9ae
@@ -132,8 +149,10 @@ def new_model(
     "A model with its encoder and a vocabulary."
     encoder = SemanticEncoder(config.encoder, config.num_vectors)
     tokenizer = make_tokenizer(texts, encoder)
-    ids = dict(vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id, pad_id=tokenizer.pad_token_id)
-    own = dict(encoder=config.encoder, num_vectors=config.num_vectors, encoder_dim=encoder.encode(['one'])[0].numel())
+    ids = dict(vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id,
+               pad_id=tokenizer.pad_token_id)
+    own = dict(encoder=config.encoder, num_vectors=config.num_vectors,
+               encoder_dim=encoder.encode(['one'])[0].numel())
     return SGDDModel(SGDDConfig.preset(config.size, **own | config.shape | ids), encoder, tokenizer)
 
 # %% ../../nbs/sgdd/70_train.ipynb #12ab5b82
@@ -141,14 +160,17 @@ def prepare_sgdd(
     config:SGDDTrainConfig, # what to do
 )->SGDDTaskData: # ready to train
     "Read, encode, build or load."
-    corpus = read_corpus(config.data, config.phase, config.pairs, config.max_sentences, config.max_words)
+    corpus = read_corpus(config.data, config.phase, config.pairs, config.max_sentences,
+                         config.max_words)
     torch.manual_seed(config.seed)
-    model = SGDDModel.from_pretrained(find_run(config.base, 'train_sgdd').checkpoint) if config.phase == 2 else new_model(config, corpus.train)
+    model = (SGDDModel.from_pretrained(find_run(config.base, 'train_sgdd').checkpoint)
+             if config.phase == 2 else new_model(config, corpus.train))
     model.encoder.to(config.device)
     train, z = vectors_of(corpus.train, model, config.seed)
     validation, _ = vectors_of(corpus.validation, model, hidden=True)
     lengths = (train.labels != -100).sum(1)
-    if config.phase == 2: model.fit_lengths(lengths)                                      # a paraphrase has a length of its own
+    # a paraphrase has a length of its own
+    if config.phase == 2: model.fit_lengths(lengths)
     else:
         model.fit_statistics(z, lengths)
         if config.svd: model.init_embedding()
@@ -167,8 +189,10 @@ def collapse_signs(
     logs = model.log_probs(canvas, model.vector(z)).nan_to_num(neginf=0)
     tokens = [model.tokenizer.tokenize(text) for text in written]
     repeated = [sum(a == b for a, b in zip(t, t[1:]))/max(1, len(t) - 1) for t in tokens]
-    return dict(place_difference=(logs - logs[:, :1]).abs().amax((1, 2)).mean().item(), repeated_share=sum(repeated)/len(repeated),
-        empty_share=sum(not t for t in tokens)/len(tokens), different_share=len(set(written))/len(written))
+    return dict(place_difference=(logs - logs[:, :1]).abs().amax((1, 2)).mean().item(),
+        repeated_share=sum(repeated)/len(repeated),
+        empty_share=sum(not t for t in tokens)/len(tokens),
+        different_share=len(set(written))/len(written))
 
 # %% ../../nbs/sgdd/70_train.ipynb #025f9bcb
 def evaluate_sgdd(
@@ -180,21 +204,29 @@ def evaluate_sgdd(
     "The model on validation, and on test on record."
     model, found = parts.model.eval(), {}
     most = run.config['test_sentences']
-    for name, rows in dict(val=parts.corpus.validation[:most//2], **(dict(test=parts.corpus.read_test(run)[:most]) if test else {})).items():
+    for name, rows in dict(val=parts.corpus.validation[:most//2],
+                           **(dict(test=parts.corpus.read_test(run)[:most])
+                              if test else {})).items():
         tokens = model.tokenizer(sides(rows)[1])['input_ids']
         fits = [rows[i] for i in within(tokens, model.config.max_len)]
         sources, targets = sides(fits)
         pairs = sources is not targets
-        scores = evaluate_generation(model, targets, sources if pairs else None, (sides(parts.corpus.train)[1], parts.z))
+        scores = evaluate_generation(model, targets, sources if pairs else None,
+                                     (sides(parts.corpus.train)[1], parts.z))
         examples = scores.pop('examples')
-        if loop and not pairs and name == ('test' if test else 'val'): scores |= loop_scores(model, examples[:run.config['loop_sentences']])
-        write_json(run.path/f'examples_{name}.json', examples[:40] + [e for e in examples[40:] if not e['exact']][:40])
+        if loop and not pairs and name == ('test' if test else 'val'):
+            scores |= loop_scores(model, examples[:run.config['loop_sentences']])
+        write_json(run.path/f'examples_{name}.json',
+                   examples[:40] + [e for e in examples[40:] if not e['exact']][:40])
         written = [e['written'] for e in examples]
-        if pairs and parts.corpus.source == 'paraphrase': scores |= paraphrase_scores(written, sources)
+        if pairs and parts.corpus.source == 'paraphrase':
+            scores |= paraphrase_scores(written, sources)
         scores |= collapse_signs(model, model.encoder.encode(sources[:100]), written[:100])
         found |= {f'{name}_{k}': v for k, v in dict(scores, too_long=len(rows) - len(fits)).items()}
-    return dict(found, **parts.corpus.card(), val_nll_nats=best_val_loss(run), **training_report(run),
-        **{f'parameters_{k}': v for k, v in model.parameter_card().items()}, vocabulary=model.config.vocab_size)
+    return dict(found, **parts.corpus.card(), val_nll_nats=best_val_loss(run),
+        **training_report(run),
+        **{f'parameters_{k}': v for k, v in model.parameter_card().items()},
+        vocabulary=model.config.vocab_size)
 
 # %% ../../nbs/sgdd/70_train.ipynb #a3bcdeb8
 def loop_scores(
@@ -208,9 +240,12 @@ def loop_scores(
     for e, v in zip(examples, found): e.update(loop=v.text, verdict=v.verdict, distance=v.distance)
     right = [e['loop'] == e['wanted'] for e in examples]
     proved = [ok for ok, v in zip(right, found) if v.verdict == 'proved']
-    scores = dict(loop_sentences=len(found), loop_proved_share=len(proved)/len(found), loop_tried=sum(v.num_encoded for v in found)/len(found), loop_s_per_sentence=seconds/len(found))
+    scores = dict(loop_sentences=len(found), loop_proved_share=len(proved)/len(found),
+                  loop_tried=sum(v.num_encoded for v in found)/len(found),
+                  loop_s_per_sentence=seconds/len(found))
     if proved: scores['loop_proved_precision'] = sum(proved)/len(proved)
-    for name, values in dict(loop_exact_match=right, loop_gain=[a - e['exact'] for a, e in zip(right, examples)]).items():
+    for name, values in dict(loop_exact_match=right,
+                             loop_gain=[a - e['exact'] for a, e in zip(right, examples)]).items():
         scores.update(zip((name, f'{name}_from', f'{name}_to'), bootstrap(values)))
     return scores
 
@@ -220,14 +255,17 @@ def paraphrase_scores(
 )->dict: # shares between 0 and 1
     "Whether the meaning is kept in another form, by parser."
     same = [meaning(a) == meaning(b) for a, b in zip(written, sources)]
-    return dict(meaning_accuracy=sum(same)/len(same), other_form_share=sum(s and a != b for s, a, b in zip(same, written, sources))/len(same))
+    return dict(meaning_accuracy=sum(same)/len(same),
+                other_form_share=sum(s and a != b
+                                     for s, a, b in zip(same, written, sources))/len(same))
 
 # %% ../../nbs/sgdd/70_train.ipynb #3d356125
 class NewNoise(TrainerCallback):
     "Tell a data set which pass this is."
     def __init__(self, data:SentenceVectors): self.data = data
 
-    def on_epoch_begin(self, args, state, control, **kwargs): self.data.set_epoch(int((state.epoch or 0) + 1e-6))
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.data.set_epoch(int((state.epoch or 0) + 1e-6))
 
 def save(run:Run, parts:SGDDTaskData):
     "The decoder, with the fingerprint of its encoder."
@@ -235,7 +273,8 @@ def save(run:Run, parts:SGDDTaskData):
 
 def load(run:Run, parts:SGDDTaskData):
     "Take the weights that other processes trained."
-    parts.model.load_state_dict(SGDDModel.from_pretrained(run.checkpoint, parts.model.encoder).state_dict())
+    parts.model.load_state_dict(SGDDModel.from_pretrained(run.checkpoint,
+                                                          parts.model.encoder).state_dict())
 
 task = Task('enigma_lab.sgdd.train:task', 'train_sgdd', prepare_sgdd, save, load, evaluate_sgdd,
     callbacks=lambda parts: (NewNoise(parts.train),), options=('test', 'loop'), settings=settings)
@@ -258,9 +297,14 @@ def score_table(
     "What was reached, on test if it was read."
     import pandas as pd
     part = 'test' if 'test_exact_match' in run.metrics else 'val'
-    names = ('exact_match', 'nearest_exact_match', 'loop_exact_match', 'loop_gain', 'loop_proved_share', 'loop_proved_precision', 'token_accuracy', 'cosine', 'nelbo_bits', 'information_bits',
-             'bleu', 'nearest_bleu', 'copy_bleu', 'ibleu', 'copy_rate', 'meaning_accuracy', 'other_form_share', 'evaluations', 'place_difference', 'repeated_share')
-    rows = {name: {end or 'score': run.metrics.get(f'{part}_{name}{"_"*bool(end)}{end}') for end in ('', 'from', 'to')} for name in names if f'{part}_{name}' in run.metrics}
+    names = ('exact_match', 'nearest_exact_match', 'loop_exact_match', 'loop_gain',
+             'loop_proved_share', 'loop_proved_precision', 'token_accuracy', 'cosine', 'nelbo_bits',
+             'information_bits',
+             'bleu', 'nearest_bleu', 'copy_bleu', 'ibleu', 'copy_rate', 'meaning_accuracy',
+             'other_form_share', 'evaluations', 'place_difference', 'repeated_share')
+    rows = {name: {end or 'score': run.metrics.get(f'{part}_{name}{"_"*bool(end)}{end}')
+                   for end in ('', 'from', 'to')} for name in names
+            if f'{part}_{name}' in run.metrics}
     return pd.DataFrame(rows).T.astype(float).round(3).astype(object).rename_axis(part).fillna('')
 
 # %% ../../nbs/sgdd/70_train.ipynb #67a7284e
@@ -281,18 +325,27 @@ def evaluate_run(
     if num_samples < 2: raise ValueError(f"num_samples must be at least 2, got {num_samples}")
     dataset = dataset or run.config['data']
     model = SGDDModel.from_pretrained(run.checkpoint)
-    own = {k: run.config.get(k) or v for k, v in dict(phase=1, pairs=False).items()} if dataset == run.config['data'] else {}
-    sources, texts = sides(read_corpus(dataset, **own, max_words=run.config['max_words']).validation)
+    own = ({k: run.config.get(k) or v for k, v in dict(phase=1, pairs=False).items()}
+           if dataset == run.config['data'] else {})
+    sources, texts = sides(read_corpus(dataset, **own,
+                                       max_words=run.config['max_words']).validation)
     tokens = model.tokenizer(texts)['input_ids']
     known = [i for i in within(tokens, model.config.max_len)][:num_samples]
-    if len(known) < 2: raise ValueError(f"a data set must hold two sentences of at most {model.config.max_len} tokens, got {len(known)} in {dataset!r}")
-    scores = evaluate_generation(model, [texts[i] for i in known], None if sources is texts else [sources[i] for i in known])
+    if len(known) < 2:
+        raise ValueError(
+            f"a data set must hold two sentences of at most {model.config.max_len} tokens, got "
+            f"{len(known)} in {dataset!r}")
+    scores = evaluate_generation(model, [texts[i] for i in known],
+                                 None if sources is texts else [sources[i] for i in known])
     examples = scores.pop('examples')
-    if loop and sources is texts: scores |= loop_scores(model, examples[:run.config['loop_sentences']])
+    if loop and sources is texts:
+        scores |= loop_scores(model, examples[:run.config['loop_sentences']])
     sizes = sum(len(tokens[i]) for i in known)
     perplexity = 2**min(1000., scores['nelbo_bits']*len(known)/sizes)
     path = run.path/f'evaluation-{Path(dataset).stem}-{time.strftime("%Y%m%d-%H%M%S")}.json'
-    write_json(path, dict(dataset=dataset, split='validation', run=run.name, metrics=dict(scores, perplexity=perplexity), examples=examples[:20], failures=[e for e in examples if not e['exact']][:50]))
+    write_json(path, dict(dataset=dataset, split='validation', run=run.name,
+                          metrics=dict(scores, perplexity=perplexity), examples=examples[:20],
+                          failures=[e for e in examples if not e['exact']][:50]))
     return path
 
 # %% ../../nbs/sgdd/70_train.ipynb #522bddef
