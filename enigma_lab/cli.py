@@ -106,6 +106,7 @@ def explain(
             else f'{type(error).__name__}: ')
     return kind + (str(error).strip() or type(error).__name__).splitlines()[0]
 
+# %% ../nbs/cli.ipynb #b42d5143
 def main(
     argv:list[str]|None=None, # the words after `enigma-lab`; `None`: those of this process
 ):
@@ -139,6 +140,7 @@ def find_notebook(
         f"a training is a notebook in the nbs/ of a checkout, got {name}; there are "
         f"[{', '.join(known)}]")
 
+# %% ../nbs/cli.ipynb #5242fca1
 @command('apps')
 def train(
     notebook:str, # a name such as train_enigma, or a path
@@ -211,6 +213,7 @@ def load_model(
     return AutoModelForCausalLM.from_pretrained(
         found.checkpoint).eval(), AutoTokenizer.from_pretrained(found.checkpoint)
 
+# %% ../nbs/cli.ipynb #22f57aed
 @command('lm')
 def generate(
     run:str, # train_enigma/20260412-101500, a notebook's name, a folder; '' or -: the newest
@@ -239,6 +242,7 @@ def questions():
         if not line.strip(): return
         yield line
 
+# %% ../nbs/cli.ipynb #3a3aec25
 @command('lm')
 def chat(
     run:str='', # of train_lora; '' or -: the newest

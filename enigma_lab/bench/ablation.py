@@ -87,6 +87,7 @@ def bits_per_token(model, windows:Dataset, number:int=96, batch:int=8)->float:
               if len(ids := torch.stack([windows[j]['input_ids'] for j in chosen[i:i+batch]]))]
     return sum(losses) / len(chosen) / math.log(2)
 
+# %% ../../nbs/bench/20_ablation.ipynb #17855270
 def cell(
     variant:str, # of VARIANTS
     text:str, # of TEXTS
@@ -132,6 +133,7 @@ def best_rates(trials)->dict[str,float]: # a table of cells -> variant -> learni
     return {v: rows.loc[rows.bits_per_token.idxmin(), 'learning_rate']
             for v, rows in done.groupby('variant')}
 
+# %% ../../nbs/bench/20_ablation.ipynb #8a4695fd
 def main(arguments:list[str]=()):
     "Run what is missing of the ablation; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.ablation',

@@ -80,6 +80,7 @@ def evaluate(
     return {k: scores[k] for k in kept} | losses | {k: signs[k]
                                                     for k in ('place_difference', 'repeated_share')}
 
+# %% ../../nbs/bench/47_ablation_sgdd.ipynb #4a0186aa
 def cell(
     conditioning:str, # of FACTORS
     positions:str, # of FACTORS
@@ -178,6 +179,7 @@ SMALL = dict(FULL, name='ablation_sgdd-small', written=12,
              recipe=dict(steps=2, data='small', size='tiny', batch_size=8, max_sentences=48,
                          sentences=8))
 
+# %% ../../nbs/bench/47_ablation_sgdd.ipynb #3cceb9d2
 def main(arguments:list[str]=()): # of the command line
     "Train what is missing, write with the trained model, record; prints the tables."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.ablation_sgdd',
@@ -264,6 +266,7 @@ def plot_cells(
     ax.grid(False)
     return ax
 
+# %% ../../nbs/bench/47_ablation_sgdd.ipynb #cfbdaa76
 def plot_settings(run:Run): # of `main` -> a figure
     "Exact match against calls, guidance and order."
     import matplotlib.pyplot as plt
@@ -326,6 +329,7 @@ def verdict(run:Run)->str: # of `main` -> Markdown
     if missing: lines.append(f'- {missing} cells have no result.')
     return '\n'.join(lines)
 
+# %% ../../nbs/bench/47_ablation_sgdd.ipynb #a220a4ca
 def summary(run:Run)->dict: # of `main` -> ready for metrics.json
     "The numbers a claim may name."
     cells = cells_of(run)

@@ -45,6 +45,7 @@ def cell(
                       dict(bits_per_token=bits, parameters=parameter_card(parts.model)['total'],
                            train_tokens=tokens))
 
+# %% ../../nbs/bench/14_grid.ipynb #b9fd74d8
 def main(arguments:list[str]=()): # of the command line
     "Train what is missing; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.grid', description=main.__doc__)
@@ -84,6 +85,7 @@ def cost_table(
                                      difference=f'more than {base}')).rename_axis(
                                          'row').reset_index()
 
+# %% ../../nbs/bench/14_grid.ipynb #fbcd0635
 def plot_losses(runs:list[Run]): # axes
     "Validation loss of every cell against tokens, a colour for each row."
     import matplotlib.pyplot as plt

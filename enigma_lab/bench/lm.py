@@ -53,6 +53,7 @@ def shape(
     with torch.device('meta'): excess = reachable(ROWS[row](c)) - reachable(EnigmaForCausalLM(c))
     return make(machine='none', mlp_dim=4*c.dim - round(excess / (c.num_layers * (2*c.dim + 1))))
 
+# %% ../../nbs/bench/30_lm.ipynb #6bf60516
 def build(
     row:str, # as for `shape`
     preset:str, # seed of the weights
@@ -120,6 +121,7 @@ def own_times(
             for where, (_, calls, own, *_) in sorted(stats.items(),
                                                      key=lambda item: -item[1][2])[:top]]
 
+# %% ../../nbs/bench/30_lm.ipynb #528a30b9
 def measure_generation(run:Run, parts:TaskData): # an open record; data and vocabulary
     "Generation of ours and of GPT-2, in turn, and a profile of ours."
     c, vocab_size, sides = run.config, len(parts.tokenizer), {}
@@ -265,6 +267,7 @@ def untuned(
     return ('peer not tuned: ' + ', '.join(why for why, so in reasons.items() if so)
             if any(reasons.values()) else '')
 
+# %% ../../nbs/bench/30_lm.ipynb #244c8d68
 def scores(run:Run): # a pandas table, a line for each row
     "Bits per character at equal tokens and at equal time, means over the seeds."
     import pandas as pd
@@ -304,6 +307,7 @@ def summary(run:Run)->dict: # ready for metrics.json
               if isinstance(v, str) or math.isfinite(v)}
     return finite | dict(loaded=busy(run, *TIMED))
 
+# %% ../../nbs/bench/30_lm.ipynb #e86766fe
 def verdict(run:Run)->str: # Markdown
     "What the record shows, by rule: the whole interval of the median must pass."
     if busy(run, *TIMED):
@@ -356,6 +360,7 @@ def read_options(
     return sizes | {k: v for k, v in given.items()
                     if v is not None} | dict(compile=given['device'] == 'cuda'), resume
 
+# %% ../../nbs/bench/30_lm.ipynb #83d6ab5d
 def open_run(
     config:dict, # what to measure
     resume:str, # a record to go on with, or empty

@@ -128,6 +128,7 @@ def measure_blocks(
                 yield dict(case='rev_block', dim=dim, dtype=name, seed=seed,
                            **round_trip(f.to(device, dtype), batch(dim, seed, dtype, device)))
 
+# %% ../../nbs/bench/05_machine.ipynb #cedee1b1
 def measure_enigma(
     dims, # widths
     seeds, # of weights and vectors

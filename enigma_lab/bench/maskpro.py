@@ -48,6 +48,7 @@ def train_ddpm(
                                                  save_steps=max(1, max_steps//13)*13), note=note,
                            test=False)
 
+# %% ../../nbs/bench/50_maskpro.ipynb #3e39203b
 def finetuned(
     masks, # of a model whose weights are changed
     loss, # of (model, batch)
@@ -163,6 +164,7 @@ def chosen_rates(table)->dict: # row -> rate; of a table of trials
     return {row: float(group.loc[group.loss.idxmin(), 'learning_rate'])
             for row, group in table.groupby('row')}
 
+# %% ../../nbs/bench/50_maskpro.ipynb #388977fe
 def main(arguments:list[str]=()): # of the command line
     "Dense models, trials, records; prints the leaderboard."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.maskpro', description=main.__doc__)
@@ -216,6 +218,7 @@ def losses_of(
             np.load(run.open('losses.npy')))
     return found
 
+# %% ../../nbs/bench/50_maskpro.ipynb #4d81fac8
 def resample(
     losses:dict, # of `losses_of`
     rows:list, # names

@@ -50,6 +50,7 @@ def window_losses(
 # %% ../../nbs/bench/52_maskpro_lm.ipynb #4fec8f1c
 ROWS = ('dense', 'magnitude', 'wanda', 'simple', 'pge')
 
+# %% ../../nbs/bench/52_maskpro_lm.ipynb #6d33527c
 def lm_trial(
     row:str, # of `ROWS`
     seed:int=0, # of masks and batches
@@ -104,6 +105,7 @@ def gap_intervals(
     more = losses['magnitude'] - losses['dense']
     return float(more.mean()/(2*1.96*more.std(ddof=1)/len(more)**.5))
 
+# %% ../../nbs/bench/52_maskpro_lm.ipynb #748526f8
 def main(arguments:list[str]=()): # of the command line
     "Run what is missing, at 2:4 and where that costs too little at 1:4; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.maskpro_lm',

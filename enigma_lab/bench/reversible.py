@@ -55,6 +55,7 @@ def resident(what:str)->float: # MiB; what: 'VmRSS' for now, 'VmHWM' for the pea
     return int(next(line for line in Path('/proc/self/status').read_text().splitlines()
                     if line.startswith(what)).split()[1]) / 2**10
 
+# %% ../../nbs/bench/10_reversible.ipynb #35c8724b
 COMPILED = 'ours, compiled', 'ours, exact, compiled'
 EXACT_MALLOC = dict(OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='1', MALLOC_MMAP_THRESHOLD_='32768',
                     MALLOC_TRIM_THRESHOLD_='0', MALLOC_TOP_PAD_='0')
@@ -150,6 +151,7 @@ def open_run(config, resume): # what to measure; a record to go on with, or empt
         raise FileExistsError(f"a run is written once, and {run.name} is finished; start another")
     return run
 
+# %% ../../nbs/bench/10_reversible.ipynb #6df6d660
 def main(arguments:list[str]=()): # of the command line
     "Measure reversible engines beside each other; prints the tables."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.reversible',

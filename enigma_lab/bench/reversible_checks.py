@@ -42,6 +42,7 @@ def wrong(found, expected, tolerance=1e-5): # '' or what is wrong
     error = off(found, expected)
     return error if isinstance(error, str) else '' if error <= tolerance else f'off by {error:.1%}'
 
+# %% ../../nbs/bench/09_reversible_checks.ipynb #b7d18e1a
 class Subject:
     "An engine under questions: new blocks, and their plain run beside it."
     def __init__(self, name, dim=16):
@@ -153,6 +154,7 @@ def compiled_memory(s): # what a compiled forward pass hands to the backward pas
     small, large = (compiled_bytes(s(depth)[0], s.x) for depth in (2, 6))
     return '' if large <= 1.05*small else f'grows {large/small:.1f}-fold from depth 2 to 6'
 
+# %% ../../nbs/bench/09_reversible_checks.ipynb #655959a4
 def compiled_bytes(module, x):
     import torch._dynamo
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
@@ -199,6 +201,7 @@ leaf_input, in_place_after,
 autograd_grad, no_side_effects, backward_twice, hooks_once, partly_frozen, functional, compiled,
 compiled_memory, distributed)))
 
+# %% ../../nbs/bench/09_reversible_checks.ipynb #ab06f70c
 def ask(
     name:str, # of ENGINES
     question:str, # of BEHAVIOURS

@@ -88,6 +88,7 @@ ENGINES = { # name -> (package whose version counts, from blocks to a module)
     'RevTorch': ('revtorch', revtorch), 'revlib': ('revlib', revlib), 'memcnn': ('memcnn', memcnn),
     'reformer-pytorch': ('reformer-pytorch', reformer)}
 
+# %% ../../nbs/bench/08_reversible_peers.ipynb #fcdb28af
 def installed()->dict[str,str]: # engine -> package and version
     "The engines that can be run here."
     found = {}

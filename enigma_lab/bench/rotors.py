@@ -73,6 +73,7 @@ SIDES = { # row -> (package, maker)
     'nflows, cached': ('nflows', lambda *args: nflows(*args, cached=True)),
     'normflows': ('normflows', normflows), 'zuko': ('zuko', zuko)}
 
+# %% ../../nbs/bench/12_rotors.ipynb #3443fd31
 def present()->dict[str,str]: # row -> package and version
     "The sides whose library is installed."
     found = {}
@@ -164,6 +165,7 @@ def table(
                 'condition': accuracy.condition_number})
     return pd.DataFrame(lines)
 
+# %% ../../nbs/bench/12_rotors.ipynb #eb96f7d6
 def summary(run:Run)->dict: # ready for metrics.json
     "The numbers a claim may name, at the largest width."
     lines, metrics = table(run), {}

@@ -44,6 +44,7 @@ def writer(
                                   guidance=guidance)
     return write
 
+# %% ../../nbs/bench/45_sgdd.ipynb #b2168123
 def sides_of(
     config:dict, # of the run
 )->dict: # (case, side) -> what to time
@@ -86,6 +87,7 @@ def main(arguments:list[str]=()): # of the command line
     finish_run(run, summary(run))
     print(table(run).to_string(index=False))
 
+# %% ../../nbs/bench/45_sgdd.ipynb #318986e5
 def table(
     run:Run, # a record
 ): # a DataFrame: a line for each case and side

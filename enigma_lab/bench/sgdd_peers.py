@@ -151,6 +151,7 @@ def best_rates(
     return {kind: min(runs, key=lambda run: run.metrics['val_nll_nats']).config['learning_rate']
             for kind, runs in own.items()}
 
+# %% ../../nbs/bench/46_sgdd_peers.ipynb #6027f4b5
 def train_all(
     o:dict, # FULL, with changes
     parallel:int=1, # cells at a time; 0: in this process
@@ -221,6 +222,7 @@ def front(
     points = list(zip(seconds, scores))
     return [not any(t <= s and b >= a and (t, b) != (s, a) for t, b in points) for s, a in points]
 
+# %% ../../nbs/bench/46_sgdd_peers.ipynb #1d327788
 def table(
     run:Run, # of `main`
 ): # a DataFrame: a line for each batch size and setting
@@ -302,6 +304,7 @@ def summary(run:Run)->dict: # ready for metrics.json
                     for r in cost_table(run).itertuples()
                     for name in trained} | dict(loaded=busy(run))
 
+# %% ../../nbs/bench/46_sgdd_peers.ipynb #d3524aac
 def plot(
     run:Run, # of `main`
 ): # a figure

@@ -215,6 +215,7 @@ def train(
         wall_s=round(wall, 2), cpu_s=round(cpu, 2),
         tokens_per_cpu_s=round(iterations*BATCH*WINDOW/cpu))
 
+# %% ../../nbs/bench/25_shakespeare.ipynb #1ce126d9
 def score(model:nn.Module, ids:Tensor)->float: # of a text (N + 1,), nats per character
     "Mean loss over all characters but the first, in windows that do not overlap."
     return token_nll(model.eval(), ids, WINDOW, WINDOW, 64).double().mean().item()
@@ -339,6 +340,7 @@ def trial_table(
     return pd.DataFrame([dict(row['recipe'], tuning_nats=round(row['nats'], 4)) for row in rows
                          if row['part'] == 'tuning'])
 
+# %% ../../nbs/bench/25_shakespeare.ipynb #35f5f682
 def plot_training(
     run:Run, # finished
 ): # axes

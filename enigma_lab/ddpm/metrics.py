@@ -174,6 +174,7 @@ def wasserstein_1d(
     quantile = lambda x: x.sort(0).values[(middle*len(x)).long().clamp(max=len(x) - 1)]
     return ((quantile(a) - quantile(b)).abs()**p*(ends - starts)[:, None]).sum(0)
 
+# %% ../../nbs/ddpm/30_metrics.ipynb #82ba6d39
 def sliced_wasserstein(
     a:Tensor, # (N, …) images or features
     b:Tensor, # (M, …)

@@ -118,6 +118,7 @@ def draw_batch(
     return Noised(x, stratified_times(size, num_steps, generator)[0],
                   torch.randn(x.shape, generator=generator)).to(images.device)
 
+# %% ../../nbs/ddpm/10_model.ipynb #874fce15
 def fixed_batches(
     images:Tensor, # (N, C, H, W)
     repeats:int=8, # how often each image is seen, evenly over its times
@@ -145,6 +146,7 @@ def evaluating(model): # a module, or any function
     finally:
         if state: model.train()
 
+# %% ../../nbs/ddpm/10_model.ipynb #a89843be
 @torch.no_grad()
 def sample_images(
     model, # UNet2DModel

@@ -83,6 +83,7 @@ class NoisedImages(Dataset):
         x = self.images[i].flip(-1) if self.mirrored[i] else self.images[i]
         return dict(input_ids=torch.tensor(i), x=x, t=self.times[i], labels=self.noise[i])
 
+# %% ../../nbs/ddpm/20_train.ipynb #ea7a9c66
 class EachPass(TrainerCallback):
     "New noise at each pass, and the average after each update."
     def __init__(self, model:Denoiser, data:NoisedImages): self.model, self.data = model, data
@@ -116,6 +117,7 @@ class DDPMTrainConfig(TrainingConfig):
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.repeats < 1: raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
+# %% ../../nbs/ddpm/20_train.ipynb #ba8585f9
 presets = {
     'smoke': dict(size='tiny', max_images=128, max_steps=20, batch_size=16, optimizer='adamw',
                   learning_rate=1e-2, weight_decay=0., warmup_steps=4, decay_share=1.,
@@ -191,6 +193,7 @@ def evaluate_ddpm(
     return dict(found, **images.card(), parameters=sum(p.numel() for p in model.parameters()),
                 **training_report(run, 'images_seen'))
 
+# %% ../../nbs/ddpm/20_train.ipynb #681a0305
 def draw_losses(
     history:list[dict], # of a run
 ): # the axes
@@ -215,6 +218,7 @@ def find_pipeline(
         "a pipeline must be a run with a checkpoint, a folder with model_index.json, or a hub id, "
         f"got {str(getattr(source, 'path', source))!r}; papermill nbs/train_ddpm.ipynb makes one")
 
+# %% ../../nbs/ddpm/20_train.ipynb #6ca34c99
 def load_pipeline(
     source, # a `Run`, a run's name ('' for the newest), a folder with model_index.json, or a hub id
 )->tuple: # UNet2DModel in eval mode, float32; DDPMScheduler

@@ -133,6 +133,7 @@ def run_suite(
         wall_s=round(time.time() - begun, 1),
         ended=datetime.now(timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ'))
 
+# %% ../../nbs/dev/40_proof.ipynb #19acb977
 def prove(
     names:list[str], # of suites; empty: all
     root:Path, # the checkout
@@ -180,6 +181,7 @@ def count_notebooks(
                    if not any(part[0] in '_.' for part in p.relative_to(root).parts))
     return {p.relative_to(root).as_posix(): count_cells(p, set(flags)) for p in paths}
 
+# %% ../../nbs/dev/40_proof.ipynb #6405cdcc
 def print_notebooks(
     root:Path, # the checkout
 ):

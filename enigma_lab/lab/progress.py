@@ -110,6 +110,7 @@ def draw_history(
     ax.legend()
     return fig
 
+# %% ../../nbs/lab/28_progress.ipynb #91ca7e5b
 class LiveCurve:
     "Show a bar and the curves, redrawn in place; do nothing outside a notebook."
     def __init__(self): self.handle = None
@@ -158,6 +159,7 @@ def peak_mib()->float: # of this process since its start (CPU) or of the device
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == 'darwin' else 2**10)
 
+# %% ../../nbs/lab/28_progress.ipynb #54cdba2c
 def cost_card(
     config:TrainingConfig, # batch and budgets
     model:nn.Module, # on its device

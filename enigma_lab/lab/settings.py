@@ -41,6 +41,7 @@ def field_comments(
                 name = None
     return found
 
+# %% ../../nbs/lab/23_settings.ipynb #8c46dfdd
 @lru_cache
 def settings_of(
     cls:type, # a dataclass
@@ -84,6 +85,7 @@ def check_value(
     if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
         raise ValueError(f'{setting.name} must be a finite number of at least 0, got {value!r}')
 
+# %% ../../nbs/lab/23_settings.ipynb #ab5a75f8
 def check_fields(
     config, # an instance of a dataclass
 ):
@@ -177,6 +179,7 @@ def as_typed(
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return str(value) if number and kinds_of(setting.kind) == (str,) else value
 
+# %% ../../nbs/lab/23_settings.ipynb #557cc9d4
 def make_settings(
     settings:Settings, # what can be set
     given:dict, # name -> value; `None` keeps the preset's value
@@ -231,6 +234,7 @@ def shown_value(
 FIRST = 'preset', 'gpus', 'processes', 'data', 'seed' # of every `parameters` cell
 LAST = 'tracker', 'project', 'experiment', 'resume', 'test', 'note', 'config'
 
+# %% ../../nbs/lab/23_settings.ipynb #4c78de6c
 def parameters_cell(
     settings:Settings, # of the training
 )->str: # Python: a line `name: type = value  # meaning` for each setting

@@ -36,6 +36,7 @@ def rate_factor(
     rise = min(1., (step + 1) / max(1, config.warmup_steps))
     return rise * min(1., max(0., 1 - progress) / config.decay_share if config.decay_share else 1.)
 
+# %% ../../nbs/lab/30_trainer.ipynb #4a20a6a2
 class Clock:
     "Measure how much of a budget is used; time spent before a resume counts."
     def __init__(self,
@@ -239,6 +240,7 @@ def damaged_files(
     return sorted(name for name in known.keys() | found.keys()
                   if known.get(name) != found.get(name))
 
+# %% ../../nbs/lab/30_trainer.ipynb #a6cfc461
 class Sealer(TrainerCallback):
     "Write the digests of a checkpoint when all processes have written their part."
     def on_save(self,
@@ -278,6 +280,7 @@ def same_training(
     return {k: (then.get(k), now.get(k)) for k in sorted({*now, *then} - seen_only)
             if then.get(k) != now.get(k)}
 
+# %% ../../nbs/lab/30_trainer.ipynb #c4b25214
 def resume_from(
     config:TrainingConfig, # with `resume` set
     name:str, # the notebook's name

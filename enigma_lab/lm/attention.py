@@ -69,6 +69,7 @@ def append_alibi(
     if front is None: return F.pad(x, (0, ALIBI_DIMS + fill))
     return F.pad(torch.cat([front.expand(*x.shape[:-1], -1), x], -1), (0, fill))
 
+# %% ../../nbs/lm/20_attention.ipynb #3ec9c820
 def causal_attention(
     q:Tensor, # (B, H, T, W) queries, widened or not
     k:Tensor, # (B, H, S, W) keys

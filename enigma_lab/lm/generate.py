@@ -70,6 +70,7 @@ def next_token_probs(
         probs = probs.masked_fill((above >= top_p).scatter(-1, index, above >= top_p), 0.)
     return probs / probs.sum(-1, keepdim=True)
 
+# %% ../../nbs/lm/40_generate.ipynb #a85b9422
 def draw_token(
     logits:Tensor, # (B, V)
     temperature:float,
@@ -139,6 +140,7 @@ def penalise(
     seen = logits.gather(1, text)
     return logits.scatter(1, text, torch.where(seen < 0, seen*penalty, seen/penalty))
 
+# %% ../../nbs/lm/40_generate.ipynb #17e2c5db
 @torch.no_grad()
 def generate_tokens(
     model, # a causal language model of transformers, in eval mode

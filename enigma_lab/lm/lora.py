@@ -191,6 +191,7 @@ presets = {
                       gradient_accumulation_steps=8, learning_rate=1e-4, weight_decay=.01,
                       stop_ppl=25., eval_steps=50, save_steps=50)}
 
+# %% ../../nbs/lm/60_lora.ipynb #41f0ce1a
 settings = Settings(TuneConfig, presets)
 
 def make_tune_config(
@@ -212,6 +213,7 @@ class TuneTaskData:
     validation:ChatWindows # to choose by
     origin:dict # name and fingerprint of the base
 
+# %% ../../nbs/lm/60_lora.ipynb #72e9e961
 def prepare_tuning(
     config:TuneConfig, # what to do
 )->TuneTaskData: # ready to train

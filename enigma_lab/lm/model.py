@@ -81,6 +81,7 @@ class EnigmaConfig(PreTrainedConfig):
 # %% ../../nbs/lm/30_model.ipynb #420c1279
 machine_places = ('none', 'input', 'both', 'between')
 
+# %% ../../nbs/lm/30_model.ipynb #a2e5e15b
 def check_config(c):
     "Refuse a configuration that no model can have."
     for name in ('vocab_size', 'dim', 'num_heads', 'max_len', 'num_positions'):
@@ -432,6 +433,7 @@ class EnigmaForCausalLM(EnigmaPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values,
                                       hidden_states=out.hidden_states)
 
+# %% ../../nbs/lm/30_model.ipynb #66131705
 AutoConfig.register('enigma', EnigmaConfig, exist_ok=True)
 AutoModel.register(EnigmaConfig, EnigmaModel, exist_ok=True)
 AutoModelForCausalLM.register(EnigmaConfig, EnigmaForCausalLM, exist_ok=True)

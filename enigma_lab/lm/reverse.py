@@ -39,6 +39,7 @@ def final_streams(
     for step in steps: a, b = step.plain(a, b)
     return a, b
 
+# %% ../../nbs/lm/32_reverse.ipynb #8b3a02ec
 @torch.no_grad()
 def first_streams(
     model, # a reversible `EnigmaForCausalLM`, in eval mode
@@ -82,6 +83,7 @@ class BlockChain(ReversibleSequence):
                                  None)):
             yield from block
 
+# %% ../../nbs/lm/32_reverse.ipynb #ccbfe513
 def certify_model(
     model, # an `EnigmaForCausalLM`
     ids:Tensor, # (B, T) int64, a text to try it on, B at least 2

@@ -102,6 +102,7 @@ class Lifted(Wired):
         "Return the log-determinants, which are zero."
         return self.packed.new_zeros(len(self.packed), dtype=torch.float64)
 
+# %% ../../nbs/machine/49_exact.ipynb #a2aee6b1
 parametrizations['lifted'] = Lifted
 
 # %% ../../nbs/machine/49_exact.ipynb #92045d65

@@ -85,6 +85,7 @@ def check_config(c:MaskProConfig):
         raise ValueError(f"pool must be at least 2, got {c.pool}")
     if not 1 <= c.n <= c.m: raise ValueError(f"n must lie in 1 … m, got n={c.n}, m={c.m}")
 
+# %% ../../nbs/maskpro/52_config.ipynb #471edf1b
 def steps_of(
     c:MaskProConfig, # budgets
     images:int, # of training that are used

@@ -68,6 +68,7 @@ def progress_table(
     return pd.DataFrame(rows, columns=['run', 'preset', 'state', 'step', 'forwards', 'gain',
                                        'val_loss', 'changed', 'entropy_bits', 'quiet_s'])
 
+# %% ../../nbs/maskpro/57_modes.ipynb #a9d06e16
 def monitor(
     every:float=2., # seconds
     rounds:int=0, # tables; 0: until nothing is running

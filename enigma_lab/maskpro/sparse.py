@@ -42,6 +42,7 @@ class Compressed(NamedTuple):
     @property
     def nbytes(self): return self.values.nbytes + self.indices.nbytes
 
+# %% ../../nbs/maskpro/72_sparse.ipynb #9ecda223
 def compress(
     matrix:Tensor, # (O, K), K a multiple of 4
     mask:Tensor|None=None, # (O, K), two ones in each group; `None`: what is not zero, at most two a group
@@ -66,6 +67,7 @@ def compress(
     return Compressed(groups.gather(1, where).view(len(matrix), -1),
                       pack_bits(where[:, 0] | where[:, 1] << 2, 4))
 
+# %% ../../nbs/maskpro/72_sparse.ipynb #d523f3d2
 def expand(
     compressed:Compressed, # of `compress`
 )->Tensor: # (O, K)
@@ -120,6 +122,7 @@ class SparseLinear(nn.Module):
         y = F.linear(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.bias)
         return y.view(*x.shape[:-1], self.weight.shape[0])
 
+# %% ../../nbs/maskpro/72_sparse.ipynb #bd33fec9
 class SparseConv2d(SparseLinear):
     "A convolution as im2col and one matrix product."
     def __init__(self,
@@ -347,6 +350,7 @@ def prepare(
 COLUMNS = dict(shape='', gemm='', dense_s=float('nan'), sparse_s=float('nan'), ratio=float('nan'),
                difference=float('nan'), gains=False, verdict='')
 
+# %% ../../nbs/maskpro/72_sparse.ipynb #ddee142d
 def evaluate_layers(
     dense:nn.Module, # of `prepare`
     inputs, # its inputs
@@ -393,6 +397,7 @@ def swap_layers(
         model.set_submodule(name, layer)
     return model
 
+# %% ../../nbs/maskpro/72_sparse.ipynb #89c2769d
 def export_sparse(
     model:nn.Module, # with masks, or with the zeros of one; left as it is
     example_inputs, # a mapping of keywords, a tuple of arguments, or the one argument
@@ -429,6 +434,7 @@ class SideBySide(nn.Module):
 
     def forward(self, *inputs): return [layer(x) for layer, x in zip(self.layers.values(), inputs)]
 
+# %% ../../nbs/maskpro/72_sparse.ipynb #45667904
 def typical(
     small:bool=False, # toy size
     device:str='cpu', # where to make them
@@ -463,6 +469,7 @@ def gpu(
             "typical layers need CUDA, got none; toy ones (small=True, --small) run anywhere")
     return preflight(*typical(small, 'cuda' if torch.cuda.is_available() else 'cpu'), repeats)
 
+# %% ../../nbs/maskpro/72_sparse.ipynb #9b8d03ac
 def main(
     arguments:list[str]=(), # of the command line
 ):

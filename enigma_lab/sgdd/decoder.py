@@ -85,6 +85,7 @@ class Attention(nn.Module):
 # %% ../../nbs/sgdd/30_decoder.ipynb #84c40140
 CONDITIONINGS, POSITIONS = ('cross', 'memory', 'adaln'), ('both', 'rope', 'absolute', 'none')
 
+# %% ../../nbs/sgdd/30_decoder.ipynb #42bdb1bc
 class DecoderLayer(nn.Module):
     "Attention without a causal mask, the sentence's vector, and an MLP (DiT, arXiv:2212.09748, figure 3)."
     def __init__(self,

@@ -43,6 +43,7 @@ def token_accuracy(
     return sum(sum(a == b for a, b in zip(x, y)) for x, y in zip(written, wanted))/sum(
         max(len(x), len(y)) for x, y in zip(written, wanted))
 
+# %% ../../nbs/sgdd/60_metrics.ipynb #024de0e7
 def match_by_length(
     written:list[str], # by a model
     wanted:list[str], # references
@@ -83,6 +84,7 @@ def compute_ibleu(
     return alpha*compute_bleu(written,
                               wanted)['bleu'] - (1 - alpha)*compute_bleu(written, sources)['bleu']
 
+# %% ../../nbs/sgdd/60_metrics.ipynb #23b72957
 def copy_rate(
     written:list[str], # by a model
     sources:list[str], # what was to be said in other words
@@ -147,6 +149,7 @@ def normal_form(
     tokens = model.tokenizer(texts)['input_ids']
     return tokens, [model.tokenizer.decode(row) for row in tokens]
 
+# %% ../../nbs/sgdd/60_metrics.ipynb #e2b9c9be
 def evaluate_generation(
     model:SGDDModel, # trained, with its encoder
     texts:list[str], # what is wanted

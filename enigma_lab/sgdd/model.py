@@ -211,6 +211,7 @@ def compute_loss(self:SGDDModel,
               else tokens.new_zeros(()))
     return dict(loss=tokens + length, tokens=tokens.detach(), length=length.detach())
 
+# %% ../../nbs/sgdd/40_model.ipynb #671686a6
 @patch
 def _token_loss(self:SGDDModel, logits, x_0, hidden, content, u):
     if self.config.weights == 'bound':
@@ -297,6 +298,7 @@ def fit_lengths(self:SGDDModel,
     logs = (torch.bincount(lengths - 1, minlength=self.config.max_len) + .01).log()
     self.length.bias.data.copy_(logs - logs.max())
 
+# %% ../../nbs/sgdd/40_model.ipynb #898ec1d9
 @patch
 def init_embedding(self:SGDDModel):
     "Start from the encoder's embedding of the same pieces, in its best approximation of our width."
@@ -384,6 +386,7 @@ def save_pretrained(self:SGDDModel,
                                                indent=1))
     if self.tokenizer is not None: self.tokenizer.save_pretrained(path)
 
+# %% ../../nbs/sgdd/40_model.ipynb #26f0823f
 @patch(cls_method=True)
 def from_pretrained(cls:SGDDModel,
     path:str|Path, # of `save_pretrained`

@@ -90,6 +90,7 @@ class Cache:
         self.gates = [[gate[rows] for gate in gates] for gates in self.gates]
         self.past = [(k[rows], v[rows]) for k, v in self.past]
 
+# %% ../../nbs/sgdd/65_peers.ipynb #a9705638
 def turn(
     rope, # of the decoder
     x:Tensor, # (B, H, 1, D)

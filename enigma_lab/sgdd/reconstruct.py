@@ -173,6 +173,7 @@ def cheapest_changes(
         found.append(changed)
     return found
 
+# %% ../../nbs/sgdd/55_reconstruct.ipynb #b78cf440
 def local_search(
     search:Search, # with drafts
     rows:list[int], # which vectors

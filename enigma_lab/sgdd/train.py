@@ -63,6 +63,7 @@ class SGDDTrainConfig(TrainingConfig):
         if self.size not in shapes:
             raise ValueError(f"size must be one of {sorted(shapes)}, got {self.size!r}")
 
+# %% ../../nbs/sgdd/70_train.ipynb #790db230
 _brief = dict(size='brief', encoder='roberta-base', optimizer='adamw', batch_size=32,
               learning_rate=1e-4, weight_decay=.01, warmup_steps=500, decay_share=1.,
               max_sentences=100_000, max_words=48,
@@ -142,6 +143,7 @@ def read_corpus(
     corpus = load_pairs(data, most)
     return corpus if phase == 2 else both_sides(corpus)
 
+# %% ../../nbs/sgdd/70_train.ipynb #e2df1fc9
 def new_model(
     config:SGDDTrainConfig, # size and encoder
     texts:list[str], # whose words it must know
