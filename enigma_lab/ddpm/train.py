@@ -25,6 +25,7 @@ from .model import (
     sample_images, stratified_times)
 from ..lab.config import TrainingConfig, check_precision
 from ..lab.plot import plot_curves
+from ..lab.progress import Measure
 from ..lab.runs import Run, find_run
 from ..lab.settings import Settings, make_settings
 from ..lab.task import Task, main, run_task, training_report
@@ -32,7 +33,7 @@ from ..lab.trainer import save_model
 
 # %% ../../nbs/ddpm/20_train.ipynb #47469847
 class Denoiser(nn.Module):
-    "A UNet in training, with the average of its weights."
+    "Hold a UNet in training, with the average of its weights."
     main_input_name = 'input_ids'
     def __init__(self,
         unet, # UNet2DModel
@@ -47,21 +48,36 @@ class Denoiser(nn.Module):
         self.average = AveragedModel(unet, multi_avg_fn=towards).requires_grad_(False)
 
     @property
-    def device(self): return next(self.unet.parameters()).device
+    def device(self)->torch.device: # of the parameters
+        "Tell where the model is."
+        return next(self.unet.parameters()).device
 
-    def forward(self, x, t, labels, input_ids=None): # in eval mode the loss is that of the average
+    def forward(self,
+        x:Tensor, # (B, C, H, W), noised images
+        t:Tensor, # (B,) int64, timesteps
+        labels:Tensor, # (B, C, H, W), the noise
+        input_ids:Tensor|None=None, # (B,) int64, numbers of the images, for the trainer's count
+    )->ModelOutput: # with `loss`, a scalar
+        "Compute the loss of the weights, or in eval mode of their average."
         unet = self.unet if self.training else self.average.module
         return ModelOutput(loss=self.loss(unet, Noised(x, t, labels)))
 
-    def activation_checkpointing_enable(self, **kwargs): self.unet.enable_gradient_checkpointing()
+    def activation_checkpointing_enable(self,
+        **kwargs # of the Trainer, unused
+    ):
+        "Compute activations again in the backward pass, as diffusers does."
+        self.unet.enable_gradient_checkpointing()
 
-    def save_pretrained(self, path): # model_index.json, unet/, scheduler/
+    def save_pretrained(self,
+        path:Path, # folder, gets model_index.json, unet/ and scheduler/
+    ):
+        "Save the average as a pipeline of diffusers."
         from diffusers import DDPMPipeline
         DDPMPipeline(self.average.module, self.scheduler).save_pretrained(path)
 
 # %% ../../nbs/ddpm/20_train.ipynb #0f032f25
 class NoisedImages(Dataset):
-    "Images with noise that is drawn anew for each pass."
+    "Pair images with noise that is drawn anew for each pass."
     def __init__(self,
         images:Tensor, # (N, C, H, W)
         num_steps:int=200, # T
@@ -71,7 +87,10 @@ class NoisedImages(Dataset):
         self.images, self.num_steps, self.seed, self.mirror = images, num_steps, seed, mirror
         self.set_epoch(0)
 
-    def set_epoch(self, epoch:int): # by `EachPass`; without it the noise stays as it is, as validation wants it
+    def set_epoch(self,
+        epoch:int, # number of the pass, from 0
+    ):
+        "Draw times, noise and mirrors of a pass; until the next call they stay."
         g = torch.Generator().manual_seed(hash((self.seed, epoch)) & (2**48 - 1))
         self.times = stratified_times(len(self.images), self.num_steps, g)[0]
         self.mirrored = torch.rand(len(self.images), generator=g) < .5*self.mirror
@@ -79,25 +98,43 @@ class NoisedImages(Dataset):
 
     def __len__(self): return len(self.images)
 
-    def __getitem__(self, i): # x, labels (C, H, W); t and input_ids numbers
+    def __getitem__(self,
+        i:int, # number of an image
+    )->dict: # x and labels (C, H, W); t and input_ids scalars
         x = self.images[i].flip(-1) if self.mirrored[i] else self.images[i]
         return dict(input_ids=torch.tensor(i), x=x, t=self.times[i], labels=self.noise[i])
 
 # %% ../../nbs/ddpm/20_train.ipynb #ea7a9c66
 class EachPass(TrainerCallback):
-    "New noise at each pass, and the average after each update."
-    def __init__(self, model:Denoiser, data:NoisedImages): self.model, self.data = model, data
+    "Draw new noise at each pass and update the average after each step."
+    def __init__(self,
+        model:Denoiser, # in training
+        data:NoisedImages, # that it learns from
+    ):
+        self.model, self.data = model, data
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self,
+        args, # of the Trainer
+        state, # with the epoch
+        control, # unused
+        **kwargs # unused
+    ):
+        "Draw new noise."
         self.data.set_epoch(int((state.epoch or 0) + 1e-6))
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self,
+        args, # of the Trainer
+        state, # unused
+        control, # unused
+        **kwargs # unused
+    ):
+        "Move the average towards the weights."
         self.model.average.update_parameters(self.model.unet)
 
 # %% ../../nbs/ddpm/20_train.ipynb #c6966481
 @dataclass(frozen=True)
 class DDPMTrainConfig(TrainingConfig):
-    "A training of a diffusion model: data, shape and preset."
+    "Describe a training of a diffusion model: data, shape and preset."
     preset:str = 'cpu' # preset, see `presets`
     data:str = 'digits' # of `load_images`
     max_images:int = 0 # of training; 0: all
@@ -138,13 +175,13 @@ def make_ddpm_config(
     preset:str='auto', # a preset's name; 'auto': 'cpu', or with GPUs 'gpu-cifar10'
     **changes # fields of `DDPMTrainConfig`; `None` keeps the preset's value
 )->DDPMTrainConfig: # checked
-    "A preset with changes."
+    "Make a config from a preset and changes."
     return make_settings(settings, dict(changes, preset=preset))
 
 # %% ../../nbs/ddpm/20_train.ipynb #e54347e5
 @dataclass(frozen=True)
 class DDPMTaskData:
-    "What a training works with."
+    "Hold what a training works with."
     images:Images # in three parts
     model:Denoiser # on its device
     train:NoisedImages # to learn from
@@ -153,7 +190,7 @@ class DDPMTaskData:
 def prepare_ddpm(
     config:DDPMTrainConfig, # what to do
 )->DDPMTaskData: # ready to train
-    "Read and build."
+    "Read the images and build the model."
     images = load_images(config.data, config.max_images)
     torch.manual_seed(config.seed)
     model = Denoiser(make_unet(config.size, images.shape),
@@ -167,9 +204,9 @@ def prepare_ddpm(
 def mean_loss(
     model, # from x_t and t to the noise
     batches:list[Noised], # of `fixed_batches`
-    loss:DenoisingLoss,
+    loss:DenoisingLoss, # of the scheduler
 )->float: # over all images and times
-    "The loss on fixed batches."
+    "Average the loss over fixed batches."
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     with evaluating(model):
         return torch.cat([loss.each(model, batch.to(device)).cpu()
@@ -182,7 +219,7 @@ def evaluate_ddpm(
     scheduler, # its schedule
     test:bool=True, # read the test images; False while a preset is being chosen
 )->dict: # metrics
-    "The model on images it has not seen, and a look at its own."
+    "Judge a model on images that it has not seen, and draw some of its own."
     import matplotlib.pyplot as plt
     held_out = dict(val=images.validation, **(dict(test=images.read_test(run)) if test else {}))
     loss, T = DenoisingLoss(scheduler), scheduler.config.num_train_timesteps
@@ -197,8 +234,8 @@ def evaluate_ddpm(
 def draw_losses(
     history:list[dict], # of a run
 ): # the axes
-    "Squared error in training, and of the average on validation."
-    names = dict(loss='training', val_nll_nats='validation, averaged weights')
+    "Draw the squared error in training, and that of the average on validation."
+    names = dict(loss='training', val_mse='validation, averaged weights')
     return plot_curves([{names.get(k, k): v for k, v in row.items()} for row in history
                         if 'step' in row], list(names.values()), 'squared error of the noise')
 
@@ -206,7 +243,7 @@ def draw_losses(
 def find_pipeline(
     source, # a `Run`, a run's name ('' for the newest), a folder with model_index.json, or a hub id
 )->str: # the folder, or the hub id
-    "Where a diffusion model lies."
+    "Find where a diffusion model lies. Raise FileNotFoundError if it is nowhere."
     has_index = lambda path: (path/'model_index.json').is_file()
     path = source.checkpoint if isinstance(source, Run) else Path(source).expanduser()
     if has_index(path): return str(path)
@@ -222,7 +259,7 @@ def find_pipeline(
 def load_pipeline(
     source, # a `Run`, a run's name ('' for the newest), a folder with model_index.json, or a hub id
 )->tuple: # UNet2DModel in eval mode, float32; DDPMScheduler
-    "A diffusion model, ours or anyone's."
+    "Load a diffusion model, ours or anyone's."
     from diffusers import DDPMPipeline, DDPMScheduler
     from diffusers.utils import logging
     found, shown = find_pipeline(source), logging.is_progress_bar_enabled()
@@ -237,18 +274,25 @@ def load_pipeline(
     return pipe.unet.eval().float(), DDPMScheduler.from_config(pipe.scheduler.config)
 
 # %% ../../nbs/ddpm/20_train.ipynb #d9005d15
-def save(run:Run, parts:DDPMTaskData):
-    "The averaged weights, as a pipeline of diffusers."
+def save(
+    run:Run, # an open record
+    parts:DDPMTaskData, # whose model is saved
+):
+    "Save the averaged weights as a pipeline of diffusers."
     save_model(run, parts.model)
 
-def evaluate(run:Run, parts:DDPMTaskData, test:bool=True)->dict:
-    "What was saved, whoever trained it."
+def evaluate(
+    run:Run, # with a checkpoint
+    parts:DDPMTaskData, # with the images
+    test:bool=True, # read the test images
+)->dict: # metrics
+    "Judge what was saved, whichever process trained it."
     model, scheduler = load_pipeline(run)
     return evaluate_ddpm(run, parts.images, model.to(parts.model.device), scheduler, test)
 
 task = Task('enigma_lab.ddpm.train:task', 'train_ddpm', prepare_ddpm, save, lambda run, parts: None,
     evaluate, callbacks=lambda parts: (EachPass(parts.model, parts.train),),
-    settings=settings)
+    settings=settings, measure=Measure('mse', 'squared error of the noise', 'images'))
 
 def train_ddpm(
     config:DDPMTrainConfig, # what to do

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from .config import TrainingConfig
 from .launch import launch, rank
-from .progress import peak_mib, print_evaluation, watched
+from .progress import Measure, measure_of, peak_mib
+from .progress import print_evaluation, watched
 from .runs import Run, finish_run, headlines, start_run
 from .settings import Settings, make_settings, write_settings
-from .trainer import fit, resume_from
+from .trainer import check_measure, fit, resume_from
 
 # %% ../../nbs/lab/35_task.ipynb #b16fe7c3
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Task:
     within:Callable = nullcontext # a context to train in
     options:tuple = ('test',) # fields of the config that `evaluate` gets
     settings:Settings|None = None # what can be set; `None`: only from Python
+    measure:Measure = Measure() # the loss, and what is counted
 
 # %% ../../nbs/lab/35_task.ipynb #d0fb915e
 def find_task(
@@ -62,7 +64,7 @@ def fit_and_save(
     parts = parts or task.prepare(config)
     with task.within():
         fit(run, config, parts.model, parts.train, parts.validation, origin, show,
-            task.callbacks(parts))
+            task.callbacks(parts), task.measure)
     if rank() == 0: task.save(run, parts)
 
 # %% ../../nbs/lab/35_task.ipynb #e34fa83b
@@ -72,7 +74,7 @@ def run_task(
     parts=None, # from the task's `prepare`; `None`: prepared here
     note:str|None=None, # in place of the config's
     show=None, # called with the history after each evaluation
-    **more # fields of the config to change (`None`: kept), and other options of the task's `evaluate`
+    **more # fields of the config to change (`None`: kept), and options of the task's `evaluate`
 )->Run: # finished, with a checkpoint
     "Train, save, evaluate, record."
     own = {f.name for f in fields(config)}
@@ -80,6 +82,7 @@ def run_task(
     config = replace(config, **changes)
     options = {k: getattr(config, k)
                for k in task.options} | {k: v for k, v in more.items() if k not in own}
+    check_measure(task.measure, config)
     origin = resume_from(config, task.name)
     parts = parts or task.prepare(config)
     run = start_run(task.name, config, config.note)
@@ -95,18 +98,22 @@ def run_task(
 # %% ../../nbs/lab/35_task.ipynb #7f23ee67
 def training_report(
     run:Run, # trained
-    counted:str='tokens', # what the model is fed with, for the name
+    counted:str='', # what the model is fed with, for the name; empty: as the history says
 )->dict: # updates, tokens (or what is counted), seconds, MiB
     "Report what a training took, from its history."
-    last = [row for row in run.history if 'tokens' in row][-1]
-    return {'train_steps': last['step'], f'train_{counted}': last['tokens'],
+    history = run.history
+    key = measure_of(history).counted
+    last = [row for row in history if {'step', key} <= row.keys()][-1]
+    return {'train_steps': last['step'], f'train_{counted or key}': last[key],
             'train_wall_s': last['wall_s'], 'peak_mib': round(peak_mib())}
 
 def best_val_loss(
     run:Run, # trained
-)->float: # nats, or the unit of the model's loss
+)->float: # in the unit of the measure
     "Return the lowest loss on validation, that of the model that is kept."
-    return min(row['val_nll_nats'] for row in run.history if 'val_nll_nats' in row)
+    history = run.history
+    key = measure_of(history).key
+    return min(row[key] for row in history if key in row)
 
 # %% ../../nbs/lab/35_task.ipynb #a8e01132
 def read_words(

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['DIGESTS', 'rate_factor', 'Clock', 'Recorder', 'Budget', 'RecordingTrainer', 'training_arguments', 'file_digests',
-           'damaged_files', 'Sealer', 'last_checkpoint', 'same_training', 'resume_from', 'fit', 'take_over',
-           'save_model']
+           'damaged_files', 'Sealer', 'last_checkpoint', 'same_training', 'resume_from', 'check_measure', 'thinned',
+           'quiet_transformers', 'make_trainer', 'fit', 'take_over', 'save_model']
 
 # %% ../../nbs/lab/30_trainer.ipynb #223d1c7d
 import hashlib, json, math, os, shutil, time, warnings
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Subset
@@ -23,6 +25,7 @@ from transformers.utils import logging
 from .config import TrainingConfig, check_precision, count_steps
 from .launch import rank, world_size
 from .optimizer import make_optimizer
+from .progress import Measure, is_evaluation
 from .runs import Run, find_run, list_runs, read_json, write_json
 from .trackers import open_tracker
 
@@ -54,7 +57,10 @@ class Clock:
         self.tick()
 
     def tick(self):
-        "Look at the clock; where several processes train, at that of rank 0, for all must stop at the same update."
+        """Look at the clock.
+
+        Where several processes train they look at that of rank 0, for all must stop together.
+        """
         now = torch.tensor(time.monotonic() - self.began, dtype=torch.float64)
         if world_size() > 1 and self.seconds:
             if torch.distributed.get_backend() == 'nccl': now = now.cuda()
@@ -70,49 +76,61 @@ class Clock:
 
 # %% ../../nbs/lab/30_trainer.ipynb #675baaab
 class Recorder(TrainerCallback):
-    "Write each log into the run's history."
+    "Write each log into the run's history, in the words of the measure."
     def __init__(self,
         run:Run, # an open record
         clock:Clock, # the budget
         show=None, # called with the history after each look at validation
         tracker=None, # from `open_tracker`, which gets a copy
+        measure:Measure=Measure(), # the loss, and what is counted
     ):
-        self.run, self.clock, self.show, self.tracker, self.last = run, clock, show, tracker, None
+        self.run, self.clock, self.show, self.tracker = run, clock, show, tracker
+        self.measure, self.last = measure, None
 
     def on_train_begin(self,
         args, # of the Trainer
-        state, # with the count of tokens
+        state, # with the count of what was fed
         control, # unused
         **kwargs # unused
     ):
         "Start the stopwatch."
         self.last = (state.num_input_tokens_seen, time.monotonic())
 
-    def on_log(self,
-        args, # of the Trainer
-        state, # with step, epoch and tokens
-        control, # unused
-        logs=None, # numbers of this log
-        **kwargs # unused
-    ):
-        "Write a row of the history, on rank 0."
-        if rank(): return
-        row = dict(step=state.global_step, progress=round(self.clock.progress(state.global_step),
-                                                          4), wall_s=round(self.clock.elapsed, 1),
-                   epoch=round(state.epoch or 0, 3), tokens=int(state.num_input_tokens_seen))
-        if 'loss' in logs:
-            now, (tokens, then) = time.monotonic(), self.last
-            self.last = (row['tokens'], now)
-            row |= dict(loss=logs['loss'], learning_rate=logs['learning_rate'],
-                        grad_norm=logs.get('grad_norm'),
-                        tokens_per_s=round((row['tokens'] - tokens) / max(1e-9, now - then)))
-        if 'eval_loss' in logs:
-            row |= dict(val_nll_nats=logs['eval_loss'],
-                        val_ppl=math.exp(min(50, logs['eval_loss'])))
-        if not {'loss', 'val_nll_nats'} & row.keys(): return
-        self.run.log(**row)
-        if self.tracker: self.tracker.log(**row)
-        if self.show and 'val_nll_nats' in row: self.show(self.run.history)
+# %% ../../nbs/lab/30_trainer.ipynb #7ddbbf9f
+@patch
+def row(self:Recorder,
+    state, # of the Trainer, with step, epoch and the count
+    logs:dict, # numbers of this log
+)->dict: # a line of the history
+    "Translate a log of the Trainer."
+    m, count = self.measure, int(state.num_input_tokens_seen)
+    row = dict(step=state.global_step, progress=round(self.clock.progress(state.global_step), 4),
+               wall_s=round(self.clock.elapsed, 1), epoch=round(state.epoch or 0, 3))
+    row[m.counted] = count
+    if 'loss' in logs:
+        now, (before, then) = time.monotonic(), self.last
+        self.last = (count, now)
+        row |= {k: logs.get(k) for k in ('loss', 'learning_rate', 'grad_norm')}
+        row[f'{m.counted}_per_s'] = round((count - before) / max(1e-9, now - then))
+    if 'eval_loss' in logs:
+        row[m.key] = logs['eval_loss']
+        if m.in_nats: row['val_ppl'] = math.exp(min(50, logs['eval_loss']))
+    return row
+
+@patch
+def on_log(self:Recorder,
+    args, # of the Trainer
+    state, # with step, epoch and the count
+    control, # unused
+    logs=None, # numbers of this log
+    **kwargs # unused
+):
+    "Write a row of the history, on rank 0."
+    if rank() or not {'loss', 'eval_loss'} & logs.keys(): return
+    row = self.row(state, logs)
+    self.run.log(**row)
+    if self.tracker: self.tracker.log(**row)
+    if self.show and is_evaluation(row): self.show(self.run.history)
 
 # %% ../../nbs/lab/30_trainer.ipynb #ed7536ed
 class Budget(TrainerCallback):
@@ -167,30 +185,32 @@ class RecordingTrainer(Trainer):
                                             c.optimizer == 'muon')
         return self.optimizer
 
-    def create_scheduler(self,
-        num_training_steps, # unused: the clock counts
-        optimizer=None, # whose rate is scheduled; `None`: the Trainer's
-    ): # the scheduler
-        "Make the schedule of `rate_factor`."
-        factor = lambda step: rate_factor(step, self.clock.progress(step), self.config)
-        if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
-        return self.lr_scheduler
+# %% ../../nbs/lab/30_trainer.ipynb #430cba74
+@patch
+def create_scheduler(self:RecordingTrainer,
+    num_training_steps, # unused: the clock counts
+    optimizer=None, # whose rate is scheduled; `None`: the Trainer's
+): # the scheduler
+    "Make the schedule of `rate_factor`."
+    factor = lambda step: rate_factor(step, self.clock.progress(step), self.config)
+    if self.lr_scheduler is None:
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+    return self.lr_scheduler
 
-    def training_step(self,
-        model, # wrapped
-        inputs, # a batch
-        num_items_in_batch=None, # labels of the update
-    ): # the loss
-        "Do a step. Raise FloatingPointError for a loss that is not finite."
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss must stay finite, got {loss.item()} at step "
-                f"{self.state.global_step + 1}; "
-                f"lower learning_rate={self.config.learning_rate} or lengthen "
-                f"warmup_steps={self.config.warmup_steps}")
-        return loss
+@patch
+def training_step(self:RecordingTrainer,
+    model, # wrapped
+    inputs, # a batch
+    num_items_in_batch=None, # labels of the update
+): # the loss
+    "Do a step. Raise FloatingPointError for a loss that is not finite."
+    loss = super(RecordingTrainer, self).training_step(model, inputs, num_items_in_batch)
+    if not torch.isfinite(loss):
+        c, step = self.config, self.state.global_step + 1
+        raise FloatingPointError(
+            f"the loss must stay finite, got {loss.item()} at step {step}; "
+            f"lower learning_rate={c.learning_rate} or lengthen warmup_steps={c.warmup_steps}")
+    return loss
 
 # %% ../../nbs/lab/30_trainer.ipynb #a3c23f5f
 def training_arguments(
@@ -307,6 +327,55 @@ def resume_from(
             "new run")
     return run, last_checkpoint(run)
 
+# %% ../../nbs/lab/30_trainer.ipynb #6415d513
+def check_measure(
+    measure:Measure, # of a training
+    config:TrainingConfig, # with `stop_ppl`
+):
+    "Refuse to stop by a perplexity that there is not."
+    if config.stop_ppl and not measure.in_nats:
+        raise ValueError(f"stop_ppl needs a loss in nats, got {config.stop_ppl} for a loss in "
+                         f"{measure.unit}; use patience, max_steps or minutes")
+
+# %% ../../nbs/lab/30_trainer.ipynb #d0624b63
+def thinned(
+    windows:Dataset, # of validation
+    count:int, # how many are looked at, at most
+)->Subset: # every n-th of them, in order
+    "Choose windows that are spread evenly."
+    every = max(1, len(windows) // count)
+    return Subset(windows, range(0, len(windows), every)[:count])
+
+@contextmanager
+def quiet_transformers():
+    "Silence warnings about what this page decides, and bars; the level of warnings comes back."
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try: yield
+    finally: logging.set_verbosity(level)
+
+# %% ../../nbs/lab/30_trainer.ipynb #dbdcb824
+def make_trainer(
+    run:Run, # an open record
+    config:TrainingConfig, # what to do
+    model:nn.Module, # `forward(**batch)` gives a loss
+    train:Dataset, # windows
+    validation:Dataset, # windows, of which `eval_windows` are looked at
+    clock:Clock, # the budget
+    callbacks:list, # transformers' TrainerCallback
+)->RecordingTrainer: # that says nothing itself
+    "Make the Trainer. Raise RuntimeError unless as many processes train as the config asks for."
+    if config.patience: callbacks = [*callbacks, EarlyStoppingCallback(config.patience)]
+    args = training_arguments(config, run.path/'checkpoints', clock.total_steps)
+    trainer = RecordingTrainer(config, clock, model=model, args=args, train_dataset=train,
+        eval_dataset=thinned(validation, config.eval_windows), callbacks=callbacks)
+    if trainer.args.world_size != config.world:
+        raise RuntimeError(f"{config.world} processes must train together, got a world of "
+                           f"{trainer.args.world_size}")
+    for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
+    return trainer
+
 # %% ../../nbs/lab/30_trainer.ipynb #4584e6e7
 def fit(
     run:Run, # an open record
@@ -317,36 +386,21 @@ def fit(
     origin:tuple[Run,Path]|None=None, # from `resume_from`
     show=None, # called with the history after each look at validation
     callbacks:tuple=(), # more of transformers' TrainerCallback
+    measure:Measure=Measure(), # the loss, and what is counted
 )->RecordingTrainer: # its model is the best by validation
     "Train, record, and keep the best."
-    total = count_steps(config, len(train))
-    clock = Clock(total, config.minutes)
-    every = max(1, len(validation) // config.eval_windows)
-    looked_at = Subset(validation, range(0, len(validation), every)[:config.eval_windows])
+    check_measure(measure, config)
+    clock = Clock(count_steps(config, len(train)), config.minutes)
     tracker = open_tracker('none' if rank() else config.tracker, run, config.project,
                            config.experiment)
-    callbacks = [Budget(clock, config.stop_ppl), Recorder(run, clock, show, tracker), Sealer(),
-                 *callbacks]
-    if config.patience: callbacks.append(EarlyStoppingCallback(config.patience))
-    trainer = RecordingTrainer(config, clock, model=model,
-        args=training_arguments(config, run.path/'checkpoints', total),
-        train_dataset=train, eval_dataset=looked_at, callbacks=callbacks)
-    if trainer.args.world_size != config.world:
-        raise RuntimeError(
-            f"{config.world} processes must train together, got a world of "
-            f"{trainer.args.world_size}")
-    for noisy in (PrinterCallback, ProgressCallback): trainer.remove_callback(noisy)
-    logging.disable_progress_bar()
-    if origin: clock.start(take_over(run, *origin))
-    else: clock.start(0.)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # its warnings are about what this page decides
-    try:
-        with tracker:
-            # of the interrupted run
-            for row in [row for row in run.history if 'step' in row]: tracker.log(**row)
-            trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
-    finally: logging.set_verbosity(level)
+    ours = [Budget(clock, config.stop_ppl), Recorder(run, clock, show, tracker, measure), Sealer()]
+    trainer = make_trainer(run, config, model, train, validation, clock, [*ours, *callbacks])
+    if rank() == 0: run.log(measure=asdict(measure))
+    clock.start(take_over(run, *origin) if origin else 0.)
+    with quiet_transformers(), tracker:
+        # of the interrupted run
+        for row in [row for row in run.history if 'step' in row]: tracker.log(**row)
+        trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
     if hasattr(getattr(model, 'config', None), 'use_cache'): model.config.use_cache = True
     return trainer
 
