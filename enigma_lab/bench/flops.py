@@ -17,23 +17,25 @@ PEAK_FLOPS = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12, '4090': 165e12}
 def peak_flops(
     device:str, # its name, as torch gives it
 )->float|None: # per second; `None`: no such device in the table
-    "What a device can do at best."
+    "Look up what a device can do at best."
     return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
 
 def flops_per_token(
     parameters:int, # N, without position tables
     config:EnigmaConfig, # layers, width and context
 )->float: # of a training step
-    "Floating-point operations for a token (PaLM, arXiv:2204.02311, appendix B)."
+    "Count the floating-point operations for a token (PaLM, arXiv:2204.02311, appendix B)."
     return 6*parameters + 12*config.num_layers*config.dim*config.max_len
 
+# %% ../../nbs/bench/03_flops.ipynb #03b8f321
 def mfu(
     tokens_per_s:float, # of a training
     config:EnigmaConfig, # shape
     device:str, # its name, as torch gives it
 )->float|None: # share of the peak; `None`: no such device in the table
-    "Model FLOPs utilisation."
-    with torch.device('meta'): card = parameter_card(EnigmaForCausalLM(config))
+    "Compute the model FLOPs utilisation of a training."
     peak = peak_flops(device)
-    return (tokens_per_s * flops_per_token(card['total'] - card['position_table'], config) / peak
-            if peak else None)
+    if not peak: return None
+    with torch.device('meta'): card = parameter_card(EnigmaForCausalLM(config))
+    parameters = card['total'] - card['position_table']
+    return tokens_per_s * flops_per_token(parameters, config) / peak

@@ -19,8 +19,9 @@ from ..lm.model import parameter_card
 from ..lm.train import make_config, prepare
 
 # %% ../../nbs/bench/14_grid.ipynb #237f2410
-ROWS = {'one stream': dict(reversible=False), 'two streams': dict(reversible=True),
-    # row -> fields of EnigmaConfig
+ROWS = { # row -> fields of EnigmaConfig
+    'one stream': dict(reversible=False),
+    'two streams': dict(reversible=True),
     **{f'grid 2^-{n}': dict(reversible=True, exact=True, grid=2.**-n) for n in (8, 10, 12, 14, 16)}}
 
 def cell(
@@ -37,16 +38,17 @@ def cell(
     parts = prepare(config)
     run = start_run('cell', dict(asdict(config), row=row))
     fit(run, config, parts.model, parts.train, parts.validation)
-    bits = bits_per_token(parts.model, Windows(parts.corpus.validation, parts.tokenizer,
-                                               parts.model.config.max_len))
+    windows = Windows(parts.corpus.validation, parts.tokenizer, parts.model.config.max_len)
+    bits = bits_per_token(parts.model, windows)
     tokens = [line for line in run.history if 'tokens' in line][-1]['tokens']
     shutil.rmtree(run.path/'checkpoints')
-    return finish_run(run,
-                      dict(bits_per_token=bits, parameters=parameter_card(parts.model)['total'],
-                           train_tokens=tokens))
+    parameters = parameter_card(parts.model)['total']
+    return finish_run(run, dict(bits_per_token=bits, parameters=parameters, train_tokens=tokens))
 
 # %% ../../nbs/bench/14_grid.ipynb #b9fd74d8
-def main(arguments:list[str]=()): # of the command line
+def main(
+    arguments:list[str]=(), # of the command line
+):
     "Train what is missing; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.grid', description=main.__doc__)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
@@ -60,14 +62,16 @@ def main(arguments:list[str]=()): # of the command line
         given.parallel, show=lambda line: print(line, flush=True),
         steps=given.steps, preset=given.preset, max_chars=given.max_chars)
     print(cost_table(results(given.name)).to_string(index=False))
-    if (cells.state != 'finished').any():
-        sys.exit(
-            f"{(cells.state != 'finished').sum()} of {len(cells)} cells have no result; see the "
-            f"logs in {runs_root()/'sweeps'/given.name}")
+    missing = (cells.state != 'finished').sum()
+    if missing:
+        sys.exit(f"{missing} of {len(cells)} cells have no result; see the logs in "
+                 f"{runs_root()/'sweeps'/given.name}")
 
 # %% ../../nbs/bench/14_grid.ipynb #cd065c39
-def results(name:str='grid')->list[Run]: # finished
-    "The finished cells of a sweep."
+def results(
+    name:str='grid', # of the sweep
+)->list[Run]: # finished
+    "List the finished cells of a sweep."
     found = [run for run in runs_in(runs_root()/'sweeps'/name/'cell') if run.finished]
     return sorted(found, key=lambda run: (list(ROWS).index(run.config['row']), run.config['seed']))
 
@@ -75,26 +79,27 @@ def cost_table(
     runs:list[Run], # from `results`
     base:str='one stream', # the row to compare with
 ): # a DataFrame: a line for each row
-    "Bits per token, and the difference to another row, paired by seed."
+    "Compare bits per token with those of another row, paired by seed."
     import pandas as pd
-    bits = pd.DataFrame([dict(row=run.config['row'], seed=run.config['seed'],
-                              bits=run.metrics['bits_per_token']) for run in runs]).pivot(
-                                  index='seed', columns='row', values='bits')
+    cells = pd.DataFrame([dict(row=run.config['row'], seed=run.config['seed'],
+                               bits=run.metrics['bits_per_token']) for run in runs])
+    bits = cells.pivot(index='seed', columns='row', values='bits')
     table = paired_differences(bits[[name for name in ROWS if name in bits]], base)
-    return table.rename(columns=dict(mean='bits per token',
-                                     difference=f'more than {base}')).rename_axis(
-                                         'row').reset_index()
+    table = table.rename(columns=dict(mean='bits per token', difference=f'more than {base}'))
+    return table.rename_axis('row').reset_index()
 
 # %% ../../nbs/bench/14_grid.ipynb #fbcd0635
-def plot_losses(runs:list[Run]): # axes
-    "Validation loss of every cell against tokens, a colour for each row."
+def plot_losses(
+    runs:list[Run], # from `results`
+): # axes
+    "Plot validation loss against tokens: a line for each cell, a colour for each row."
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(5.4, 3))[1]
     for run in runs:
+        row, first = run.config['row'], run.config['seed'] == runs[0].config['seed']
         looks = [(line['tokens'], line['val_nll_nats']) for line in run.history
                  if 'val_nll_nats' in line]
-        ax.plot(*zip(*looks), color=f"C{list(ROWS).index(run.config['row'])}", lw=1,
-                label=run.config['row'] if run.config['seed'] == runs[0].config['seed'] else None)
+        ax.plot(*zip(*looks), color=f'C{list(ROWS).index(row)}', lw=1, label=row if first else None)
     ax.set(xlabel='tokens', ylabel='validation loss, nats per token')
     ax.legend(fontsize=7)
     return ax

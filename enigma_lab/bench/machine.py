@@ -10,6 +10,7 @@ __all__ = ['ROWS', 'ROTORS', 'DTYPES', 'spreads', 'stir', 'round_trip', 'batch',
 # %% ../../nbs/bench/05_machine.ipynb #8e443596
 import statistics, sys
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,13 @@ from ..machine.rotor import InvertibleConv1x1, InvertibleConv1x1Stack, condition
 ROWS, ROTORS = 64, 4                     # vectors in a batch, rotors in a stack
 DTYPES = dict(float32=torch.float32, float64=torch.float64)
 
-def spreads(dim:int)->dict[str,float]: # label -> standard deviation
-    "Off-diagonals after little, some and much training."
+def spreads(
+    dim:int, # d, channels
+)->dict[str,float]: # label -> standard deviation
+    "List the sizes of off-diagonals after little, some and much training."
     return {'0.01': .01, '0.02': .02, '1/√d': dim**-.5}
 
+# %% ../../nbs/bench/05_machine.ipynb #2b09df4d
 def stir(
     module:nn.Module, # on the CPU
     std:float, # of the rotors' off-diagonals
@@ -41,7 +45,7 @@ def stir(
                  v=(0, 1))
     with torch.no_grad():
         for name, p in module.named_parameters():
-            # the rest: weights
+            # what has no name above is a weight
             mean, deviation = shape.get(name.split('.')[-1]) or (0, p.shape[-1]**-.5)
             p.copy_(mean + deviation*torch.randn(p.shape, generator=g))
     return module
@@ -52,13 +56,13 @@ def round_trip(
     f:Bijection, # any part
     x:Tensor, # (rows, dim), standard normal
     positions:Tensor|None=None, # int64 (rows,); `None`: all zero
-)->dict: # relative_error, max_error: the worse of both orders; repeatable: the second call is bit-equal
-    "Errors of `inverse(forward(x))` and of `forward(inverse(x))`."
+)->dict: # relative_error, max_error: of the worse order; repeatable: bits of a second call agree
+    "Measure the errors of `inverse(forward(x))` and of `forward(inverse(x))`."
     y = f(x, positions)
     errors = [f.inverse(y, positions) - x, f(f.inverse(x, positions), positions) - x]
     return dict(relative_error=max((e.norm() / x.norm()).item() for e in errors),
-        max_error=max(e.abs().max().item() for e in errors),
-        repeatable=torch.equal(f(x, positions), y))
+                max_error=max(e.abs().max().item() for e in errors),
+                repeatable=torch.equal(f(x, positions), y))
 
 def batch(
     dim:int, # channels
@@ -66,9 +70,9 @@ def batch(
     dtype:torch.dtype, # the numbers are the same in all
     device:str, # e.g. 'cpu'
 )->Tensor: # (ROWS, dim)
-    "A batch of standard normal vectors."
-    return torch.randn(ROWS, dim,
-                       generator=torch.Generator().manual_seed(1000 + seed)).to(device, dtype)
+    "Draw a batch of standard normal vectors."
+    g = torch.Generator().manual_seed(1000 + seed)
+    return torch.randn(ROWS, dim, generator=g).to(device, dtype)
 
 # %% ../../nbs/bench/05_machine.ipynb #f1f153b4
 def measure_rotors(
@@ -76,23 +80,20 @@ def measure_rotors(
     seeds, # of weights and vectors
     device:str, # e.g. 'cpu'
 )->Iterator[dict]: # rows with `case='rotors'`
-    "Round trips of a stack of rotors, with the bound 50 eps cond."
+    "Measure round trips of a stack of rotors, with the bound 50 eps cond."
     for dim in dims:
-        for parametrization in ('plu', 'orthogonal'):
-            for label, std in spreads(dim).items():
-                for seed in seeds:
-                    f = stir(InvertibleConv1x1Stack(dim, ROTORS, parametrization, seed), std,
-                             seed).to(device, torch.float64)
-                    with torch.no_grad():
-                        cond = torch.linalg.cond(
-                            f(torch.eye(dim, dtype=torch.float64, device=device))).item()
-                    for name, dtype in DTYPES.items():
-                        row = round_trip(f.to(dtype), batch(dim, seed, dtype, device))
-                        yield dict(case='rotors', dim=dim, parametrization=parametrization,
-                            off_diagonals=label, dtype=name, seed=seed, **row,
-                            condition_number=cond,
-                            error_over_bound=row['relative_error'] / (
-                                50 * torch.finfo(dtype).eps * cond))
+        eye = torch.eye(dim, dtype=torch.float64, device=device)
+        settings = product(('plu', 'orthogonal'), spreads(dim).items(), seeds)
+        for parametrization, (label, std), seed in settings:
+            f = stir(InvertibleConv1x1Stack(dim, ROTORS, parametrization, seed), std, seed)
+            f = f.to(device, torch.float64)
+            with torch.no_grad(): cond = torch.linalg.cond(f(eye)).item()
+            for name, dtype in DTYPES.items():
+                row = round_trip(f.to(dtype), batch(dim, seed, dtype, device))
+                bound = 50 * torch.finfo(dtype).eps * cond
+                yield dict(case='rotors', dim=dim, parametrization=parametrization,
+                           off_diagonals=label, dtype=name, seed=seed, **row,
+                           condition_number=cond, error_over_bound=row['relative_error'] / bound)
 
 # %% ../../nbs/bench/05_machine.ipynb #17e90854
 def measure_matrices(
@@ -100,16 +101,19 @@ def measure_matrices(
     seeds, # of the weights
     device:str, # e.g. 'cpu'
 )->Iterator[dict]: # rows with `case='matrices'`
-    "Condition number of a single PLU matrix, and log-determinants against the whole matrix's, in float64."
+    """Measure condition numbers of single PLU matrices, in float64.
+
+    Beside them stand the errors of log-determinants, against those of the whole matrices.
+    """
     for dim in dims:
+        eye = torch.eye(dim, dtype=torch.float64, device=device)
         for label, std in spreads(dim).items():
-            f = stir(InvertibleConv1x1Stack(dim, len(seeds), seed=seeds[0]), std,
-                     seeds[0]).to(device, torch.float64)
-            eye, nats = torch.eye(dim, dtype=torch.float64, device=device), []
+            f = stir(InvertibleConv1x1Stack(dim, len(seeds), seed=seeds[0]), std, seeds[0])
+            f, nats = f.to(device, torch.float64), []
             with torch.no_grad():
                 for rotor in f.parts:
-                    nats.append((rotor.wiring.log_dets()[0]
-                                 - torch.linalg.slogdet(rotor(eye))[1]).abs().item())
+                    whole = torch.linalg.slogdet(rotor(eye))[1]
+                    nats.append((rotor.wiring.log_dets()[0] - whole).abs().item())
             yield dict(case='matrices', dim=dim, off_diagonals=label,
                        condition_number=condition_numbers(f.parts[0])[0],
                        log_det_error_nats=max(nats))
@@ -120,13 +124,12 @@ def measure_blocks(
     seeds, # of weights and vectors
     device:str, # e.g. 'cpu'
 )->Iterator[dict]: # rows with `case='rev_block'`
-    "Round trips of one reversible block."
-    for dim in dims:
-        for seed in seeds:
-            f = stir(RevBlock(dim), 0, seed)
-            for name, dtype in DTYPES.items():
-                yield dict(case='rev_block', dim=dim, dtype=name, seed=seed,
-                           **round_trip(f.to(device, dtype), batch(dim, seed, dtype, device)))
+    "Measure round trips of one reversible block."
+    for dim, seed in product(dims, seeds):
+        f = stir(RevBlock(dim), 0, seed)
+        for name, dtype in DTYPES.items():
+            row = round_trip(f.to(device, dtype), batch(dim, seed, dtype, device))
+            yield dict(case='rev_block', dim=dim, dtype=name, seed=seed, **row)
 
 # %% ../../nbs/bench/05_machine.ipynb #cedee1b1
 def measure_enigma(
@@ -134,22 +137,18 @@ def measure_enigma(
     seeds, # of weights and vectors
     device:str, # e.g. 'cpu'
 )->Iterator[dict]: # rows with `case='enigma'`
-    "Round trips of the stepping machine, one-way and reciprocal."
-    for dim in dims:
-        for reciprocal in (False, True):
-            for seed in seeds:
-                f = stir(Enigma(dim, num_rotors=ROTORS, num_positions=2, reciprocal=reciprocal,
-                                seed=seed), .01, seed)
-                for name, dtype in DTYPES.items():
-                    f, x, t = f.to(device, dtype), batch(dim, seed, dtype,
-                                                         device), torch.arange(ROWS, device=device)
-                    row = round_trip(f, x, t)
-                    if reciprocal:
-                        with torch.no_grad():
-                            row['twice_relative_error'] = (
-                                (f(f(x, t), t) - x).norm() / x.norm()).item()
-                    yield dict(case='enigma', dim=dim, reciprocal=reciprocal, dtype=name, seed=seed,
-                               **row)
+    "Measure round trips of the stepping machine, one-way and reciprocal."
+    t = torch.arange(ROWS, device=device)
+    for dim, reciprocal, seed in product(dims, (False, True), seeds):
+        f = stir(Enigma(dim, num_rotors=ROTORS, num_positions=2, reciprocal=reciprocal, seed=seed),
+                 .01, seed)
+        for name, dtype in DTYPES.items():
+            f, x = f.to(device, dtype), batch(dim, seed, dtype, device)
+            row = round_trip(f, x, t)
+            if reciprocal:
+                with torch.no_grad(): twice = f(f(x, t), t)
+                row['twice_relative_error'] = ((twice - x).norm() / x.norm()).item()
+            yield dict(case='enigma', dim=dim, reciprocal=reciprocal, dtype=name, seed=seed, **row)
 
 # %% ../../nbs/bench/05_machine.ipynb #7d28b55c
 def measure_times(
@@ -175,9 +174,10 @@ def measure_times(
 def summary(
     rows:list[dict], # what the measures yield
 )->dict: # ready for metrics.json
-    "The worst of every kind, and the times at the largest width."
-    worst = lambda column, **which: max(row[column] for row in rows
-                                        if all(row.get(k) == v for k, v in which.items()))
+    "Find the worst of every kind, and the times at the largest width."
+    def worst(column, **which):
+        return max(row[column] for row in rows
+                   if all(row.get(k) == v for k, v in which.items()))
     metrics = dict(
         rotors_error_over_bound_worst=worst('error_over_bound', case='rotors'),
         rotors_condition_number_worst=worst('condition_number', case='rotors'),
@@ -186,18 +186,16 @@ def summary(
         repeatable_calls_share=statistics.mean(row['repeatable'] for row in rows
                                                if 'repeatable' in row))
     for dtype in DTYPES:
-        for case in ('rotors', 'rev_block', 'enigma'):
-            for column in ('relative_error', 'max_error'):
-                metrics[f'{case}_{column}_{dtype}_worst'] = worst(column, case=case, dtype=dtype)
+        for case, column in product(('rotors', 'rev_block', 'enigma'),
+                                    ('relative_error', 'max_error')):
+            metrics[f'{case}_{column}_{dtype}_worst'] = worst(column, case=case, dtype=dtype)
         metrics[f'enigma_twice_relative_error_{dtype}_worst'] = worst(
             'twice_relative_error', case='enigma', dtype=dtype, reciprocal=True)
     largest = worst('dim')
     for row in rows:
         if row['case'] == 'times' and row['dim'] == largest:
-            for unit in ('wall_ms', 'cpu_ms'):
-                metrics[
-                    f"{row['side'].replace(' ', '_').replace('.', '_')}_d{largest}_{unit}"] = row[
-                        unit]
+            side = row['side'].replace(' ', '_').replace('.', '_')
+            for unit in ('wall_ms', 'cpu_ms'): metrics[f'{side}_d{largest}_{unit}'] = row[unit]
     return metrics
 
 # %% ../../nbs/bench/05_machine.ipynb #9686e1d0
@@ -233,19 +231,19 @@ if __name__ == '__main__': main(*sys.argv[1:2])
 def plot_errors(
     rows:list[dict], # a run's history
 ): # axes
-    "Rotor errors against the condition number, with the bound."
+    "Plot the rotors' errors against the condition number, with the bound."
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(5.4, 3))[1]
     rotors = [row for row in rows if row['case'] == 'rotors']
+    ends = [1, max(row['condition_number'] for row in rotors)]
     for color, (name, dtype) in zip(('#0072B2', '#D55E00'), DTYPES.items()):
         for marker, parametrization in (('o', 'plu'), ('s', 'orthogonal')):
             points = [(row['condition_number'], row['relative_error']) for row in rotors
                       if (row['dtype'], row['parametrization']) == (name, parametrization)]
             ax.loglog(*zip(*points), marker, color=color, ms=4, alpha=.7,
                       label=f'{parametrization}, {name}')
-        ends = [1, max(row['condition_number'] for row in rotors)]
-        ax.loglog(ends, [50 * torch.finfo(dtype).eps * cond for cond in ends], '--', color=color,
-                  lw=1)
+        bound = [50 * torch.finfo(dtype).eps * cond for cond in ends]
+        ax.loglog(ends, bound, '--', color=color, lw=1)
     ax.set(xlabel='condition number of four rotors', ylabel='relative error, worse order')
     ax.legend(fontsize=7)
     return ax
@@ -254,7 +252,7 @@ def plot_errors(
 def error_table(
     rows:list[dict], # a run's history
 ): # a pandas table, a line for each chart, width and size of the off-diagonals
-    "The worst errors of the rotors over the seeds."
+    "Tell the worst errors of the rotors over the seeds."
     import pandas as pd
     rotors = pd.DataFrame([row for row in rows if row['case'] == 'rotors'])
     settings = ['parametrization', 'dim', 'off_diagonals']
@@ -266,8 +264,8 @@ def error_table(
 def time_table(
     rows:list[dict], # a run's history
 ): # a pandas table, a line for each width and side; milliseconds
-    "The times of both sides."
+    "Tell the times of both sides."
     import pandas as pd
     times = pd.DataFrame([row for row in rows if row['case'] == 'times'])
-    return times[['dim', 'side', 'wall_ms', 'wall_ms_low', 'wall_ms_high', 'cpu_ms',
-                  'relative_error']].map(lambda v: f'{v:.3g}' if isinstance(v, float) else v)
+    columns = ['dim', 'side', 'wall_ms', 'wall_ms_low', 'wall_ms_high', 'cpu_ms', 'relative_error']
+    return times[columns].map(lambda v: f'{v:.3g}' if isinstance(v, float) else v)

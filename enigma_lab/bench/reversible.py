@@ -10,14 +10,14 @@ __all__ = ['COMPILED', 'EXACT_MALLOC', 'SHAPES', 'MEASURES', 'PARTS', 'FULL', 'S
 
 # %% ../../nbs/bench/10_reversible.ipynb #7ccbc445
 import argparse, contextlib, ctypes, os, statistics, subprocess, sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .timing import busy, look_at_load, once
-from .timing import sample_ms
+from .timing import busy, look_at_load, once, sample_ms
 from .reversible_checks import BEHAVIOURS, ask
 from .reversible_peers import ENGINES, build, installed, make_blocks
 from ..lab.runs import Run, find_run, finish_run, start_run
@@ -33,7 +33,7 @@ def peak_mib(
     tokens:int=256, # of a text
     steps:int=3, # updates
 )->float: # MiB
-    "Peak activation memory of a training step, in this process."
+    "Measure the peak activation memory of a training step, in this process."
     torch.set_num_threads(1)
     blocks = make_blocks(depth, dim)
     module, mix = build(name.removesuffix(', compiled'), blocks), nn.Linear(2*dim, 2*dim)
@@ -51,40 +51,63 @@ def peak_mib(
     for _ in range(steps): step()
     return resident('VmHWM') - base
 
-def resident(what:str)->float: # MiB; what: 'VmRSS' for now, 'VmHWM' for the peak
-    return int(next(line for line in Path('/proc/self/status').read_text().splitlines()
-                    if line.startswith(what)).split()[1]) / 2**10
+# %% ../../nbs/bench/10_reversible.ipynb #cdb208dc
+def resident(
+    what:str, # 'VmRSS' for now, 'VmHWM' for the peak
+)->float: # MiB
+    "Read the resident memory of this process."
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1]) / 2**10
 
 # %% ../../nbs/bench/10_reversible.ipynb #35c8724b
 COMPILED = 'ours, compiled', 'ours, exact, compiled'
 EXACT_MALLOC = dict(OMP_NUM_THREADS='1', MALLOC_ARENA_MAX='1', MALLOC_MMAP_THRESHOLD_='32768',
                     MALLOC_TRIM_THRESHOLD_='0', MALLOC_TOP_PAD_='0')
 
-def in_process(**kwargs)->float: # MiB
-    "`peak_mib` in a process of its own."
+def in_process(
+    **kwargs, # of `peak_mib`
+)->float: # MiB
+    "Call `peak_mib` in a process of its own."
     code = f'from enigma_lab.bench.reversible import peak_mib; print(peak_mib(**{kwargs!r}))'
-    return float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                                check=True, env=os.environ | EXACT_MALLOC).stdout.split()[-1])
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                          env=os.environ | EXACT_MALLOC)
+    return float(done.stdout.split()[-1])
 
 # %% ../../nbs/bench/10_reversible.ipynb #cc2ac92c
 SHAPES = dict(large=dict(depth=8, dim=256, batch=2, tokens=256),
               small=dict(depth=16, dim=64, batch=1, tokens=64))
 
-def training_step(name, depth, dim, batch, tokens): # a function without arguments
+def training_step(
+    name:str, # of ENGINES
+    depth:int, # blocks
+    dim:int, # of a stream
+    batch:int, # texts
+    tokens:int, # of a text
+)->Callable: # without arguments
+    "Make a forward and a backward pass."
     module, x = build(name, make_blocks(depth, dim)), torch.randn(batch, tokens, 2*dim)
     return lambda: module(x.clone().requires_grad_()*1.).pow(2).mean().backward()
 
-# in place of torch's module tracker, which cannot follow RevTorch
-class Everywhere(contextlib.nullcontext): parents = {'Global'}
+# %% ../../nbs/bench/10_reversible.ipynb #8e9b1cdf
+class Everywhere(contextlib.AbstractContextManager):
+    "Replace torch's module tracker, which cannot follow RevTorch: everything is in one place."
+    parents = {'Global'}
+    def __exit__(self, *_): pass
 
-def flops(step)->int: # of a call
+def flops(
+    step:Callable, # without arguments
+)->int: # of a call
+    "Count the floating-point operations of a step."
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = Everywhere()
     with counter: step()
     return counter.get_total_flops()
 
-def measure_time(run:Run): # an open record
-    "A line of the history for every engine and round."
+# %% ../../nbs/bench/10_reversible.ipynb #3fcb7e33
+def measure_time(
+    run:Run, # an open record
+):
+    "Measure time and arithmetic: a line of the history for every engine and round."
     for shape in run.config['shapes']:
         steps = {name: training_step(name, **SHAPES[shape]) for name in run.config['engines']}
         for name, step in steps.items():
@@ -104,9 +127,11 @@ def drift(
     gain:float=4., # of the output weights
     dim:int=64, # of a stream
 )->float: # largest absolute error of an input of standard normal numbers
-    "Error of `inverse(forward(x))`."
+    "Measure the error of `inverse(forward(x))`."
     blocks = make_blocks(depth, dim)
-    for f, g in blocks: f.out.weight.mul_(gain), g.down.weight.mul_(gain)
+    for f, g in blocks:
+        f.out.weight.mul_(gain)
+        g.down.weight.mul_(gain)
     dtype = torch.float32 if kind == 'exact' else getattr(torch, kind)
     chain = ReversibleSequence(blocks, exact=kind == 'exact').to(dtype)
     x = torch.randn(4, 32, 2*dim, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -114,13 +139,19 @@ def drift(
     return (chain.inverse(chain(x)) - x).abs().max().item()
 
 # %% ../../nbs/bench/10_reversible.ipynb #cfa3f626
-def measure_behaviour(run:Run): # an open record
+def measure_behaviour(
+    run:Run, # an open record
+):
+    "Ask every engine every question."
     for name in run.config['engines']:
         for question in BEHAVIOURS:
             once(run, lambda: dict(answer=ask(name, question)), case='behaviour', engine=name,
                  question=question)
 
-def measure_memory(run:Run):
+def measure_memory(
+    run:Run, # an open record
+):
+    "Measure peak memory: each engine at each depth, ours at the deepest, too."
     c = run.config
     for depth in c['depths']:
         for name in [*c['engines'], *COMPILED]:
@@ -130,7 +161,11 @@ def measure_memory(run:Run):
         once(run, lambda: dict(mib=in_process(name=name, depth=c['deepest'], steps=1)),
              case='memory', engine=name, depth=c['deepest'])
 
-def measure_drift(run:Run):
+# %% ../../nbs/bench/10_reversible.ipynb #8c2c7a6c
+def measure_drift(
+    run:Run, # an open record
+):
+    "Measure drift at every depth, in every precision and on the grid."
     for depth in run.config['drift_depths']:
         for kind in ('float64', 'float32', 'bfloat16', 'exact'):
             once(run, lambda: dict(error=drift(depth, kind)), case='drift', kind=kind, depth=depth)
@@ -145,14 +180,21 @@ FULL = dict(depths=[4, 16, 48], deepest=1000, shapes=list(SHAPES), rounds=25,
 SMALL = dict(depths=[1], deepest=0, shapes=['small'], rounds=2, drift_depths=[2],
              engines=['plain', 'ours', 'ours, exact'])
 
-def open_run(config, resume): # what to measure; a record to go on with, or empty
+def open_run(
+    config:dict, # what to measure
+    resume:str, # name of a record to go on with, or empty
+)->Run: # open
+    "Start a record, or go on with one."
     if not resume: return start_run('bench_reversible', config)
-    if (run := find_run(resume)).finished:
+    run = find_run(resume)
+    if run.finished:
         raise FileExistsError(f"a run is written once, and {run.name} is finished; start another")
     return run
 
 # %% ../../nbs/bench/10_reversible.ipynb #6df6d660
-def main(arguments:list[str]=()): # of the command line
+def main(
+    arguments:list[str]=(), # of the command line
+)->Run: # finished
     "Measure reversible engines beside each other; prints the tables."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.reversible',
                                      description=main.__doc__)
@@ -162,9 +204,8 @@ def main(arguments:list[str]=()): # of the command line
     parser.add_argument('--parts', nargs='+', default=PARTS, choices=PARTS)
     given = parser.parse_args(arguments)
     size = SMALL if given.small else FULL
-    run = open_run(dict(size, parts=given.parts,
-                        engines={name: version for name, version in installed().items()
-                                 if name in size['engines']}), given.resume)
+    engines = {name: version for name, version in installed().items() if name in size['engines']}
+    run = open_run(dict(size, parts=given.parts, engines=engines), given.resume)
     torch.set_num_threads(1)
     for part in run.config['parts']:
         look_at_load(run, part)
@@ -176,28 +217,38 @@ def main(arguments:list[str]=()): # of the command line
     return run
 
 # %% ../../nbs/bench/10_reversible.ipynb #6201224e
-def rows_of(run:Run, case:str): # a DataFrame
+def rows_of(
+    run:Run, # a record
+    case:str, # 'behaviour', 'memory', 'time', 'flops', 'drift' or 'load'
+): # a DataFrame, perhaps empty
+    "Select the lines of a case."
     import pandas as pd
     return pd.DataFrame([row for row in run.history if row.get('case') == case])
 
-def behaviour_table(run:Run): # a pandas table: questions × engines
-    "What is right, and what is wrong."
+def behaviour_table(
+    run:Run, # a record
+): # a pandas table: questions × engines
+    "Show what is right, and what is wrong."
     rows = rows_of(run, 'behaviour')
-    return (rows.assign(answer=rows.answer.replace('', 'right')).pivot(
-        index='question', columns='engine',
-        values='answer').reindex(index=BEHAVIOURS, columns=run.config['engines']) if len(rows)
-            else rows)
+    if not len(rows): return rows
+    rows = rows.assign(answer=rows.answer.replace('', 'right'))
+    table = rows.pivot(index='question', columns='engine', values='answer')
+    return table.reindex(index=BEHAVIOURS, columns=run.config['engines'])
 
-def memory_table(run:Run): # a pandas table: engines × depths, MiB
-    "Peak activation memory."
+def memory_table(
+    run:Run, # a record
+): # a pandas table: engines × depths, MiB
+    "Show peak activation memory."
     rows = rows_of(run, 'memory')
-    return (rows.pivot(index='engine', columns='depth',
-                       values='mib').reindex([*run.config['engines'], *COMPILED]).round(1)
-            if len(rows) else rows)
+    if not len(rows): return rows
+    table = rows.pivot(index='engine', columns='depth', values='mib')
+    return table.reindex([*run.config['engines'], *COMPILED]).round(1)
 
 # %% ../../nbs/bench/10_reversible.ipynb #aaf0c4e5
-def time_table(run:Run): # a pandas table: a line for each shape and engine
-    "CPU time and arithmetic as multiples of plain autograd's: median and quartiles of the rounds."
+def time_table(
+    run:Run, # a record
+): # a pandas table: a line for each shape and engine
+    "Compare CPU time and arithmetic with plain autograd's: median and quartiles of the rounds."
     import pandas as pd
     rows = rows_of(run, 'time')
     lines = []
@@ -214,46 +265,56 @@ def time_table(run:Run): # a pandas table: a line for each shape and engine
     return pd.DataFrame(lines)
 
 # %% ../../nbs/bench/10_reversible.ipynb #776ab27c
-def summary(run:Run)->dict: # ready for metrics.json
-    "The numbers a claim may name."
-    found = {}
-    behaviour, memory, times = behaviour_table(run), memory_table(run), time_table(run)
+def summary(
+    run:Run, # an open record
+)->dict: # ready for metrics.json
+    "Collect the numbers a claim may name."
+    found, memory = {}, memory_table(run)
+    behaviour, times = behaviour_table(run), time_table(run)
     for name in [*run.config['engines'], *COMPILED]:
-        label = name.replace(', ', '_').replace('-', '_').replace(' ', '_')
         if len(behaviour) and name in behaviour:
-            found[f'{label}_right_share'] = float((behaviour[name] == 'right').mean())
-        if len(memory) and name in memory.index:
-            first, last = run.config['depths'][0], run.config['depths'][-1]
-            found[f'{label}_memory_mib'] = memory.loc[name, last]
-            found[f'{label}_memory_growth_ratio'] = memory.loc[name, last] / memory.loc[name, first]
-            for peer in ('plain', 'RevTorch'):
-                if peer in memory.index:
-                    found[f'{label}_memory_to_{peer.lower()}_ratio'] = memory.loc[
-                        name, last] / memory.loc[peer, last]
+            found[f'{_label(name)}_right_share'] = float((behaviour[name] == 'right').mean())
+        if len(memory) and name in memory.index: found |= _memory_numbers(run, memory, name)
     for shape, group in rows_of(run, 'time').groupby('shape', sort=False) if len(times) else ():
         cpu = group.pivot(index='round', columns='engine', values='cpu_ms')
-        found[f'exact_to_float_{shape}_time_ratio'] = float(
-            (cpu['ours, exact'] / cpu['ours']).median())
+        ratio = (cpu['ours, exact'] / cpu['ours']).median()
+        found[f'exact_to_float_{shape}_time_ratio'] = float(ratio)
     if len(times): found['loaded'] = busy(run, 'time')
     errors = rows_of(run, 'drift')
     for kind, group in errors.groupby('kind') if len(errors) else ():
         found[f'drift_{kind}_max_error'] = group.error.max()
     for _, row in times.iterrows():
-        found[
-            f"{row.engine.replace(', ', '_').replace('-', '_').replace(' ', '_')}_{row['shape']}_time_ratio"] = row['times plain']
+        found[f"{_label(row.engine)}_{row['shape']}_time_ratio"] = row['times plain']
+    return found
+
+# %% ../../nbs/bench/10_reversible.ipynb #fbc30b4c
+def _label(engine): return engine.replace(', ', '_').replace('-', '_').replace(' ', '_')
+
+def _memory_numbers(run, table, name):
+    "Compare an engine's memory at the largest depth with the smallest, and with its peers'."
+    first, last = run.config['depths'][0], run.config['depths'][-1]
+    mib, label = table.loc[name, last], _label(name)
+    found = {f'{label}_memory_mib': mib,
+             f'{label}_memory_growth_ratio': mib / table.loc[name, first]}
+    for peer in ('plain', 'RevTorch'):
+        if peer in table.index:
+            found[f'{label}_memory_to_{peer.lower()}_ratio'] = mib / table.loc[peer, last]
     return found
 
 # %% ../../nbs/bench/10_reversible.ipynb #f5a28b9b
-def plot_drift(run:Run): # axes, or `None`
-    "Drift against depth."
+def plot_drift(
+    run:Run, # a record
+): # axes, or `None`
+    "Plot drift against depth."
     import matplotlib.pyplot as plt
     rows = rows_of(run, 'drift')
     if not len(rows): return None
     ax = plt.subplots(figsize=(5, 2.8))[1]
     for kind, group in rows.groupby('kind', sort=False):
-        ax.loglog(group.depth, group.error.clip(lower=1e-17), 'o-',
-                  label=kind + (' (zero)' if (group.error == 0).all() else ''))
-    ax.set(xlabel='blocks', ylabel='largest error of the input'); ax.legend()
+        zero = ' (zero)' if (group.error == 0).all() else ''
+        ax.loglog(group.depth, group.error.clip(lower=1e-17), 'o-', label=kind + zero)
+    ax.set(xlabel='blocks', ylabel='largest error of the input')
+    ax.legend()
     return ax
 
 # %% ../../nbs/bench/10_reversible.ipynb #e3c9033e

@@ -11,86 +11,148 @@ import contextlib, importlib.metadata, warnings
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..machine.reversible import ReversibleSequence
 
 # %% ../../nbs/bench/08_reversible_peers.ipynb #95dea0a0
 class Attention(nn.Module):
-    "Norm, causal self-attention, dropout."
-    def __init__(self, dim:int, heads:int=4, p:float=0.):
+    "Apply norm, causal self-attention and dropout."
+    def __init__(self,
+        dim:int, # channels of a stream
+        heads:int=4, # a divisor of dim
+        p:float=0., # probability of dropout
+    ):
         super().__init__()
-        self.norm, self.qkv, self.out, self.heads, self.drop = nn.LayerNorm(dim), nn.Linear(
-            dim, 3*dim), nn.Linear(dim, dim), heads, nn.Dropout(p)
+        self.norm, self.qkv = nn.LayerNorm(dim), nn.Linear(dim, 3*dim)
+        self.out, self.heads, self.drop = nn.Linear(dim, dim), heads, nn.Dropout(p)
 
-    def forward(self, x, **_): # (B, T, dim)
+    def forward(self,
+        x:Tensor, # (B, T, dim)
+        **_, # what some libraries pass besides, unused
+    )->Tensor: # (B, T, dim)
+        "Let each token look at all tokens so far."
         B, T, d = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(B, T, 3, self.heads,
-                                              d//self.heads).permute(2, 0, 3, 1, 4)
-        return self.drop(self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(
-            1, 2).reshape(B, T, d)))
+        qkv = self.qkv(self.norm(x)).view(B, T, 3, self.heads, d//self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4) # (B, heads, T, d//heads) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, d)
+        return self.drop(self.out(y))
 
+# %% ../../nbs/bench/08_reversible_peers.ipynb #dcb2bd24
 class MLP(nn.Module):
-    "Norm, two layers, dropout."
-    def __init__(self, dim:int, p:float=0.):
+    "Apply norm, two layers and dropout."
+    def __init__(self,
+        dim:int, # channels of a stream
+        p:float=0., # probability of dropout
+    ):
         super().__init__()
-        self.norm, self.up, self.down, self.drop = nn.LayerNorm(dim), nn.Linear(
-            dim, 4*dim), nn.Linear(4*dim, dim), nn.Dropout(p)
+        self.norm, self.up = nn.LayerNorm(dim), nn.Linear(dim, 4*dim)
+        self.down, self.drop = nn.Linear(4*dim, dim), nn.Dropout(p)
 
-    def forward(self, x, **_): return self.drop(self.down(F.gelu(self.up(self.norm(x)))))
+    def forward(self,
+        x:Tensor, # (B, T, dim)
+        **_, # what some libraries pass besides, unused
+    )->Tensor: # (B, T, dim)
+        "Transform each token."
+        return self.drop(self.down(F.gelu(self.up(self.norm(x)))))
 
-def make_blocks(depth:int, dim:int, p:float=0., seed:int=0)->nn.ModuleList: # of pairs (F, G)
-    "Blocks with weights of their own."
+# %% ../../nbs/bench/08_reversible_peers.ipynb #d1414d22
+def make_blocks(
+    depth:int, # blocks
+    dim:int, # channels of a stream
+    p:float=0., # probability of dropout
+    seed:int=0, # of the weights
+)->nn.ModuleList: # of pairs (F, G)
+    "Make blocks with weights of their own."
     torch.manual_seed(seed)
     return nn.ModuleList(nn.ModuleList([Attention(dim, p=p), MLP(dim, p)]) for _ in range(depth))
 
 # %% ../../nbs/bench/08_reversible_peers.ipynb #6d7c61a9
 class Plain(nn.Module):
-    "Everything stored."
-    def __init__(self, blocks): super().__init__(); self.blocks = blocks
-    def step(self, f, g, a, b): a = a + f(b); return a, b + g(a)
-    def forward(self, x):
+    "Run blocks with everything stored."
+    def __init__(self,
+        blocks:nn.ModuleList, # of pairs (F, G)
+    ):
+        super().__init__()
+        self.blocks = blocks
+
+    def step(self,
+        f:nn.Module, # F
+        g:nn.Module, # G
+        a:Tensor, # (B, T, dim), first stream
+        b:Tensor, # (B, T, dim), second stream
+    )->tuple[Tensor,Tensor]: # both streams
+        "Run one block."
+        a = a + f(b)
+        return a, b + g(a)
+
+    def forward(self,
+        x:Tensor, # (B, T, 2 dim), both streams
+    )->Tensor: # (B, T, 2 dim)
+        "Run all blocks."
         a, b = x.chunk(2, -1)
         for f, g in self.blocks: a, b = self.step(f, g, a, b)
         return torch.cat([a, b], -1)
 
+# %% ../../nbs/bench/08_reversible_peers.ipynb #10f7830f
 class Checkpointed(Plain):
-    "torch's checkpoint around each block."
-    def step(self, *args): return checkpoint(super().step, *args, use_reentrant=False)
+    "Run blocks with torch's checkpoint around each."
+    def step(self,
+        *args, # as for `Plain.step`
+    )->tuple[Tensor,Tensor]: # both streams
+        "Run one block, and again on the way back."
+        return checkpoint(super().step, *args, use_reentrant=False)
 
 # %% ../../nbs/bench/08_reversible_peers.ipynb #25830050
-def revtorch(blocks):
+def revtorch(
+    blocks:nn.ModuleList, # of pairs (F, G)
+)->nn.Module: # (B, T, 2 dim) -> (B, T, 2 dim)
+    "Run blocks by RevTorch."
     import revtorch
     return revtorch.ReversibleSequence(
         nn.ModuleList(revtorch.ReversibleBlock(f, g, split_along_dim=-1) for f, g in blocks))
 
-def revlib(blocks):
+def revlib(
+    blocks:nn.ModuleList, # of pairs (F, G)
+)->nn.Module: # (B, T, 2 dim) -> (B, T, 2 dim)
+    "Run blocks by revlib."
     import revlib
     return revlib.ReversibleSequential(*(part for block in blocks for part in block), split_dim=-1)
 
-def memcnn(blocks):
+# %% ../../nbs/bench/08_reversible_peers.ipynb #c15ba995
+def memcnn(
+    blocks:nn.ModuleList, # of pairs (F, G)
+)->nn.Module: # (B, T, 2 dim) -> (B, T, 2 dim); it destroys its input
+    "Run blocks by memcnn."
     import memcnn
-    return nn.Sequential(
-        *(memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(f, g, split_dim=2),
-                                         keep_input=False) for f, g in blocks))
+    couplings = (memcnn.AdditiveCoupling(f, g, split_dim=2) for f, g in blocks)
+    return nn.Sequential(*(memcnn.InvertibleModuleWrapper(c, keep_input=False) for c in couplings))
 
-def reformer(blocks):
+def reformer(
+    blocks:nn.ModuleList, # of pairs (F, G)
+)->nn.Module: # (B, T, 2 dim) -> (B, T, 2 dim)
+    "Run blocks by reformer-pytorch."
     from reformer_pytorch.reversible import ReversibleSequence
     return ReversibleSequence(blocks)
 
+# %% ../../nbs/bench/08_reversible_peers.ipynb #c80601e5
 ENGINES = { # name -> (package whose version counts, from blocks to a module)
-    'plain': ('torch', Plain), 'checkpoint': ('torch', Checkpointed),
+    'plain': ('torch', Plain),
+    'checkpoint': ('torch', Checkpointed),
     'ours': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=0)),
     'ours, exact': ('enigma_lab', lambda blocks: ReversibleSequence(blocks, keep=0, exact=True)),
     # the end of the chain stored, up to 24 MiB or the widest step
     'ours, default': ('enigma_lab', ReversibleSequence),
-    'RevTorch': ('revtorch', revtorch), 'revlib': ('revlib', revlib), 'memcnn': ('memcnn', memcnn),
+    'RevTorch': ('revtorch', revtorch),
+    'revlib': ('revlib', revlib),
+    'memcnn': ('memcnn', memcnn),
     'reformer-pytorch': ('reformer-pytorch', reformer)}
 
 # %% ../../nbs/bench/08_reversible_peers.ipynb #fcdb28af
 def installed()->dict[str,str]: # engine -> package and version
-    "The engines that can be run here."
+    "List the engines that can be run here."
     found = {}
     for name, (package, _) in ENGINES.items():
         with contextlib.suppress(ImportError):
@@ -98,8 +160,11 @@ def installed()->dict[str,str]: # engine -> package and version
             build(name, make_blocks(1, 8))
     return found
 
-def build(name:str, blocks)->nn.Module: # (B, T, 2 dim) -> (B, T, 2 dim)
-    "The blocks, run by an engine."
+def build(
+    name:str, # of ENGINES
+    blocks:nn.ModuleList, # of pairs (F, G)
+)->nn.Module: # (B, T, 2 dim) -> (B, T, 2 dim)
+    "Give blocks to an engine."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of old packages
         return ENGINES[name][1](blocks)

@@ -21,61 +21,100 @@ from ..machine.rotor import InvertibleConv1x1
 # %% ../../nbs/bench/12_rotors.ipynb #7dcaa9b3
 @dataclass(frozen=True)
 class Side:
-    "A library's invertible matrix, both ways."
+    "Hold a library's invertible matrix, both ways."
     forward:Callable # x (N, d) -> y (N, d), log|det|
     inverse:Callable # y (N, d) -> x (N, d)
 
 def factors(
-    dim:int, # L, U (dim, dim) strictly triangular, s (dim,), all float32
-    seed:int=0,
-)->tuple[Tensor,Tensor,Tensor]:
-    "The matrix that all sides get."
+    dim:int, # d
+    seed:int=0, # of the numbers
+)->tuple[Tensor,Tensor,Tensor]: # L, U (d, d) strictly triangular, s (d,), all float32
+    "Draw the matrix that all sides get."
     g = torch.Generator().manual_seed(seed)
     noise = torch.randn(dim, dim, generator=g) / (2*dim**.5)
     return noise.tril(-1), noise.triu(1), (.2*torch.randn(dim, generator=g)).exp()
 
-def ours(L, U, s, dtype)->Side:
+# %% ../../nbs/bench/12_rotors.ipynb #24bf6912
+def ours(
+    L:Tensor, # (d, d), strictly lower
+    U:Tensor, # (d, d), strictly upper
+    s:Tensor, # (d,), diagonal, positive
+    dtype:torch.dtype, # of the computation
+)->Side: # both ways
+    "Make the matrix with our rotor."
     f = InvertibleConv1x1(len(s))
     f.wiring.sign.fill_(1.)
     with torch.no_grad(): f.wiring.packed.copy_(L + U + s.log().atanh().diag())
     f = f.to(dtype)
-    return Side(lambda x: (lambda y, ld: (y, ld[0]))(*f.forward_and_log_det(x)), f.inverse)
+    def forward(x):
+        y, log_dets = f.forward_and_log_det(x)
+        return y, log_dets[0]
+    return Side(forward, f.inverse)
 
 # %% ../../nbs/bench/12_rotors.ipynb #bcb38935
-def nflows(L, U, s, dtype, cached=False)->Side:
+def nflows(
+    L:Tensor, # (d, d), strictly lower
+    U:Tensor, # (d, d), strictly upper
+    s:Tensor, # (d,), diagonal, positive
+    dtype:torch.dtype, # of the computation
+    cached:bool=False, # whether it remembers its dense inverse
+)->Side: # both ways
+    "Make the matrix with nflows."
     from nflows.transforms.lu import LULinear
     f = LULinear(len(s), using_cache=cached)
-    low, high = torch.ones_like(L, dtype=torch.bool).tril(-1), torch.ones_like(
-        L, dtype=torch.bool).triu(1)
+    every = torch.ones_like(L, dtype=torch.bool)
     with torch.no_grad():
-        f.lower_entries.copy_(L[low]), f.upper_entries.copy_(U[high])
+        f.lower_entries.copy_(L[every.tril(-1)])
+        f.upper_entries.copy_(U[every.triu(1)])
         f.unconstrained_upper_diag.copy_((s - f.eps).expm1().log())
     f = f.to(dtype).eval() # a cache works in eval mode alone
-    return Side(lambda x: (lambda y, ld: (y, ld[0]))(*f(x)), lambda y: f.inverse(y)[0])
+    def forward(x):
+        y, log_dets = f(x)
+        return y, log_dets[0]
+    return Side(forward, lambda y: f.inverse(y)[0])
 
-def normflows(L, U, s, dtype)->Side:
+# %% ../../nbs/bench/12_rotors.ipynb #d5ccbff8
+def normflows(
+    L:Tensor, # (d, d), strictly lower
+    U:Tensor, # (d, d), strictly upper
+    s:Tensor, # (d,), diagonal, positive
+    dtype:torch.dtype, # of the computation
+)->Side: # both ways
+    "Make the matrix with normflows."
     from normflows.flows.mixing import InvertibleAffine
     f = InvertibleAffine(len(s))
     with torch.no_grad():
-        f.L.copy_(L), f.U.copy_(U), f.log_S.copy_(s.log())
-        f.P.copy_(f.eye), f.sign_S.fill_(1.)
+        f.L.copy_(L)
+        f.U.copy_(U)
+        f.log_S.copy_(s.log())
+        f.P.copy_(f.eye)
+        f.sign_S.fill_(1.)
     f = f.to(dtype)
     return Side(f.inverse, lambda y: f.forward(y)[0]) # its `forward` is what samples
 
-def zuko(L, U, s, dtype)->Side:
+# %% ../../nbs/bench/12_rotors.ipynb #3c1199b8
+def zuko(
+    L:Tensor, # (d, d), strictly lower
+    U:Tensor, # (d, d), strictly upper
+    s:Tensor, # (d,), diagonal, positive
+    dtype:torch.dtype, # of the computation
+)->Side: # both ways
+    "Make the matrix with zuko."
     from zuko.transforms import LULinearTransform
     # the diagonal belongs to its lower factor
     f = LULinearTransform((L*s + s.diag() + U/s[:, None]).to(dtype))
     return Side(lambda x: (f(x), f.log_abs_det_jacobian(x, None)[0]), f.inv)
 
 SIDES = { # row -> (package, maker)
-    'ours': ('enigma_lab', ours), 'nflows': ('nflows', nflows),
+    'ours': ('enigma_lab', ours),
+    'nflows': ('nflows', nflows),
     'nflows, cached': ('nflows', lambda *args: nflows(*args, cached=True)),
-    'normflows': ('normflows', normflows), 'zuko': ('zuko', zuko)}
+    'normflows': ('normflows', normflows),
+    'zuko': ('zuko', zuko)}
 
 # %% ../../nbs/bench/12_rotors.ipynb #3443fd31
 def present()->dict[str,str]: # row -> package and version
-    "The sides whose library is installed."
+    "List the sides whose library is installed."
     found = {}
     for name, (package, _) in SIDES.items():
         with contextlib.suppress(ImportError), warnings.catch_warnings():
@@ -87,11 +126,11 @@ def present()->dict[str,str]: # row -> package and version
 # %% ../../nbs/bench/12_rotors.ipynb #70d6c4e9
 @torch.no_grad()
 def accuracy(
-    name:str, # relative_error, log_det_relative_error, condition_number
-    dim:int,
-    vectors:int,
-)->dict:
-    "The error of a side in float32."
+    name:str, # of SIDES
+    dim:int, # d
+    vectors:int, # N
+)->dict: # relative_error, log_det_relative_error, condition_number
+    "Measure the error of a side in float32."
     side, exact = (SIDES[name][1](*factors(dim), dtype) for dtype in (torch.float32, torch.float64))
     x = torch.randn(vectors, dim, generator=torch.Generator().manual_seed(1))
     y, log_det = side.forward(x)
@@ -101,9 +140,12 @@ def accuracy(
                 log_det_relative_error=((log_det.double() - true) / true).abs().item(),
                 condition_number=torch.linalg.cond(W).item())
 
+# %% ../../nbs/bench/12_rotors.ipynb #a9decdba
 @torch.no_grad()
-def measure(run:Run): # an open record
-    "Accuracy of each side, then times in turn."
+def measure(
+    run:Run, # an open record
+):
+    "Measure the accuracy of each side, then times in turn."
     c = run.config
     for dim in c['dims']:
         x, sides = torch.randn(c['vectors'], dim, generator=torch.Generator().manual_seed(1)), {}
@@ -112,15 +154,17 @@ def measure(run:Run): # an open record
                  dim=dim)
             side = SIDES[name][1](*factors(dim), torch.float32)
             y = side.forward(x)[0]
-            sides |= {(f'forward {dim}', name): lambda side=side: side.forward(x),
-                      (f'inverse {dim}', name): lambda side=side, y=y: side.inverse(y)}
+            sides[f'forward {dim}', name] = lambda side=side: side.forward(x)
+            sides[f'inverse {dim}', name] = lambda side=side, y=y: side.inverse(y)
         alternate(run, sides, c['vectors'])
 
 # %% ../../nbs/bench/12_rotors.ipynb #08736332
 FULL = dict(dims=[64, 256, 768], vectors=256, rounds=9, sample_ms=60, device='cpu')
 SMALL = dict(dims=[8], vectors=4, rounds=2, sample_ms=1, device='cpu')
 
-def main(arguments:list[str]=()): # of the command line
+def main(
+    arguments:list[str]=(), # of the command line
+):
     "Measure invertible matrices beside each other; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.rotors', description=main.__doc__)
     parser.add_argument('--small', action='store_true',
@@ -145,11 +189,11 @@ def main(arguments:list[str]=()): # of the command line
 def table(
     run:Run, # a record
 ): # a DataFrame: a line for each width, direction and side
-    "Times as multiples of ours, and errors."
+    "Show times as multiples of ours, and errors."
     import pandas as pd
     rows = pd.DataFrame(run.history)
-    times, found = rows[rows['round'].notna()], rows[rows.case
-                                                     == 'accuracy'].set_index(['dim', 'side'])
+    times = rows[rows['round'].notna()]
+    found = rows[rows.case == 'accuracy'].set_index(['dim', 'side'])
     lines = []
     for case, group in times.groupby('case', sort=False):
         way, dim = case.split()
@@ -158,16 +202,18 @@ def table(
         for side in run.config['sides']:
             accuracy = found.loc[int(dim), side]
             lines.append({'d': int(dim), 'direction': way, 'side': side,
-                'CPU ms': cpu[side].median(), 'times ours': ratio[side][.5],
-                'from': ratio[side][.25], 'to': ratio[side][.75],
-                'inverse error': accuracy.relative_error,
-                'log-det error': accuracy.log_det_relative_error,
-                'condition': accuracy.condition_number})
+                          'CPU ms': cpu[side].median(), 'times ours': ratio[side][.5],
+                          'from': ratio[side][.25], 'to': ratio[side][.75],
+                          'inverse error': accuracy.relative_error,
+                          'log-det error': accuracy.log_det_relative_error,
+                          'condition': accuracy.condition_number})
     return pd.DataFrame(lines)
 
 # %% ../../nbs/bench/12_rotors.ipynb #eb96f7d6
-def summary(run:Run)->dict: # ready for metrics.json
-    "The numbers a claim may name, at the largest width."
+def summary(
+    run:Run, # an open record
+)->dict: # ready for metrics.json
+    "Collect the numbers a claim may name, at the largest width."
     lines, metrics = table(run), {}
     for _, line in lines[lines.d == lines.d.max()].iterrows():
         label = line.side.replace(', ', '_')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DATA', 'WINDOW', 'BATCH', 'TUNING_SEED', 'SHAPE', 'GRIDS', 'LABELS', 'COLUMNS', 'NAME', 'read_characters',
-           'split_parts', 'NanoBlock', 'NanoGPT', 'count_parameters', 'make_model', 'nanogpt_rate', 'our_rate',
-           'make_training', 'grid', 'train', 'score', 'measure', 'open_run', 'summary', 'main', 'score_table',
-           'trial_table', 'plot_training']
+           'split_parts', 'NanoBlock', 'draw_weights', 'next_token_loss', 'NanoGPT', 'count_parameters', 'make_model',
+           'nanogpt_rate', 'our_rate', 'make_training', 'grid', 'train', 'score', 'measure', 'open_run', 'summary',
+           'main', 'score_table', 'trial_table', 'plot_training']
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #a4c22da2
 import hashlib
@@ -41,7 +41,7 @@ WINDOW, BATCH, TUNING_SEED = 64, 12, 100
 def read_characters(
     data:str, # a text file; empty: `DATA`
 )->tuple[Tensor,int]: # (characters,) int64, and how many different ones there are
-    "A text as numbers, one for each character."
+    "Read a text as numbers, one for each character."
     file = Path(data) if data else (checkout() or Path('.'))/DATA
     if not file.is_file():
         raise FileNotFoundError(
@@ -57,14 +57,17 @@ def read_characters(
 def split_parts(
     ids:Tensor, # (characters,)
 )->dict[str,tuple[Tensor,Tensor]]: # part -> what is trained on, what is scored
-    "nanoGPT's split, and the same again inside its training part."
+    "Split a text as nanoGPT does, and its training part in the same way again."
     n = int(.9*len(ids))
     m = int(.9*n)
     return dict(tuning=(ids[:m], ids[m:n]), validation=(ids[:n], ids[n:]))
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #5fcd7768
 class NanoBlock(nn.Module):
-    "Attention and MLP, each behind a LayerNorm, without biases (github.com/karpathy/nanoGPT, model.py)."
+    """Apply attention and MLP, each behind a LayerNorm, without biases.
+
+    After github.com/karpathy/nanoGPT, model.py.
+    """
     def __init__(self,
         dim:int, # C
         num_heads:int, # H
@@ -75,17 +78,39 @@ class NanoBlock(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3*dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.up, self.down = nn.Linear(dim, 4*dim, bias=False), nn.Linear(4*dim, dim, bias=False)
 
-    def forward(self, x:Tensor)->Tensor: # (B, T, C)
+    def forward(self,
+        x:Tensor, # (B, T, C)
+    )->Tensor: # (B, T, C)
+        "Add what attention and MLP say."
         B, T, C = x.shape
-        # (B, H, T, D) each
-        q, k, v = self.qkv(self.norm_1(x)).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm_1(x)).view(B, T, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4) # (B, H, T, D) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))
 
+# %% ../../nbs/bench/25_shakespeare.ipynb #66caf9d0
+def draw_weights(
+    model:nn.Module, # a nanoGPT
+    num_layers:int, # L
+):
+    "Draw all matrices afresh, smaller where they write into the residual stream."
+    for name, p in model.named_parameters():
+        if p.ndim != 2: continue
+        writes = name.endswith(('proj.weight', 'down.weight'))
+        nn.init.normal_(p, std=.02/math.sqrt(2*num_layers) if writes else .02)
+
+def next_token_loss(
+    logits:Tensor, # (B, T, V)
+    labels:Tensor|None, # (B, T) int64, the tokens themselves
+)->Tensor|None: # mean nats per token; `None` without labels
+    "Compute the loss of predicting each token from those before it."
+    if labels is None: return None
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
 # %% ../../nbs/bench/25_shakespeare.ipynb #01383264
 class NanoGPT(nn.Module):
-    "nanoGPT's model in the size of its CPU recipe (github.com/karpathy/nanoGPT, model.py)."
+    "Predict tokens by nanoGPT, in the size of its CPU recipe (github.com/karpathy/nanoGPT)."
     def __init__(self,
         vocab_size:int, # V
         dim:int=128, # C
@@ -97,89 +122,92 @@ class NanoGPT(nn.Module):
         self.tokens, self.positions = nn.Embedding(vocab_size, dim), nn.Embedding(max_len, dim)
         self.blocks = nn.ModuleList(NanoBlock(dim, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, bias=False)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=.02/math.sqrt(2*num_layers)
-                                if name.endswith(('proj.weight', 'down.weight')) else .02)
+        draw_weights(self, num_layers)
 
     @property
     def device(self): return self.tokens.weight.device
 
     def forward(self,
-        input_ids, # the manners of our own model
-        labels=None, # nothing is cached
-        use_cache=False,
-    ):
+        input_ids:Tensor, # (B, T) int64
+        labels:Tensor|None=None, # (B, T) int64, for the loss
+        use_cache:bool=False, # unused, for nothing is cached; our own model has it
+    )->CausalLMOutput: # logits (B, T, V), and the loss if there are labels
+        "Predict the token after each."
         T, rows = input_ids.shape[1], len(self.positions.weight)
         if T > rows: raise ValueError(f"a window has at most {rows} tokens, got {T}")
         x = self.tokens(input_ids) + self.positions.weight[:T]
         for block in self.blocks: x = block(x)
         logits = F.linear(self.norm(x), self.tokens.weight)
-        loss = (None if labels is None
-                else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
-        return CausalLMOutput(loss=loss, logits=logits)
+        return CausalLMOutput(loss=next_token_loss(logits, labels), logits=logits)
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #af7a74ce
 def count_parameters(
     model:nn.Module, # a peer or ours
 )->tuple[int,int]: # in nanoGPT's way, without the position table; all
-    "How large a model is."
+    "Count the parameters of a model."
     total = sum(p.numel() for p in model.parameters())
     table = sum(p.numel() for name, p in model.named_parameters() if name == 'positions.weight')
     return total - table, total
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #c9396ec7
 SHAPE = dict(dim=126, num_layers=4, num_heads=14, max_len=WINDOW, machine='input', rotor='none',
-    num_rev_blocks=1,
-    pad_token_id=None, bos_token_id=None, eos_token_id=None)
+             num_rev_blocks=1, pad_token_id=None, bos_token_id=None, eos_token_id=None)
 
 def make_model(
     name:str, # 'nanogpt' | 'enigma'
     vocab_size:int, # V
 )->nn.Module: # on the CPU
-    "A contestant, untrained."
-    return (NanoGPT(vocab_size) if name == 'nanogpt'
-            else EnigmaForCausalLM(EnigmaConfig(vocab_size=vocab_size, **SHAPE)))
+    "Make a contestant, untrained."
+    if name == 'nanogpt': return NanoGPT(vocab_size)
+    return EnigmaForCausalLM(EnigmaConfig(vocab_size=vocab_size, **SHAPE))
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #ed9228b9
 def nanogpt_rate(
     step:int, # updates done
     iterations:int, # of the whole training
 )->float: # share of the peak rate
-    "Warm-up over a twentieth, then a cosine to a tenth (github.com/karpathy/nanoGPT, train.py)."
+    "Warm up over a twentieth, then a cosine to a tenth (github.com/karpathy/nanoGPT, train.py)."
     warmup = iterations/20
     if step < warmup: return (step + 1) / (warmup + 1)
     return .1 + .45*(1 + math.cos(math.pi * (step - warmup) / (iterations - warmup)))
 
-def our_rate(step:int, iterations:int)->float: # likewise
-    "Warm-up over a hundredth, decay over the last 60 %."
-    return rate_factor(step, step/iterations,
-                       TrainingConfig(max_steps=iterations, warmup_steps=max(1, iterations//100)))
+def our_rate(
+    step:int, # updates done
+    iterations:int, # of the whole training
+)->float: # share of the peak rate
+    "Warm up over a hundredth, decay over the last 60 %."
+    config = TrainingConfig(max_steps=iterations, warmup_steps=max(1, iterations//100))
+    return rate_factor(step, step/iterations, config)
 
+# %% ../../nbs/bench/25_shakespeare.ipynb #b1a8e339
 def make_training(
     model:nn.Module, # a contestant
     recipe:dict, # optimizer, learning_rate, momentum
 )->tuple[torch.optim.Optimizer,Callable]: # the optimizer; rate(step, iterations), share of the peak
-    "How a model is trained."
+    "Make the optimizer and the schedule of a recipe."
     if recipe['optimizer'] == 'adamw':
-        matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) == wanted]
-                          for wanted in (True, False))
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        rest = [p for p in model.parameters() if p.ndim <= 1]
         groups = [dict(params=matrices, weight_decay=.1), dict(params=rest, weight_decay=0.)]
-        return torch.optim.AdamW(groups, recipe['learning_rate'],
-                                 betas=(recipe['momentum'], .99)), nanogpt_rate
+        betas = recipe['momentum'], .99
+        return torch.optim.AdamW(groups, recipe['learning_rate'], betas=betas), nanogpt_rate
     optimizer = make_optimizer(model, recipe['learning_rate'])
     for group in optimizer.param_groups: group['momentum'] = recipe['momentum']
     return optimizer, our_rate
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #eb0513b2
-def grid(model:str, optimizer:str, rates:tuple)->list[dict]: # six recipes, the usual one first
-    "The trials of a row."
+def grid(
+    model:str, # 'nanogpt' | 'enigma'
+    optimizer:str, # 'adamw' | 'muon'
+    rates:tuple, # three peaks of the learning rate, the usual one first
+)->list[dict]: # six recipes, the usual one first
+    "List the trials of a row."
     return [dict(model=model, optimizer=optimizer, learning_rate=lr, momentum=m)
             for m, lr in product((.9, .8), rates)]
 
 GRIDS = dict(nanogpt_tuned=grid('nanogpt', 'adamw', (1e-3, 3e-3, 6e-3)),
-    nanogpt_muon=grid('nanogpt', 'muon', (.01, .005, .02)),
-    enigma=grid('enigma', 'muon', (.01, .005, .02)))
+             nanogpt_muon=grid('nanogpt', 'muon', (.01, .005, .02)),
+             enigma=grid('enigma', 'muon', (.01, .005, .02)))
 LABELS = dict(nanogpt='nanoGPT, its recipe', nanogpt_tuned='nanoGPT, tuned',
               nanogpt_muon='nanoGPT, our optimizer', enigma='Enigma')
 COLUMNS = {'parameters': 'parameters', 'CPU s': 'cpu_s', 'wall s': 'wall_s',
@@ -200,8 +228,7 @@ def train(
     wall, cpu, losses = time.perf_counter(), time.process_time(), []
     model.train()
     for step in range(iterations):
-        # (B, T + 1)
-        x = ids[begins[step] + torch.arange(WINDOW + 1)]
+        x = ids[begins[step] + torch.arange(WINDOW + 1)] # (B, T + 1)
         loss = F.cross_entropy(model(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -212,12 +239,15 @@ def train(
         losses.append(loss.item())
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return dict(train_nats=[part.mean().item() for part in torch.tensor(losses).chunk(20)],
-        wall_s=round(wall, 2), cpu_s=round(cpu, 2),
-        tokens_per_cpu_s=round(iterations*BATCH*WINDOW/cpu))
+                wall_s=round(wall, 2), cpu_s=round(cpu, 2),
+                tokens_per_cpu_s=round(iterations*BATCH*WINDOW/cpu))
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #1ce126d9
-def score(model:nn.Module, ids:Tensor)->float: # of a text (N + 1,), nats per character
-    "Mean loss over all characters but the first, in windows that do not overlap."
+def score(
+    model:nn.Module, # a contestant
+    ids:Tensor, # (N + 1,), a text
+)->float: # nats per character
+    "Compute the mean loss over all characters but the first, in windows that do not overlap."
     return token_nll(model.eval(), ids, WINDOW, WINDOW, 64).double().mean().item()
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #7bca906b
@@ -251,32 +281,33 @@ def measure(
 def open_run(
     config:dict, # what is asked
 )->Run: # with only whole lines in its history
-    "The unfinished record of the same config, or a new one."
+    "Open the unfinished record of the same config, or a new one."
     run = next((run for run in list_runs(NAME) if not run.finished and run.config == config), None)
     if run is None: return start_run(NAME, config)
     # a killed process may have left half a line behind them
     rows = run.history
     (run.path/'history.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows),
                                           encoding='utf-8')
-    write_json(run.path/'env.json', dict(run.env, process_start_s=time.process_time()
-                                         - sum(row['cpu_s'] for row in rows)))
+    start = time.process_time() - sum(row['cpu_s'] for row in rows)
+    write_json(run.path/'env.json', dict(run.env, process_start_s=start))
     return run
 
 # %% ../../nbs/bench/25_shakespeare.ipynb #c6e456b0
 def summary(
     results:dict[str,list[dict]], # row -> lines of the history, one for each seed
 )->dict: # ready for metrics.json
-    "Means, intervals and paired differences."
-    metrics, nats = {}, {name: [line['nats'] for line in lines] for name, lines in results.items()}
+    "Compute means, intervals and paired differences."
+    nats = {name: [line['nats'] for line in lines] for name, lines in results.items()}
+    metrics = {}
     for name, lines in results.items():
         metrics |= {f'{name}_val_nats': fmean(nats[name]),
-            f'{name}_val_nats_interval': half_width(nats[name]),
-            f'{name}_recipe': ' '.join(map(str, lines[0]['recipe'].values())),
-            f'{name}_parameters': lines[0]['parameters']}
-        metrics |= {f'{name}_{column}': fmean(line[column] for line in lines)
-                    for column in ('wall_s', 'cpu_s', 'tokens_per_cpu_s')}
-    for a, b in [('nanogpt_muon', 'nanogpt_tuned'),
-                 *(('enigma', name) for name in results if name != 'enigma')]:
+                    f'{name}_val_nats_interval': half_width(nats[name]),
+                    f'{name}_recipe': ' '.join(map(str, lines[0]['recipe'].values())),
+                    f'{name}_parameters': lines[0]['parameters']}
+        for column in ('wall_s', 'cpu_s', 'tokens_per_cpu_s'):
+            metrics[f'{name}_{column}'] = fmean(line[column] for line in lines)
+    pairs = [('enigma', name) for name in results if name != 'enigma']
+    for a, b in [('nanogpt_muon', 'nanogpt_tuned'), *pairs]:
         gain = [x - y for x, y in zip(nats[a], nats[b])]
         metrics |= {f'{a}_minus_{b}_nats': fmean(gain),
                     f'{a}_minus_{b}_nats_interval': half_width(gain)}
@@ -290,22 +321,22 @@ def main(
     trials:int=6, # recipes tried for each row
     seeds:int=5, # trainings of each chosen recipe: seeds 0, 1, …
 )->Run: # finished; an unfinished record of the same config is continued
-    "Tune every row, train the chosen recipes, score validation once for each seed, record everything."
+    "Tune every row, train the chosen recipes, score validation once for each seed."
     for name, value, most in [('iterations', iterations, 10**9), ('trials', trials, 6),
                               ('seeds', seeds, 100)]:
         if not 1 <= value <= most: raise ValueError(f"{name} must lie in 1 … {most}, got {value}")
     ids, vocab_size = read_characters(data)
-    run = open_run(dict(characters=len(ids),
-        sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(), vocab_size=vocab_size,
-        iterations=iterations,
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    run = open_run(dict(
+        characters=len(ids), sha256=digest, vocab_size=vocab_size, iterations=iterations,
         batch=BATCH, window=WINDOW, trials=trials, tuning_seed=TUNING_SEED, seeds=seeds,
         grids=GRIDS, shape=SHAPE))
     one = partial(measure, run, split_parts(ids), vocab_size, iterations)
+    loss = lambda row: row['nats'] if math.isfinite(row['nats']) else math.inf
     chosen = dict(nanogpt=GRIDS['nanogpt_tuned'][0])
     for name, recipes in GRIDS.items():
         tried = [one('tuning', recipe, TUNING_SEED) for recipe in recipes[:trials]]
-        chosen[name] = min(tried, key=lambda row: row['nats'] if math.isfinite(row['nats'])
-                           else math.inf)['recipe']
+        chosen[name] = min(tried, key=loss)['recipe']
     lines = [{name: one('validation', recipe, seed) for name, recipe in chosen.items()}
              for seed in range(seeds)]
     finish_run(run, summary({name: [line[name] for line in lines] for name in chosen}))
@@ -321,21 +352,25 @@ if __name__ == '__main__': call_parse(main)
 def score_table(
     metrics:dict, # a run's
 ): # a pandas table, a line for each row
-    "Scores and costs."
+    "Show scores and costs."
     import pandas as pd
     def pm(name):
-        return f'{metrics[name]:.4f}' + (f" ± {metrics[name + '_interval']:.4f}"
-                                         if name + '_interval' in metrics else '')
-    return pd.DataFrame({label: {'validation, nats': pm(f'{name}_val_nats'), 'Enigma minus this': ''
-        if name == 'enigma' else pm(f'enigma_minus_{name}_nats'),
-        'recipe': metrics[f'{name}_recipe'],
-        **{words: f"{metrics[f'{name}_{column}']:,.0f}" for words, column in COLUMNS.items()}}
-                         for name, label in LABELS.items()}).T
+        value, interval = f'{metrics[name]:.4f}', metrics.get(f'{name}_interval')
+        return value if interval is None else f'{value} ± {interval:.4f}'
+    rows = {}
+    for name, label in LABELS.items():
+        costs = {words: metrics[f'{name}_{column}'] for words, column in COLUMNS.items()}
+        rows[label] = {
+            'validation, nats': pm(f'{name}_val_nats'),
+            'Enigma minus this': '' if name == 'enigma' else pm(f'enigma_minus_{name}_nats'),
+            'recipe': metrics[f'{name}_recipe'],
+            **{words: f'{cost:,.0f}' for words, cost in costs.items()}}
+    return pd.DataFrame(rows).T
 
 def trial_table(
     rows:list[dict], # a run's history
 ): # a pandas table, a line for each trial; nats on the tuning part
-    "What was tried."
+    "Show what was tried."
     import pandas as pd
     return pd.DataFrame([dict(row['recipe'], tuning_nats=round(row['nats'], 4)) for row in rows
                          if row['part'] == 'tuning'])
@@ -344,13 +379,15 @@ def trial_table(
 def plot_training(
     run:Run, # finished
 ): # axes
-    "Training loss of every row, mean over the seeds."
+    "Plot the training loss of every row, mean over the seeds."
     import matplotlib.pyplot as plt
     ax, iterations = plt.subplots(figsize=(5.4, 3))[1], run.config['iterations']
+    rows = [row for row in run.history if row['part'] == 'validation']
     for name, label in LABELS.items():
-        mine = lambda row: row['part'] == 'validation' and ' '.join(
-            map(str, row['recipe'].values())) == run.metrics[f'{name}_recipe']
-        curve = torch.tensor([row['train_nats'] for row in run.history if mine(row)]).mean(0)
+        recipe = run.metrics[f'{name}_recipe']
+        curves = [row['train_nats'] for row in rows
+                  if ' '.join(map(str, row['recipe'].values())) == recipe]
+        curve = torch.tensor(curves).mean(0)
         ax.plot((torch.arange(len(curve)) + .5) * iterations / len(curve), curve, label=label)
     ax.set(xlabel='iteration', ylabel='training loss, nats')
     ax.legend(fontsize=7)

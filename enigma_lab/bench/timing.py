@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from transformers import TrainerCallback
 
 from ..lab.runs import Run, environment, list_runs
@@ -30,6 +31,7 @@ def sample_ms(
     wait()
     return 1e3*(time.perf_counter() - wall)/loops, 1e3*(time.process_time() - cpu)/loops
 
+# %% ../../nbs/bench/01_timing.ipynb #d6274792
 def compare_times(
     sides:dict[str,Callable], # name -> what to time
     repeats:int=7, # samples of each, taken in turn
@@ -42,15 +44,18 @@ def compare_times(
     samples = {name: [] for name in sides}
     for _ in range(repeats):
         for name, f in sides.items(): samples[name].append(sample_ms(f, loops[name], device))
-    walls = {name: [wall for wall, _ in s] for name, s in samples.items()}
-    return {name: dict(wall_ms=statistics.median(w), wall_ms_low=min(w), wall_ms_high=max(w),
-        cpu_ms=statistics.median(cpu for _, cpu in samples[name])) for name, w in walls.items()}
+    found = {}
+    for name, pairs in samples.items():
+        walls, cpus = zip(*pairs)
+        found[name] = dict(wall_ms=statistics.median(walls), wall_ms_low=min(walls),
+                           wall_ms_high=max(walls), cpu_ms=statistics.median(cpus))
+    return found
 
 # %% ../../nbs/bench/01_timing.ipynb #db384585
 def newest_run(
     name:str, # a benchmark's or notebook's name
 )->Run|None: # `None`: there is none
-    "The last finished run of a name."
+    "Find the last finished run of a name."
     return next((run for run in reversed(list_runs(name)) if run.finished), None)
 
 # %% ../../nbs/bench/01_timing.ipynb #1c04bf8a
@@ -59,63 +64,108 @@ def once(
     measure:Callable, # gives a dict of numbers
     **key, # what is measured
 )->dict: # the line of the history
-    "A measurement, unless the record has it."
+    "Take a measurement, unless the record has it."
     for line in run.history:
         if all(line.get(k) == v for k, v in key.items()): return line
     line = key | measure()
     run.log(**line)
     return line
 
+# %% ../../nbs/bench/01_timing.ipynb #60590182
 def alternate(
     run:Run, # an open record
-    sides:dict[tuple[str,str],Callable], # (case, side)
-    tokens:int,
-): # what to time; tokens of a call
+    sides:dict[tuple[str,str],Callable], # (case, side) -> what to time
+    tokens:int, # tokens of a call
+):
     "Time several things in turn."
     c, loops, order = run.config, {}, list(sides)
     for side, f in sides.items():
-        f()                                                                            # warm
+        f() # warm
         loops[side] = max(1, int(c['sample_ms'] / sample_ms(f, 1, c['device'])[0]))
     for n in range(c['rounds']):
-        for side in order[n % len(order):] + order[:n % len(order)]:
-            time_it = lambda: dict(zip(('wall_ms', 'cpu_ms'),
-                                       sample_ms(sides[side], loops[side], c['device'])))
-            once(run, time_it, case=side[0], side=side[1], round=n, tokens=tokens)
+        first = n % len(order)
+        for side in order[first:] + order[:first]:
+            def time_side():
+                wall, cpu = sample_ms(sides[side], loops[side], c['device'])
+                return dict(wall_ms=wall, cpu_ms=cpu)
+            once(run, time_side, case=side[0], side=side[1], round=n, tokens=tokens)
 
 # %% ../../nbs/bench/01_timing.ipynb #93872b94
 class UpdateClock(TrainerCallback):
-    "Seconds of the updates alone, at every look."
-    # curve: (tokens, seconds, nats)
-    def __init__(self, clock:Callable): self.clock, self.spent, self.curve = clock, 0., []
-    def on_step_begin(self, args, state, control, **kwargs): self.began = self.clock()
-    def on_step_end(self, args, state, control, **kwargs): self.spent += self.clock() - self.began
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self.curve.append((int(state.num_input_tokens_seen), self.spent, metrics['eval_loss']))
+    "Measure the seconds of the updates alone, and keep them beside the loss of every look."
+    def __init__(self,
+        clock:Callable, # gives the seconds so far
+    ):
+        self.clock, self.spent = clock, 0.
+        self.curve = [] # (tokens, seconds, nats)
+
+    def on_step_begin(self,
+        args, # settings of the training, unused
+        state, # counters of the training, unused
+        control, # flags of the training, unused
+        **kwargs, # whatever else the trainer passes
+    ):
+        "Start the clock of an update."
+        self.began = self.clock()
+
+    def on_step_end(self,
+        args, # settings of the training, unused
+        state, # counters of the training, unused
+        control, # flags of the training, unused
+        **kwargs, # whatever else the trainer passes
+    ):
+        "Add the seconds of an update."
+        self.spent += self.clock() - self.began
+
+# %% ../../nbs/bench/01_timing.ipynb #2d79dcba
+@patch
+def on_evaluate(self:UpdateClock,
+    args, # settings of the training, unused
+    state, # counters of the training: tokens seen
+    control, # flags of the training, unused
+    metrics=None, # what was measured: eval_loss, nats
+    **kwargs, # whatever else the trainer passes
+):
+    "Note tokens, seconds and loss."
+    self.curve.append((int(state.num_input_tokens_seen), self.spent, metrics['eval_loss']))
 
 # %% ../../nbs/bench/01_timing.ipynb #9faa40ad
-def high_water(device:str)->float: # MiB
-    "The largest memory so far of this process, or on the GPU."
+def high_water(
+    device:str, # 'cpu' or 'cuda'
+)->float: # MiB
+    "Measure the largest memory so far of this process, or on the GPU."
     if device == 'cuda': return torch.cuda.max_memory_allocated() / 2**20
-    lines = (Path('/proc/self/status').read_text().splitlines()
-             if Path('/proc/self/status').is_file() else [])
-    return (next((int(line.split()[1]) / 2**10 for line in lines if line.startswith('VmHWM')), None)
-            or peak_mib())
+    status = Path('/proc/self/status')
+    for line in status.read_text().splitlines() if status.is_file() else []:
+        if line.startswith('VmHWM'): return int(line.split()[1]) / 2**10
+    return peak_mib()
 
 # %% ../../nbs/bench/01_timing.ipynb #03495197
-def look_at_load(run:Run, part:str=''): # an open record; what is measured, empty: all of it
+def look_at_load(
+    run:Run, # an open record
+    part:str='', # what is measured; empty: all of it
+):
     "Note how busy the machine is."
     env, load = environment(), os.getloadavg()[0]
     run.log(case='load', beside=part, load_1min=load, cores=env['cores'], threads=env['threads'],
             loaded=load > .5*env['cores'] + env['threads'], git_sha=env['git_sha'])
 
-def busy(run:Run, *parts)->bool: # a record; of PARTS
-    "Whether other work ran beside one of some parts; a look before and after which nothing was measured says nothing."
-    h = run.history
-    looks = [i for i, line in enumerate(h) if line.get('case') == 'load']
-    for i, j in zip(looks, [*looks[1:], len(h)]):
-        ends = [h[i],
-                *(h[j:j+1] if j < len(h) and h[j].get('beside') == h[i].get('beside') else [])]
-        if j - i > 1 and h[i].get('beside',
-                                  '') in ('', *parts) and any(look['loaded'] for look in ends):
-            return True
+# %% ../../nbs/bench/01_timing.ipynb #dbd114f2
+def busy(
+    run:Run, # a record
+    *parts, # names given to `look_at_load`
+)->bool: # True: a time of these parts may not be claimed
+    """Tell whether other work ran beside one of some parts.
+
+    A look before and after which nothing was measured says nothing.
+    """
+    lines = run.history
+    looks = [i for i, line in enumerate(lines) if line.get('case') == 'load']
+    for i, j in zip(looks, [*looks[1:], len(lines)]):
+        before = lines[i]
+        if j == i + 1 or before.get('beside', '') not in ('', *parts): continue
+        ends = [before]
+        # the next look is the end of the same part, or the start of another
+        if j < len(lines) and lines[j].get('beside') == before.get('beside'): ends.append(lines[j])
+        if any(look['loaded'] for look in ends): return True
     return False
