@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACTORS', 'TIMES', 'CURVES', 'DEFAULT', 'FULL', 'SMALL', 'shape_of', 'loss_at', 'evaluate', 'cell', 'effects',
-           'measure', 'around', 'main', 'cells_of', 'settings_of', 'table', 'plot_cells', 'plot_settings', 'verdict',
-           'summary']
+           'measure', 'around', 'read_options', 'main', 'cells_of', 'settings_of', 'table', 'plot_cells',
+           'plot_settings', 'say_effects', 'say_settings', 'verdict', 'summary']
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #66869960
 import argparse, shutil, sys
@@ -40,7 +40,7 @@ def shape_of(
     weights:str, # of FACTORS
     size:str='small', # of `sgdd.model.presets`
 )->dict: # fields of `SGDDConfig`
-    "What makes a cell's decoder another one."
+    "Return what makes a cell's decoder another one."
     width = SGDDConfig.preset(size, vocab_size=1, mask_id=0, pad_id=0).dim
     return dict(conditioning=conditioning, positions=positions, weights=weights,
                 proj_dim=width if conditioning == 'cross' else 0)
@@ -56,29 +56,29 @@ def loss_at(
     t:float, # share that is hidden, 0 … 1; one token at least
     seed:int=0, # of the masks
 )->float: # nats, a mean over the hidden tokens
-    "Cross-entropy of hidden tokens at one time."
+    "Compute the cross-entropy of hidden tokens at one time."
     data = SentenceVectors(tokens, z, model.config)
     content = data.labels != -100
     x_t, hidden = model.diffusion.q_sample(data.tokens, torch.full((len(z),), t), content,
                                            at_least_one=True,
                                            generator=torch.Generator().manual_seed(seed))
-    return F.nll_loss(model.log_probs(x_t, model.vector(z), content, hidden),
-                      data.tokens[hidden]).item()
+    log_probs = model.log_probs(x_t, model.vector(z), content, hidden)
+    return F.nll_loss(log_probs, data.tokens[hidden]).item()
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #fd7558cf
 def evaluate(
     model:SGDDModel, # trained, in eval mode
     texts:list[str], # what is wanted
 )->dict: # scores
-    "What a cell is compared by."
+    "Measure what a cell is compared by."
     scores = evaluate_generation(model, texts)
     written, z = [e['written'] for e in scores['examples']], encode_cached(model.encoder, texts)
     tokens, signs = normal_form(model, texts)[0], collapse_signs(model, z[:100], written[:100])
     kept = ('sentences', 'exact_match', 'exact_match_from', 'exact_match_to', 'token_accuracy',
             'nelbo_bits', 'evaluations')
-    losses = {f'loss_nats_{100*t:.0f}': loss_at(model, tokens, z, t) for t in TIMES}
-    return {k: scores[k] for k in kept} | losses | {k: signs[k]
-                                                    for k in ('place_difference', 'repeated_share')}
+    found = {k: scores[k] for k in kept}
+    for t in TIMES: found[f'loss_nats_{100*t:.0f}'] = loss_at(model, tokens, z, t)
+    return found | {k: signs[k] for k in ('place_difference', 'repeated_share')}
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #4a0186aa
 def cell(
@@ -117,13 +117,16 @@ def effects(
     cells, # a DataFrame: FACTORS, seed, scores; not all cells need be there
     score:str='token_accuracy', # a column
 ): # a DataFrame: a line for each level but the first of its factor
-    "Mean paired difference to a factor's first level; its interval is over seeds (Student's t), and one seed has none."
+    """Compute the mean paired difference of each level to its factor's first level.
+
+    Its interval is over seeds (Student's t); one seed has none."""
     import pandas as pd
     rows = []
     for factor, (first, *levels) in FACTORS.items():
-        scores = cells.pivot(index=[*(f for f in FACTORS if f != factor), 'seed'], columns=factor,
-                             values=score)
-        for level in [level for level in levels if {first, level} <= set(scores)]:
+        others = [f for f in FACTORS if f != factor]
+        scores = cells.pivot(index=[*others, 'seed'], columns=factor, values=score)
+        for level in levels:
+            if not {first, level} <= set(scores): continue
             more = (scores[level] - scores[first]).dropna()
             of_seed = more.groupby('seed').mean()
             mean, half = of_seed.mean(), half_width(of_seed)
@@ -167,7 +170,7 @@ DEFAULT = dict(conditioning='adaln', positions='both', num_vectors=4, weights='f
 def around(
     default:dict=DEFAULT, # factor -> level
 )->list[dict]: # the default, and what differs from it in one factor
-    "One choice at a time."
+    "List the cells that change one choice at a time."
     return [default] + [{**default, factor: level} for factor, levels in FACTORS.items()
                         for level in levels if level != default[factor]]
 
@@ -180,8 +183,10 @@ SMALL = dict(FULL, name='ablation_sgdd-small', written=12,
                          sentences=8))
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #3cceb9d2
-def main(arguments:list[str]=()): # of the command line
-    "Train what is missing, write with the trained model, record; prints the tables."
+def read_options(
+    arguments:list[str], # of the command line
+)->tuple[dict,int]: # FULL with changes; cells at a time
+    "Read from the command line what to train and measure."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.ablation_sgdd',
                                      description=main.__doc__)
     parser.add_argument('--small', action='store_true', help='tiny models, to see that it works')
@@ -194,54 +199,69 @@ def main(arguments:list[str]=()): # of the command line
     parser.add_argument('--model', help=f"a trained run whose sampler is tried, {FULL['model']}")
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     o, parallel = SMALL if given.pop('small') else FULL, given.pop('parallel')
-    o = o | dict(recipe=dict(o['recipe'], steps=given.pop('steps', o['recipe']['steps']))) | given
+    recipe = dict(o['recipe'], steps=given.pop('steps', o['recipe']['steps']))
+    return o | dict(recipe=recipe) | given, parallel
+
+# %% ../../nbs/bench/47_ablation_sgdd.ipynb #4e0c93d7
+def main(
+    arguments:list[str]=(), # of the command line
+):
+    "Train what is missing, write with the trained model, record; prints the tables."
+    o, parallel = read_options(arguments)
     torch.set_num_threads(1)
     trained = find_run(o['model'])
     model = SGDDModel.from_pretrained(trained.checkpoint)
-    grid = ([dict(seed=seed, **choice) for seed in o['seeds'] for choice in around()] if o['around']
-            else dict(seed=o['seeds'], **FACTORS))
+    grid = dict(seed=o['seeds'], **FACTORS)
+    if o['around']:
+        grid = [dict(seed=seed, **choice) for seed in o['seeds'] for choice in around()]
     done = sweep('enigma_lab.bench.ablation_sgdd:cell', grid, o['name'], parallel,
                  show=lambda line: print(line, flush=True), **o['recipe'])
     run = start_run('bench_ablation_sgdd', o)
     for row in done.to_dict('records'):
-        run.log(case='cell' if row['state'] == 'finished' else 'missing',
-                **{k: v for k, v in row.items() if v == v})
+        known = {k: v for k, v in row.items() if v == v} # a number that is missing is NaN
+        run.log(case='cell' if row['state'] == 'finished' else 'missing', **known)
     measure(run, model, load_sentences(trained.config['data']).validation[:o['written']])
     finish_run(run, summary(run))
     cells = cells_of(run)
-    print(*(t.to_string(index=False) for t in (table(cells), effects(cells), settings_of(run))),
-          verdict(run), sep='\n\n')
+    tables = table(cells), effects(cells), settings_of(run)
+    print(*(t.to_string(index=False) for t in tables), verdict(run), sep='\n\n')
     if missing := int((done.state != 'finished').sum()):
-        sys.exit(
-            f"{missing} of {len(done)} cells have no result; see the logs in "
-            f"{runs_root()/'sweeps'/o['name']}")
+        sys.exit(f"{missing} of {len(done)} cells have no result; see the logs in "
+                 f"{runs_root()/'sweeps'/o['name']}")
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #76103da9
-def cells_of(run:Run): # of `main` -> a DataFrame: a line for each finished cell
-    "The cells as they were recorded."
+def cells_of(
+    run:Run, # of `main`
+): # a DataFrame: a line for each finished cell
+    "Return the cells as they were recorded."
     import pandas as pd
     return pd.DataFrame([line for line in run.history if line.get('case') == 'cell'])
 
-def settings_of(run:Run): # of `main` -> a DataFrame: a line for each setting of CURVES
-    "What the sampler reached."
+def settings_of(
+    run:Run, # of `main`
+): # a DataFrame: a line for each setting of CURVES
+    "Return what the sampler reached."
     import pandas as pd
     return pd.DataFrame([line for line in run.history if line.get('case') in CURVES])
 
+# %% ../../nbs/bench/47_ablation_sgdd.ipynb #a5713fe8
 def table(
     cells, # a DataFrame, from `cells_of`
 ): # a DataFrame: a line for each combination, the best first
-    "Means over seeds; intervals of exact match over seeds, or over sentences where there is one seed."
-    rows = []
+    """Compute means over seeds, and an interval of exact match.
+
+    The interval is over seeds, or over sentences where there is one seed."""
+    losses, rows = [f'loss_nats_{100*t:.0f}' for t in TIMES], []
     for levels, own in cells.groupby(list(FACTORS)):
         mean, half = own.mean(numeric_only=True), half_width(own.exact_match)
-        low, high = ((mean.exact_match - half, mean.exact_match + half) if len(own) > 1
-                     else (mean.exact_match_from, mean.exact_match_to))
-        rows.append(dict(zip(FACTORS, levels))
-            | {'seeds': len(own), 'token_accuracy': mean.token_accuracy,
-               'exact_match': mean.exact_match, 'from': low, 'to': high} |
-            {k: mean[k] for k in ('nelbo_bits', *(f'loss_nats_{100*t:.0f}' for t in TIMES),
-                                  'place_difference')} |
-            dict(parameters=int(mean.parameters), train_cpu_s=mean.train_cpu_s))
+        low, high = mean.exact_match - half, mean.exact_match + half
+        if len(own) == 1: low, high = mean.exact_match_from, mean.exact_match_to
+        row = dict(zip(FACTORS, levels), seeds=len(own), token_accuracy=mean.token_accuracy,
+                   exact_match=mean.exact_match)
+        row |= {'from': low, 'to': high}
+        row |= {k: mean[k] for k in ('nelbo_bits', *losses, 'place_difference')}
+        row |= dict(parameters=int(mean.parameters), train_cpu_s=mean.train_cpu_s)
+        rows.append(row)
     return type(cells)(rows).sort_values('token_accuracy', ascending=False, ignore_index=True)
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #02200774
@@ -249,26 +269,27 @@ def plot_cells(
     cells, # a DataFrame, from `cells_of`
     score:str='token_accuracy', # a column, 0 … 1
 ): # axes
-    "A score of every combination as a matrix."
+    "Plot a score of every combination as a matrix."
     import matplotlib.pyplot as plt
     wide = cells.pivot_table(score, ['conditioning', 'num_vectors'], ['positions', 'weights'],
                              sort=False)
     ax = plt.subplots(figsize=(4.2, 2.8))[1]
     ax.imshow(wide, cmap='Blues', vmin=0, vmax=1.5, aspect='auto')
-    for (i, j), value in ((at, wide.iloc[at])
-                          for at in ((i, j) for i in range(wide.shape[0])
-                                     for j in range(wide.shape[1]))):
-        ax.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=8)
-    ax.set(xticks=range(wide.shape[1]), xticklabels=[f'{p}\n{w}' for p, w in wide.columns],
-        yticks=range(wide.shape[0]),
-        yticklabels=[f'{c}, {k} vector{"s"*(k > 1)}' for c, k in wide.index],
+    rows, columns = wide.shape
+    for i in range(rows):
+        for j in range(columns):
+            ax.text(j, i, f'{wide.iloc[i, j]:.2f}', ha='center', va='center', fontsize=8)
+    ax.set(xticks=range(columns), xticklabels=[f'{p}\n{w}' for p, w in wide.columns],
+        yticks=range(rows), yticklabels=[f'{c}, {k} vector{"s"*(k > 1)}' for c, k in wide.index],
         title=score.replace('_', ' '))
     ax.grid(False)
     return ax
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #cfbdaa76
-def plot_settings(run:Run): # of `main` -> a figure
-    "Exact match against calls, guidance and order."
+def plot_settings(
+    run:Run, # of `main`
+): # a figure
+    "Plot exact match against calls, guidance and order."
     import matplotlib.pyplot as plt
     t = settings_of(run)
     fig, axes = plt.subplots(1, 3, figsize=(7.4, 2.6), sharey=True)
@@ -286,52 +307,71 @@ def plot_settings(run:Run): # of `main` -> a figure
     axes[0].set(xscale='log', xticks=[1, 2, 4, 8, 16], xticklabels=[1, 2, 4, 8, 16], xlabel='calls',
                 ylabel='exact match')
     axes[0].minorticks_off()
-    axes[1].set(xlabel='weight of guidance'); axes[1].legend(fontsize=7)
+    axes[1].set(xlabel='weight of guidance')
+    axes[1].legend(fontsize=7)
     return fig
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #d390785d
-def verdict(run:Run)->str: # of `main` -> Markdown
-    "What the record shows, by rule."
-    cells = cells_of(run)
-    best, lines = table(cells).iloc[0], []
-    seeds, missing = cells.seed.nunique(), sum(line.get('case') == 'missing'
-                                               for line in run.history)
-    lines.append(
-        f"- Best of {len(table(cells))} after {run.config['recipe']['steps']} updates: "
-        f"{best.conditioning}, {best.positions}, {best.num_vectors} "
-        f"vector{'s'*int(best.num_vectors > 1)}, {best.weights}: {best.token_accuracy:.3f} of the "
-        f"tokens, and {best.exact_match:.3f} of the sentences ({best['from']:.3f} to "
-        f"{best.to:.3f}).")
+def say_effects(
+    cells, # a DataFrame, from `cells_of`
+)->list[str]: # lines of Markdown
+    "Say what each choice is worth: by pairs of cells with one seed, by its interval with more."
+    lines = []
     for e in effects(cells).to_dict('records'):
-        one = ('higher in all pairs' if e['higher'] == e['pairs']
-               else f"higher in {e['higher']} of {e['pairs']} pairs")
-        said = (one if e['seeds'] < 2
-                else f"{e['from']:+.3f} to {e['to']:+.3f} over {e['seeds']} seeds")
+        said = f"{e['from']:+.3f} to {e['to']:+.3f} over {e['seeds']} seeds"
+        if e['seeds'] < 2:
+            said = ('higher in all pairs' if e['higher'] == e['pairs']
+                    else f"higher in {e['higher']} of {e['pairs']} pairs")
         lines.append(
             f"- {e['factor']}, {e['level']} against {e['against']}: {e['difference']:+.3f} token "
             f"accuracy on average, {e['least']:+.3f} to {e['most']:+.3f} by the setting of the "
             f"rest; {said}.")
-    apart = cells.groupby('positions').place_difference
+    return lines
+
+def say_settings(
+    run:Run, # of `main`
+)->list[str]: # lines of Markdown
+    "Say which settings of the sampler are told apart from the first of their question."
+    lines = []
+    for case, rows in settings_of(run).groupby('case', sort=False):
+        told = [f"{r['setting']} ({r['gain']:+.3f}, {r['gain_from']:+.3f} to {r['gain_to']:+.3f})"
+                for r in rows.to_dict('records') if r['gain_from'] > 0 or r['gain_to'] < 0]
+        said = 'told apart are ' + ', '.join(told) if told else 'nothing is told apart'
+        lines.append(f"- Sampler, {case}, against {rows.iloc[0].setting}: {said}.")
+    return lines
+
+# %% ../../nbs/bench/47_ablation_sgdd.ipynb #f1086ba2
+def verdict(
+    run:Run, # of `main`
+)->str: # Markdown
+    "Say what the record shows, by rule."
+    cells = cells_of(run)
+    ranked, apart = table(cells), cells.groupby('positions').place_difference
+    best = ranked.iloc[0]
+    lines = [
+        f"- Best of {len(ranked)} after {run.config['recipe']['steps']} updates: "
+        f"{best.conditioning}, {best.positions}, {best.num_vectors} "
+        f"vector{'s'*int(best.num_vectors > 1)}, {best.weights}: {best.token_accuracy:.3f} of the "
+        f"tokens, and {best.exact_match:.3f} of the sentences ({best['from']:.3f} to "
+        f"{best.to:.3f}).", *say_effects(cells)]
     if {'rope', 'both'} <= set(apart.groups):
         lines.append(
             f"- Places of an empty canvas are told apart by {apart.max()['rope']:.1g} at most with "
             f"rotations alone, by {apart.min()['both']:.2g} at least with both.")
-    for case, rows in settings_of(run).groupby('case', sort=False):
-        told = [f"{r['setting']} ({r['gain']:+.3f}, {r['gain_from']:+.3f} to {r['gain_to']:+.3f})"
-                for r in rows.to_dict('records') if r['gain_from'] > 0 or r['gain_to'] < 0]
-        lines.append(
-            f"- Sampler, {case}, against {rows.iloc[0].setting}: "
-            f"{'told apart are ' + ', '.join(told) if told else 'nothing is told apart'}.")
-    if seeds < 2:
+    lines += say_settings(run)
+    if cells.seed.nunique() < 2:
         lines.append(
             '- **The cells rest on one seed**: how much of a difference is the chance of weights '
             'and order is not known from it.')
+    missing = sum(line.get('case') == 'missing' for line in run.history)
     if missing: lines.append(f'- {missing} cells have no result.')
     return '\n'.join(lines)
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #a220a4ca
-def summary(run:Run)->dict: # of `main` -> ready for metrics.json
-    "The numbers a claim may name."
+def summary(
+    run:Run, # of `main`
+)->dict: # ready for metrics.json
+    "List the numbers a claim may name."
     cells = cells_of(run)
     found = dict(cells=len(cells), seeds=int(cells.seed.nunique()),
                  best_token_accuracy=float(table(cells).token_accuracy.max()),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROWS', 'PEER', 'TRIAL_SEED', 'CASES', 'TIMED', 'PARTS', 'FULL', 'CUDA', 'SMALL', 'reachable', 'shape', 'build',
            'updates', 'measure_speed', 'writers', 'own_times', 'measure_generation', 'train_once', 'best_rate',
-           'measure_quality', 'probe', 'measure_memory', 'ratios', 'bits_at', 'untuned', 'scores', 'summary', 'verdict',
-           'read_options', 'open_run', 'main']
+           'measure_quality', 'probe', 'measure_memory', 'utilization', 'ratios', 'bits_at', 'untuned', 'scores',
+           'summary', 'verdict', 'read_options', 'open_run', 'main']
 
 # %% ../../nbs/bench/30_lm.ipynb #16f12854
 import argparse, cProfile, json, math, pstats, subprocess, sys, tempfile, time
@@ -36,41 +36,47 @@ ROWS = { # row -> our variant of the ablation, or how a peer is made
     'GPT-2': lambda c: quickened(gpt2(c))}
 PEER, TRIAL_SEED = 'plain rotary', 100 # the main peer; the seed of all trials
 
-def reachable(model:nn.Module)->int: # parameters that a text of the context's length reaches
-    return (parameter_card(model)['reachable'] if isinstance(model, EnigmaForCausalLM)
-            else sum(p.numel() for p in model.parameters()))
+def reachable(
+    model:nn.Module, # ours or a peer
+)->int: # parameters
+    "Count the parameters that a text of the context's length reaches."
+    if isinstance(model, EnigmaForCausalLM): return parameter_card(model)['reachable']
+    return sum(p.numel() for p in model.parameters())
 
+# %% ../../nbs/bench/30_lm.ipynb #3a7d10e2
 def shape(
     row:str, # of ROWS
     preset:str, # of `lm.model.presets`
     vocab_size:int, # V
 )->EnigmaConfig: # without an end token, for equal lengths are compared
-    "A row's shape, with the width at which it reaches as many parameters as ours without a machine."
-    make = lambda **fields: EnigmaConfig.preset(preset, vocab_size=vocab_size, eos_token_id=None,
-                                                **fields)
+    "Return a row's shape, which reaches as many parameters as ours without a machine."
+    def make(**fields):
+        return EnigmaConfig.preset(preset, vocab_size=vocab_size, eos_token_id=None, **fields)
     if isinstance(ROWS[row], str): return make(**narrowed(ROWS[row], vocab_size, preset))
     c = make(machine='none')
-    with torch.device('meta'): excess = reachable(ROWS[row](c)) - reachable(EnigmaForCausalLM(c))
+    with torch.device('meta'):
+        excess = reachable(ROWS[row](c)) - reachable(EnigmaForCausalLM(c))
+    # one unit of width has so many parameters in all layers together
     return make(machine='none', mlp_dim=4*c.dim - round(excess / (c.num_layers * (2*c.dim + 1))))
 
 # %% ../../nbs/bench/30_lm.ipynb #6bf60516
 def build(
-    row:str, # as for `shape`
-    preset:str, # seed of the weights
-    vocab_size:int,
-    seed:int=0,
+    row:str, # of ROWS
+    preset:str, # of `lm.model.presets`
+    vocab_size:int, # V
+    seed:int=0, # of the weights
 )->nn.Module: # on the default device
-    "A row's model."
+    "Build a row's model."
     set_seed(seed)
-    return (EnigmaForCausalLM if isinstance(ROWS[row], str)
-            else ROWS[row])(shape(row, preset, vocab_size))
+    kind = EnigmaForCausalLM if isinstance(ROWS[row], str) else ROWS[row]
+    return kind(shape(row, preset, vocab_size))
 
 # %% ../../nbs/bench/30_lm.ipynb #2628e564
 def updates(
     model:nn.Module, # perhaps compiled
     batch:dict[str,Tensor], # input_ids and labels
 )->dict[str,Callable]: # case and one call
-    "A training step, whole and without the optimizer."
+    "Make a training step, whole and without the optimizer."
     optimizer, kind = make_optimizer(model.train(), 1e-3), batch['input_ids'].device.type
     def passes():
         model.zero_grad()
@@ -83,16 +89,21 @@ def updates(
         optimizer.step()
     return {'update': update, 'forward and backward': passes}
 
-def measure_speed(run:Run, parts:TaskData): # an open record; data and vocabulary
-    "Training steps of all rows, in turn."
-    c, windows, sides = run.config, [parts.train[i] for i in range(run.config['batch_size'])], {}
+# %% ../../nbs/bench/30_lm.ipynb #5c18e6f4
+def measure_speed(
+    run:Run, # an open record
+    parts:TaskData, # data and vocabulary
+):
+    "Time training steps of all rows, in turn."
+    c, sides = run.config, {}
+    windows = [parts.train[i] for i in range(c['batch_size'])]
     batch = {k: torch.stack([w[k] for w in windows]).to(c['device'])
              for k in ('input_ids', 'labels')}
     for row in ROWS:
         for end in ('', ' + compile') if c['compile'] else ('',):
             model = build(row, c['preset'], len(parts.tokenizer)).to(c['device'])
-            sides |= {(case, row + end): f
-                      for case, f in updates(torch.compile(model) if end else model, batch).items()}
+            steps = updates(torch.compile(model) if end else model, batch)
+            for case, step in steps.items(): sides[case, row + end] = step
     alternate(run, sides, batch['input_ids'].numel())
 
 # %% ../../nbs/bench/30_lm.ipynb #8de9d8ad
@@ -101,40 +112,46 @@ def writers(
     prompt:Tensor, # (1, T) int64
     new_tokens:int, # to write
 )->dict[str,Callable]: # loop and one call
-    "Greedy continuation, by transformers and by us."
+    "Make greedy continuation ready to time, by transformers and by us."
     how = dict(attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0)
     return {'HF generate': lambda: model.eval().generate(prompt, max_new_tokens=new_tokens, **how),
             'our loop': lambda: generate(model.eval(), prompt, eos_token_id=[],
                                          max_new_tokens=new_tokens, temperature=0.)}
 
+# %% ../../nbs/bench/30_lm.ipynb #e90b7a35
 def own_times(
     f:Callable, # what to look into
     top:int=8, # how many functions
 )->list[dict]: # function, calls, own_ms, share of the whole
-    "Where the time goes, by functions' own time."
+    "Find where the time goes, by functions' own time."
     with cProfile.Profile() as profile: f()
     stats = pstats.Stats(profile).stats
-    total, name = sum(s[2]
-                      for s in stats.values()), lambda file, _, function: function if file == '~' else f'{Path(file).stem}.{function}'
+    total = sum(own for _, _, own, *_ in stats.values())
+    def name(file, _, function):
+        return function if file == '~' else f'{Path(file).stem}.{function}'
+    longest = sorted(stats.items(), key=lambda item: -item[1][2])[:top]
     return [dict(function=name(*where), calls=calls, own_ms=round(1e3*own, 2),
                  share=round(own/total, 4))
-            for where, (_, calls, own, *_) in sorted(stats.items(),
-                                                     key=lambda item: -item[1][2])[:top]]
+            for where, (_, calls, own, *_) in longest]
 
 # %% ../../nbs/bench/30_lm.ipynb #528a30b9
-def measure_generation(run:Run, parts:TaskData): # an open record; data and vocabulary
-    "Generation of ours and of GPT-2, in turn, and a profile of ours."
+def measure_generation(
+    run:Run, # an open record
+    parts:TaskData, # data and vocabulary
+):
+    "Time generation of ours and of GPT-2, in turn, and profile ours."
     c, vocab_size, sides = run.config, len(parts.tokenizer), {}
-    prompt, models = parts.train[0]['input_ids'][None, :8].to(c['device']), {
-        'GPT-2': gpt2(shape('GPT-2', c['preset'], vocab_size))}
+    prompt = parts.train[0]['input_ids'][None, :8].to(c['device'])
+    models = {'GPT-2': gpt2(shape('GPT-2', c['preset'], vocab_size))}
     for row in ROWS.keys() - {PEER}:
-        models[row.replace('GPT-2', 'GPT-2 quickened')] = build(row, c['preset'], vocab_size)
-    for row, model in sorted(models.items()):
-        sides |= {('generation', f'{row}, {loop}'): f
-                  for loop, f in writers(model.to(c['device']), prompt, c['new_tokens']).items()}
+        name = row.replace('GPT-2', 'GPT-2 quickened')
+        models[name] = build(row, c['preset'], vocab_size)
+    for name, model in sorted(models.items()):
+        loops = writers(model.to(c['device']), prompt, c['new_tokens'])
+        for loop, write in loops.items(): sides['generation', f'{name}, {loop}'] = write
     alternate(run, sides, c['new_tokens'])
-    once(run, lambda: dict(functions=own_times(sides['generation', 'ours, machine off, our loop'])),
-         case='profile')
+    ours = sides['generation', 'ours, machine off, our loop']
+    once(run, lambda: dict(functions=own_times(ours)), case='profile')
 
 # %% ../../nbs/bench/30_lm.ipynb #38d984cf
 def train_once(
@@ -146,16 +163,15 @@ def train_once(
     learning_rate:float, # peak
     steps:int, # updates
     looks:int, # at the documents, about
-)->dict: # curve of (tokens, seconds, bits per character), empty when it diverged; bits_per_char and train_s at its end
-    "Train a row with the library's engine."
-    every, clock = max(1, steps//looks), UpdateClock(time.process_time if c['device'] == 'cpu'
-                                                     else time.perf_counter)
+)->dict: # curve of (tokens, seconds, bits per character); its last bits and seconds
+    "Train a row with the library's engine; the curve of one that diverged is empty."
+    every = max(1, steps//looks)
+    clock = UpdateClock(time.process_time if c['device'] == 'cpu' else time.perf_counter)
     recipe = make_config(c['preset'], gpus=int(c['device'] == 'cuda'), seed=seed,
-        learning_rate=learning_rate, minutes=0, max_steps=steps,
-        batch_size=c['batch_size'], eval_steps=every, save_steps=1000*every,
-        eval_windows=c['eval_windows'])
-    model, windows = build(row, c['preset'], len(parts.tokenizer),
-                           seed), Windows(documents, parts.tokenizer, parts.train.window)
+        learning_rate=learning_rate, minutes=0, max_steps=steps, batch_size=c['batch_size'],
+        eval_steps=every, save_steps=1000*every, eval_windows=c['eval_windows'])
+    model = build(row, c['preset'], len(parts.tokenizer), seed)
+    windows = Windows(documents, parts.tokenizer, parts.train.window)
     bits = len(windows.tokens) / sum(map(len, documents)) / math.log(2)
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -165,32 +181,45 @@ def train_once(
     return dict(curve=curve, bits_per_char=curve[-1][2], train_s=curve[-1][1])
 
 # %% ../../nbs/bench/30_lm.ipynb #432f2427
-def best_rate(trials:list[dict])->float: # lines of one row's trials
-    "The learning rate with the fewest bits."
-    return min(trials, key=lambda t: math.inf if t['bits_per_char'] is None
-               else t['bits_per_char'])['learning_rate']
+def best_rate(
+    trials:list[dict], # lines of one row's trials
+)->float: # peak; a trial that diverged counts as infinitely bad
+    "Return the learning rate with the fewest bits."
+    def bits(trial):
+        return math.inf if trial['bits_per_char'] is None else trial['bits_per_char']
+    return min(trials, key=bits)['learning_rate']
 
-def measure_quality(run:Run, parts:TaskData): # an open record; data and vocabulary
-    "Trials on validation, then results on the test documents."
-    c = run.config
+def measure_quality(
+    run:Run, # an open record
+    parts:TaskData, # data and vocabulary
+):
+    "Run trials on validation, then measure results on the test documents."
+    c, rates = run.config, {}
     def one(part, documents, row, seed, rate, *budget):
         return once(run, lambda: train_once(c, parts, documents, row, seed, rate, *budget),
                     case='training', part=part, row=row, seed=seed, learning_rate=rate)
-    rates = {row: best_rate([one('trial', parts.corpus.validation, row, TRIAL_SEED, rate,
-                                 c['trial_steps'], 4) for rate in RATES]) for row in ROWS}
+    for row in ROWS:
+        trials = [one('trial', parts.corpus.validation, row, TRIAL_SEED, rate, c['trial_steps'], 4)
+                  for rate in RATES]
+        rates[row] = best_rate(trials)
     test = parts.corpus.read_test(run)
     for seed in c['seeds']:
         for row in ROWS: one('result', test, row, seed, rates[row], c['steps'], c['looks'])
 
 # %% ../../nbs/bench/30_lm.ipynb #63741d40
-def probe(row:str, vocab_size:int, c:dict): # of ROWS; rows of the embedding; a run's config
+def probe(
+    row:str, # of ROWS
+    vocab_size:int, # rows of the embedding
+    c:dict, # a run's config
+):
     "Print how far two updates push the high-water mark, MiB."
     def train(preset, batch_size):
         model = build(row, preset, vocab_size).to(c['device'])
         ids = torch.zeros(batch_size, model.config.max_position_embeddings, dtype=torch.int64,
                           device=c['device'])
         update = updates(model, dict(input_ids=ids, labels=ids))['update']
-        update(); update()
+        update()
+        update()
     train('smoke', 2)
     if c['device'] == 'cuda': torch.cuda.reset_peak_memory_stats()
     elif Path('/proc/self/clear_refs').is_file(): Path('/proc/self/clear_refs').write_text('5')
@@ -198,49 +227,62 @@ def probe(row:str, vocab_size:int, c:dict): # of ROWS; rows of the embedding; a 
     train(c['preset'], c['batch_size'])
     print(json.dumps(high_water(c['device']) - before))
 
+# %% ../../nbs/bench/30_lm.ipynb #b46f02d8
 def measure_memory(
     run:Run, # an open record
     parts:TaskData, # data and vocabulary
-    rows=ROWS, # which rows
+    rows=ROWS, # names of the rows to measure
 ):
-    "Peak memory of each row's updates, each in a fresh process."
+    "Measure the peak memory of each row's updates, each in a fresh process."
     for row in rows:
-        command = [sys.executable, '-c',
-                   f'from enigma_lab.bench.lm import probe; probe({row!r}, {len(parts.tokenizer)}, '
-                   f'{run.config})']
-        work = lambda: subprocess.run(command, stdout=subprocess.PIPE, text=True,
-                                      check=True).stdout.splitlines()[-1]
-        once(run, lambda: dict(peak_mib=json.loads(work())), case='memory', row=row)
+        call = f'probe({row!r}, {len(parts.tokenizer)}, {run.config})'
+        command = [sys.executable, '-c', f'from enigma_lab.bench.lm import probe; {call}']
+        def work():
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            return dict(peak_mib=json.loads(done.stdout.splitlines()[-1]))
+        once(run, work, case='memory', row=row)
 
 # %% ../../nbs/bench/30_lm.ipynb #72e6af4e
 # case -> what the others are divided by
 CASES = {'update': PEER, 'forward and backward': PEER, 'generation': 'GPT-2, HF generate'}
 
+def utilization(
+    run:Run, # on a GPU whose peak is known
+    speeds, # a pandas series: side -> tokens per second
+)->list[float]: # in the order of the sides
+    "Return each side's model FLOPs utilization."
+    flops = {line['row']: line['flops_per_token'] for line in run.history
+             if line.get('case') == 'size'}
+    peak = peak_flops(run.env['devices'][0])
+    return [v * flops[side.removesuffix(' + compile')] / peak for side, v in speeds.items()]
+
+# %% ../../nbs/bench/30_lm.ipynb #07c5d9ea
 def ratios(
     run:Run, # perhaps unfinished
     case:str, # of CASES
-): # a pandas table, a line for each side: tokens per second, and how many times the base's; medians over rounds, quartiles of speeds, intervals of ratios
-    "Speeds, and their ratios within a round."
+): # a pandas table, a line for each side
+    """Compute speeds, and their ratios within a round.
+
+    Tokens per second, and how many times the base's: medians over rounds, quartiles of speeds,
+    intervals of ratios."""
     import pandas as pd
     lines = pd.DataFrame([line for line in run.history if line.get('case') == case])
     if not len(lines): return lines
-    wall, cpu = (lines.pivot(index='round', columns='side', values=unit)[list(lines.side.unique())]
+    sides = list(lines.side.unique())
+    wall, cpu = (lines.pivot(index='round', columns='side', values=unit)[sides]
                  for unit in ('wall_ms', 'cpu_ms'))
-    times = lambda x: x.rdiv(x[CASES[case]], axis=0)
     speed = 1e3*lines.tokens[0] / wall
-    table = pd.DataFrame({f'tokens_per_s{end}': speed.quantile(q)
-                          for end, q in {'': .5, '_low': .25, '_high': .75}.items()})
-    for unit, ratio in dict(times_base=times(wall), times_base_cpu=times(cpu)).items():
+    table = pd.DataFrame(dict(tokens_per_s=speed.quantile(.5),
+        tokens_per_s_low=speed.quantile(.25), tokens_per_s_high=speed.quantile(.75)))
+    for unit, ms in dict(times_base=wall, times_base_cpu=cpu).items():
+        ratio = ms.rdiv(ms[CASES[case]], axis=0)
         intervals = [median_interval(ratio[side].dropna()) for side in ratio]
-        table = table.assign(**{unit: ratio.median(), f'{unit}_low': [low for low, _ in intervals],
-                                f'{unit}_high': [high for _, high in intervals]})
-    table = table.assign(rounds=wall.count())
-    flops = {line['row']: line['flops_per_token'] for line in run.history
-             if line.get('case') == 'size'}
-    peak = peak_flops(run.env['devices'][0]) if run.config['device'] == 'cuda' else None
-    if peak and case != 'generation':
-        table['mfu'] = [v * flops[side.removesuffix(' + compile')] / peak
-                        for side, v in table.tokens_per_s.items()]
+        table[unit] = ratio.median()
+        table[f'{unit}_low'] = [low for low, _ in intervals]
+        table[f'{unit}_high'] = [high for _, high in intervals]
+    table['rounds'] = wall.count()
+    if run.config['device'] == 'cuda' and case != 'generation':
+        if peak_flops(run.env['devices'][0]): table['mfu'] = utilization(run, table.tokens_per_s)
     return table
 
 # %% ../../nbs/bench/30_lm.ipynb #edb219af
@@ -248,30 +290,33 @@ def bits_at(
     curve:list, # of (tokens, seconds, bits), perhaps empty
     column:int, # 0: tokens, 1: seconds
     limit:float, # of that
-)->float:
-    "Bits per character at the last look within a limit; at the first when there is none."
-    return ([point[2] for point in curve if point[column] <= limit or point is curve[0]][-1]
-            if curve else math.nan)
+)->float: # NaN when the curve is empty
+    "Return the bits of the last look within a limit; of the first when there is none."
+    if not curve: return math.nan
+    return [point[2] for point in curve if point[column] <= limit or point is curve[0]][-1]
 
 def untuned(
     trials:list[dict], # lines of one row
-    results:list[dict],
+    results:list[dict], # lines of the same row
 )->str: # empty: there is nothing to say against it
-    "Why a row may not have been at its best."
-    falls = [1 - r['bits_per_char'] / bits_at(r['curve'], 0, .75*r['curve'][-1][0]) for r in results
-             if r['curve']]
+    "Say why a row may not have been at its best."
+    falls = [1 - r['bits_per_char'] / bits_at(r['curve'], 0, .75*r['curve'][-1][0])
+             for r in results if r['curve']]
     fall = sum(falls) / max(1, len(falls))
-    edge = best_rate(trials) in (min(RATES), max(RATES))
-    reasons = {'best rate at the edge': edge, f'still falls {fall:.1%}': fall > .02,
+    reasons = {'best rate at the edge': best_rate(trials) in (min(RATES), max(RATES)),
+               f'still falls {fall:.1%}': fall > .02,
                'a seed diverged': len(falls) < len(results)}
-    return ('peer not tuned: ' + ', '.join(why for why, so in reasons.items() if so)
-            if any(reasons.values()) else '')
+    found = [reason for reason, holds in reasons.items() if holds]
+    return 'peer not tuned: ' + ', '.join(found) if found else ''
 
 # %% ../../nbs/bench/30_lm.ipynb #244c8d68
-def scores(run:Run): # a pandas table, a line for each row
-    "Bits per character at equal tokens and at equal time, means over the seeds."
+def scores(
+    run:Run, # perhaps unfinished
+): # a pandas table, a line for each row
+    "Compute bits per character at equal tokens and at equal time, means over the seeds."
     import pandas as pd
-    lines, table, limit = [line for line in run.history if line.get('case') == 'training'], {}, {}
+    lines = [line for line in run.history if line.get('case') == 'training']
+    limit, table = {}, {} # seed -> seconds of the quickest row; row -> its line
     for r in lines:
         if r['part'] == 'result' and r['curve']:
             limit[r['seed']] = min(r['train_s'], limit.get(r['seed'], math.inf))
@@ -279,9 +324,10 @@ def scores(run:Run): # a pandas table, a line for each row
         trials, results = ([line for line in lines if (line['row'], line['part']) == (row, part)]
                            for part in ('trial', 'result'))
         if not results: continue
-        numbers = [(r['bits_per_char'], bits_at(r['curve'], 1, limit.get(r['seed'], 0)),
-                    r['train_s']) for r in results]
-        ends, timed, spent = (pd.Series(x, dtype=float) for x in zip(*numbers))
+        ends, spent = (pd.Series([r[key] for r in results], dtype=float)
+                       for key in ('bits_per_char', 'train_s'))
+        timed = pd.Series([bits_at(r['curve'], 1, limit.get(r['seed'], 0)) for r in results],
+                          dtype=float)
         table[row] = dict(learning_rate=best_rate(trials), bits_per_char=ends.mean(),
             bits_per_char_low=ends.min(), bits_per_char_high=ends.max(),
             bits_per_char_equal_time=timed.mean(), train_s=spent.mean(), seeds=len(results),
@@ -292,13 +338,19 @@ def scores(run:Run): # a pandas table, a line for each row
 TIMED = 'speed', 'generation' # parts that need the machine for themselves
 
 # %% ../../nbs/bench/30_lm.ipynb #ed6b0193
-def summary(run:Run)->dict: # ready for metrics.json
-    "Every table's numbers under flat names; what diverged is missing."
-    slug = lambda *words: '_'.join(words).lower().replace(', ', '_').replace(' + ', '_').replace(
-        ' ', '_').replace('-', '')
-    tables = {**{case: ratios(run, case) for case in CASES}, 'quality': scores(run)}
-    metrics = {slug(name, side, column): value for name, table in tables.items()
-               for side, line in table.iterrows() for column, value in line.items()}
+def summary(
+    run:Run, # an open record
+)->dict: # ready for metrics.json
+    "List every table's numbers under flat names; what diverged is missing."
+    def slug(*words):
+        name = '_'.join(words).lower()
+        for old, new in ((', ', '_'), (' + ', '_'), (' ', '_'), ('-', '')):
+            name = name.replace(old, new)
+        return name
+    metrics, tables = {}, {case: ratios(run, case) for case in CASES} | {'quality': scores(run)}
+    for name, table in tables.items():
+        for side, line in table.iterrows():
+            metrics |= {slug(name, side, column): value for column, value in line.items()}
     for line in run.history:
         if line.get('case') in ('memory', 'size'):
             metrics |= {slug(line['row'], k): v for k, v in line.items()
@@ -308,23 +360,24 @@ def summary(run:Run)->dict: # ready for metrics.json
     return finite | dict(loaded=busy(run, *TIMED))
 
 # %% ../../nbs/bench/30_lm.ipynb #e86766fe
-def verdict(run:Run)->str: # Markdown
-    "What the record shows, by rule: the whole interval of the median must pass."
+def verdict(
+    run:Run, # perhaps unfinished
+)->str: # Markdown
+    "Say what the record shows, by rule: the whole interval of the median must pass."
     if busy(run, *TIMED):
         return 'The machine was busy with other work: **this run makes no claim.**'
-    lines = (
-        ['- Quality was measured beside other work; what is said of equal time is approximate.']
-        if busy(run, 'quality') else [])
+    lines = []
+    if busy(run, 'quality'):
+        lines.append('- Quality was measured beside other work; what is said of equal time is '
+                     'approximate.')
     for case, side, least in [('update', 'ours, machine off', .95),
                               ('update', 'ours, machine on', 0),
                               ('generation', 'ours, machine off, our loop', 2.)]:
         table = ratios(run, case)
         if side not in table.index: continue
         middle, low, high = table.loc[side, ['times_base', 'times_base_low', 'times_base_high']]
-        shown = (
-            f"; at least {least} is "
-            f"{'shown' if low >= least else 'refuted' if high < least else 'undecided'}"
-            if least else '')
+        state = 'shown' if low >= least else 'refuted' if high < least else 'undecided'
+        shown = f'; at least {least} is {state}' if least else ''
         lines.append(
             f"- {case}, {side}: {middle:.2f} ({low:.2f} to {high:.2f}) times the tokens per second "
             f"of {CASES[case]}{shown}.")
@@ -339,10 +392,11 @@ CUDA = FULL | dict(preset='base', batch_size=16)
 SMALL = dict(preset='smoke', rounds=2, sample_ms=0, batch_size=2, new_tokens=8, steps=4,
              trial_steps=2, looks=4, eval_windows=4, max_chars=60_000, seeds=[0, 1])
 
+# %% ../../nbs/bench/30_lm.ipynb #c2d85b19
 def read_options(
     arguments:list[str], # of the command line
 )->tuple[dict,str]: # config; the run to go on with
-    "What to measure."
+    "Read from the command line what to measure."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.lm', description=main.__doc__)
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--small', action='store_true', help='tiny models, to see that it works')
@@ -355,36 +409,38 @@ def read_options(
     given = vars(parser.parse_args(arguments))
     if given['device'] == 'cuda' and not torch.cuda.is_available():
         raise ValueError("device 'cuda' needs a GPU, and torch sees none; use --device cpu")
-    sizes, resume = SMALL if given.pop('small') else dict(cpu=FULL, cuda=CUDA)[
-        given['device']], given.pop('resume')
-    return sizes | {k: v for k, v in given.items()
-                    if v is not None} | dict(compile=given['device'] == 'cuda'), resume
+    small, resume = given.pop('small'), given.pop('resume')
+    sizes = SMALL if small else CUDA if given['device'] == 'cuda' else FULL
+    chosen = {k: v for k, v in given.items() if v is not None}
+    return sizes | chosen | dict(compile=given['device'] == 'cuda'), resume
 
 # %% ../../nbs/bench/30_lm.ipynb #83d6ab5d
 def open_run(
     config:dict, # what to measure
     resume:str, # a record to go on with, or empty
 )->Run: # its history has whole lines only
-    "A new record, or an unfinished one."
+    "Start a new record, or open an unfinished one."
     if not resume: return start_run('bench_lm', config)
     run = find_run(resume)
     if run.finished:
         raise FileExistsError(f"a run is written once, and {run.name} is finished; start another")
-    (run.path/'history.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in run.history),
-                                          encoding='utf-8')
+    lines = ''.join(json.dumps(line) + '\n' for line in run.history)
+    (run.path/'history.jsonl').write_text(lines, encoding='utf-8')
     write_json(run.path/'env.json', dict(run.env, process_start_s=0))
     return run
 
 # %% ../../nbs/bench/30_lm.ipynb #33e56e09
-def main(arguments:list[str]=()): # of the command line
+def main(
+    arguments:list[str]=(), # of the command line
+)->Run: # finished
     "Measure the language model beside its peers; prints the tables."
     run = open_run(*read_options(arguments))
-    c, parts = run.config, prepare(make_config(run.config['preset'],
-                                               max_chars=run.config['max_chars']))
+    c = run.config
+    parts = prepare(make_config(c['preset'], max_chars=c['max_chars']))
     for row in ROWS:
         with torch.device('meta'):
-            n, s = reachable(build(row, c['preset'], len(parts.tokenizer))), shape(
-                row, c['preset'], len(parts.tokenizer))
+            n = reachable(build(row, c['preset'], len(parts.tokenizer)))
+            s = shape(row, c['preset'], len(parts.tokenizer))
         once(run, lambda: dict(reachable_parameters=n, mlp_dim=s.mlp_dim,
                                flops_per_token=flops_per_token(n, s)), case='size', row=row)
     for part in c['parts']:
@@ -392,10 +448,9 @@ def main(arguments:list[str]=()): # of the command line
         PARTS[part](run, parts)
         look_at_load(run, part)
     finish_run(run, summary(run))
-    print(run.name,
-          *(table.round(3).to_string()
-            for table in [*(ratios(run, case) for case in CASES), scores(run)] if len(table)),
-          verdict(run), sep='\n\n')
+    tables = [*(ratios(run, case) for case in CASES), scores(run)]
+    shown = [table.round(3).to_string() for table in tables if len(table)]
+    print(run.name, *shown, verdict(run), sep='\n\n')
     return run
 
 # %% ../../nbs/bench/30_lm.ipynb #4583b569

@@ -10,6 +10,7 @@ import argparse, sys
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .timing import alternate, busy, look_at_load
 from ..lab.runs import Run, find_run, finish_run, start_run
@@ -18,13 +19,24 @@ from ..sgdd.sampling import maskgit_sample
 
 # %% ../../nbs/bench/45_sgdd.ipynb #a829a954
 class EveryPlace:
-    "The same model asked as the original asks: logits of all places, in every call."
-    def __init__(self, model):
-        self.model, self.config, self.null, self.vector = (model, model.config, model.null,
-                                                           model.vector)
-    def log_probs(self, x_t, c, content, hidden):
+    "Ask a model as the original asks: logits of all places, in every call."
+    def __init__(
+        self,
+        model:SGDDModel, # any weights
+    ):
+        self.model, self.config = model, model.config
+        self.null, self.vector = model.null, model.vector
+    def log_probs(
+        self,
+        x_t:Tensor, # (B, T) tokens and masks
+        c:Tensor, # (B, cond_dim) from `vector`, or the null vector
+        content:Tensor, # (B, T) True where there is a token
+        hidden:Tensor, # (B, T) places that are asked
+    )->Tensor: # (N, V) of the places asked
+        "Compute all places, and return those that are asked."
         return self.model.log_probs(x_t, c, content)[hidden]
 
+# %% ../../nbs/bench/45_sgdd.ipynb #8d41f07b
 def writer(
     model:SGDDModel, # any weights
     sentences:int, # at a time
@@ -34,7 +46,7 @@ def writer(
     bf16:bool=False, # autocast
     every_place:bool=False, # logits of all places
 )->Callable: # one call writes the sentences
-    "Something to time."
+    "Make something to time."
     z = torch.randn(sentences, model.config.encoder_dim, generator=torch.Generator().manual_seed(0))
     asked = EveryPlace(model.eval()) if every_place else model.eval()
     if every_place: asked.device = model.device
@@ -48,13 +60,13 @@ def writer(
 def sides_of(
     config:dict, # of the run
 )->dict: # (case, side) -> what to time
-    "Every way of every case."
+    "List every way of every case."
     torch.manual_seed(0)
     large = SGDDModel(SGDDConfig.preset(config['large'], vocab_size=config['vocabulary'], mask_id=3,
                                         pad_id=1))
     little = SGDDModel(SGDDConfig.preset('small', vocab_size=300, mask_id=2, pad_id=0))
-    one, many = dict(sentences=1, length=config['length'],
-                     guidance=2.), dict(sentences=config['batch'], length=13)
+    one = dict(sentences=1, length=config['length'], guidance=2.)
+    many = dict(sentences=config['batch'], length=13)
     return {('one sentence', 'every place'): writer(large, **one, every_place=True),
             ('one sentence', 'ours'): writer(large, **one),
             ('one sentence', 'ours, bf16'): writer(large, **one, bf16=True),
@@ -68,7 +80,9 @@ FULL = dict(large='brief', vocabulary=50_265, length=64, batch=256, rounds=7, sa
             device='cpu')
 SMALL = dict(large='tiny', vocabulary=60, length=8, batch=4, rounds=2, sample_ms=1, device='cpu')
 
-def main(arguments:list[str]=()): # of the command line
+def main(
+    arguments:list[str]=(), # of the command line
+):
     "Time the writing of sentences; prints the table."
     parser = argparse.ArgumentParser('python -m enigma_lab.bench.sgdd', description=main.__doc__)
     parser.add_argument('--small', action='store_true',
@@ -91,7 +105,7 @@ def main(arguments:list[str]=()): # of the command line
 def table(
     run:Run, # a record
 ): # a DataFrame: a line for each case and side
-    "Seconds for a sentence: median and quartiles over the rounds."
+    "Compute seconds for a sentence: median and quartiles over the rounds."
     import pandas as pd
     rows = pd.DataFrame([row for row in run.history if 'round' in row])
     each = {'one sentence': 1, 'a batch': run.config['batch']}
@@ -103,8 +117,10 @@ def table(
                       'CPU seconds': cpu.median(), 'sentences/s': 1/wall.median()})
     return pd.DataFrame(lines)
 
-def summary(run:Run)->dict: # ready for metrics.json
-    "The numbers a claim may name."
+def summary(
+    run:Run, # a record
+)->dict: # ready for metrics.json
+    "List the numbers a claim may name."
     t = table(run).set_index(['case', 'side'])
     one, many = t.loc['one sentence'], t.loc['a batch']
     return dict(one_sentence_s=one.loc['ours', 'seconds'],
