@@ -1,4 +1,7 @@
 "Fixtures that several files share, and the list of what each tier runs (`tests/tiers.txt`)."
+import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -24,6 +27,16 @@ def toy_text(tmp_path):
     path = tmp_path/'text.txt'
     path.write_text('\n\n'.join(f'Chapter {i}. ' + night * (1 + i % 5) for i in range(150)))
     return path
+
+@pytest.fixture
+def train_from_shell(tmp_path):
+    "Train a language model as a shell does, with settings from a file."
+    def train(**settings):
+        path = tmp_path/'c.json'
+        path.write_text(json.dumps(settings))
+        command = [sys.executable, '-m', 'enigma_lab.lm.train', '--config', str(path)]
+        return subprocess.run(command, capture_output=True, text=True)
+    return train
 
 # tiers
 

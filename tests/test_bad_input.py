@@ -1,5 +1,5 @@
 "Show what goes wrong in other hands: the rule, the value, an exit code, and no half record."
-import json, os, subprocess, sys
+import os, subprocess
 
 import pytest, torch
 
@@ -197,19 +197,12 @@ def test_read_only_runs(tmp_path):
     (tmp_path/'runs').mkdir(mode=0o500)
     with pytest.raises(OSError, match='ENIGMA_RUNS'): smoke(data=file(tmp_path, 'n.txt', novel))
 
-def test_exit_code(tmp_path):
+def test_exit_code(train_from_shell):
     "From a shell: one line, no traceback, not 0."
-    (tmp_path/'c.json').write_text(json.dumps(dict(preset='smoke', data='missing.txt')))
-    result = subprocess.run(
-        [sys.executable, '-m', 'enigma_lab.lm.train', '--config', str(tmp_path / 'c.json')],
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        result.returncode == 1
-        and 'missing.txt' in result.stderr
-        and 'Traceback' not in result.stderr
-    )
+    result = train_from_shell(preset='smoke', data='missing.txt')
+    assert result.returncode == 1
+    assert 'missing.txt' in result.stderr
+    assert 'Traceback' not in result.stderr
 
 def test_unknown_papermill_parameter(tmp_path):
     result = subprocess.run(

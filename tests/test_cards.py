@@ -63,6 +63,31 @@ def test_a_card_says_what_fastcore_reads(symbols):
             compared += 1
     assert compared > 1000
 
+def test_a_card_shows_only_parameters_that_the_library_defines(tmp_path, monkeypatch):
+    "What a class inherits from another library has no row, and nothing is asked of it."
+    (tmp_path/'toy_wheels').mkdir()
+    (tmp_path/'toy_wheels/__init__.py').write_text('''
+import argparse
+__all__ = ['Words', 'Wheel', 'Geared']
+class Words(argparse.ArgumentParser):
+    "Read words."
+class Wheel(argparse.ArgumentParser):
+    "Hold a wheel."
+    def __init__(
+        self,
+        teeth, # how many
+        *args, # of the parser
+    ): ...
+class Geared(Wheel):
+    "Hold a wheel with gears."
+''')
+    monkeypatch.syspath_prepend(tmp_path)
+    toy = importlib.import_module('toy_wheels')
+    assert len(inspect.signature(toy.Words).parameters) > 10 # the parser's own
+    assert rows(toy.Words) == {}
+    assert rows(toy.Wheel) == rows(toy.Geared) == dict(teeth='how many', args='of the parser')
+    assert check_api('toy_wheels') == []
+
 def test_a_comment_of_one_line_belongs_to_no_parameter():
     text = 'def f(x, y, z=lambda a: a): # HTML\n    return x'
     assert read_definitions(text)['f'].meanings == dict(x='', y='', z='', **{'return': 'HTML'})

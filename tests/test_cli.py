@@ -103,8 +103,8 @@ def test_a_table_fits(committed, monkeypatch, capsys, width):
                              sorted(committed, key=lambda run: -run.env['started'])):
             assert line[:19].startswith(run.name[:19]) and ' finished ' in line
     code, out, err = said(capsys, 'runs')
-    assert len(
-        out.splitlines()) == 21 and err == f'{len(committed) - 20} older runs are left out; -n 0 shows all\n'
+    assert len(out.splitlines()) == 21
+    assert err == f'{len(committed) - 20} older runs are left out; -n 0 shows all\n'
     wide = ','.join(list(committed[-1].metrics)[:30])
     assert max(map(len, said(capsys, 'runs', committed[-1].path.parent.name, '-n', '0', '--columns',
                              'name,' + wide)[1].splitlines())) <= width

@@ -1,5 +1,5 @@
 "Several processes: the same training as one, the same weights in each, and an end when one fails."
-import json, math, os, signal, subprocess, sys
+import math, os, signal, subprocess
 from dataclasses import replace
 
 import pytest, torch
@@ -82,22 +82,12 @@ def test_the_notebook_with_two_processes(data, tmp_path):
         and 'test_bits_per_char' in run.metrics
     )
 
-def test_a_failing_rank_ends_the_run(data, tmp_path):
+def test_a_failing_rank_ends_the_run(data, train_from_shell):
     "From a shell: its own traceback, exit code not 0, no result."
-    (tmp_path / 'c.json').write_text(
-        json.dumps(dict(preset='smoke', data=data, processes=2, learning_rate=1e30, warmup_steps=0))
-    )
-    result = subprocess.run(
-        [sys.executable, '-m', 'enigma_lab.lm.train', '--config', str(tmp_path / 'c.json')],
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        result.returncode == 1
-        and 'of 2 failed' in result.stderr
-        and 'Traceback' in result.stderr
-        and 'must stay finite' in result.stderr
-    )
+    result = train_from_shell(preset='smoke', data=data, processes=2, learning_rate=1e30,
+                              warmup_steps=0)
+    assert result.returncode == 1
+    for words in ('of 2 failed', 'Traceback', 'must stay finite'): assert words in result.stderr
     assert not any(run.finished for run in list_runs())
 
 def test_a_killed_rank_ends_the_run():

@@ -1,4 +1,4 @@
-"The house in order: which module may import which, that importing does nothing else, and that old names work."
+"The house in order: which module may import which, imports do nothing else, old names work."
 import ast
 import os
 import pkgutil
@@ -77,7 +77,8 @@ def test_maskpro_holds_no_diffusion_model():
 IMPORT_ALL = """
 import importlib, os, sys, warnings
 warnings.simplefilter('ignore')
-for name in {others!r}:  # libraries of others once: each child is a fresh process that has imported nothing of ours
+# libraries of others once: each child is a fresh process that has imported nothing of ours
+for name in {others!r}:
     try: importlib.import_module(name)
     except ImportError: pass
 sys.path.insert(0, {root!r})

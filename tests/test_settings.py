@@ -1,4 +1,7 @@
-"Every setting of every training is reached by papermill, by words, by a file and by `python -m`, and none is written twice."
+"""Every setting of every training is reached by papermill, by words, by a file and by `python -m`.
+
+None is written twice.
+"""
 import subprocess
 import sys
 from pathlib import Path

@@ -151,7 +151,7 @@ def attempt(
     self:Lampboard,
     act, # function that changes the board and may return a text
 ):
-    "Do something and show it; what cannot be becomes a text."
+    "Call a function and show what came of it; an error becomes a text."
     try: self.draw(act() or '')
     except ValueError as e: self.draw(str(e))
 

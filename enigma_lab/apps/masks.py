@@ -246,7 +246,7 @@ class MasksPage:
         self,
         act, # function that changes the page
     ):
-        "Do something; what cannot be done becomes a text."
+        "Call a function; an error becomes a text."
         try: act()
         except (ValueError, OSError) as e: said = f'<p>{html.escape(str(e))}</p>'
         else: said = ''

@@ -54,16 +54,17 @@ RENAMED |= { # modules
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #d8bdbaef
 RENAMED |= { # commands
-    'python scripts/train_multi_gpu.py': 'papermill nbs/train_enigma.ipynb -p preset brief-148m -p '
-                                         'gpus 5',
-    'python scripts/train_single_gpu.py': 'papermill nbs/train_enigma.ipynb -p preset brief-148m '
-                                          '-p gpus 1',
-    'python scripts/train_multi_gpu_simple.py': 'papermill nbs/train_enigma.ipynb -p preset '
-                                                'brief-50m -p gpus 5',
-    'python scripts/train_single_gpu_simple.py': 'papermill nbs/train_enigma.ipynb -p preset '
-                                                 'brief-50m -p gpus 1 -p effective_batch 128',
+    'python scripts/train_multi_gpu.py':
+        'papermill nbs/train_enigma.ipynb -p preset brief-148m -p gpus 5',
+    'python scripts/train_single_gpu.py':
+        'papermill nbs/train_enigma.ipynb -p preset brief-148m -p gpus 1',
+    'python scripts/train_multi_gpu_simple.py':
+        'papermill nbs/train_enigma.ipynb -p preset brief-50m -p gpus 5',
+    'python scripts/train_single_gpu_simple.py':
+        'papermill nbs/train_enigma.ipynb -p preset brief-50m -p gpus 1 -p effective_batch 128',
     'python train.py': 'papermill nbs/train_enigma.ipynb -p preset brief-50m -p gpus 5',
-    'accelerate launch --config_file accelerate_config.yaml pretrain.py': 'papermill nbs/train_enigma.ipynb -p preset brief-002 -p gpus 5 '
+    'accelerate launch --config_file accelerate_config.yaml pretrain.py':
+        'papermill nbs/train_enigma.ipynb -p preset brief-002 -p gpus 5 '
         '-p data am_0.9M_processed_hf -p tokenizer enigma_tokenizer -p tracker tensorboard',
     'accelerate launch --config_file accelerate_config.yaml lora_sft.py':
         'papermill nbs/train_lora.ipynb -p preset brief-002 -p gpus 5 -p data sft_data.jsonl',
@@ -75,11 +76,13 @@ RENAMED |= { # commands
     'python build_full_tokenizer.py': 'enigma-lab tokenizer sft_data.jsonl enigma_tokenizer',
     'python scripts/generate.py': 'enigma-lab generate - TEXT',
     'tensorboard --logdir output_full_sequence/runs': 'tensorboard --logdir runs/train_enigma',
-    'ls checkpoints_multigpu/best_model_multigpu.pt': 'ls runs/train_enigma/*/checkpoint/model.safetensors',
+    'ls checkpoints_multigpu/best_model_multigpu.pt':
+        'ls runs/train_enigma/*/checkpoint/model.safetensors',
     'ls checkpoints_multigpu/': 'enigma-lab runs',
     'ls checkpoints_*_optimized/': 'enigma-lab runs',
     'tail -f nohup.out': 'tail -f runs/train_enigma/*/history.jsonl',
-    'pip install torch torchvision torchaudio --index-url https://download.pytorch.org/whl/cu118': "pip install 'torch>=2.11,<3'",
+    'pip install torch torchvision torchaudio --index-url https://download.pytorch.org/whl/cu118':
+        "pip install 'torch>=2.11,<3'",
     'pip install -r requirements.txt': "pip install -c constraints.txt '.[all]'"}
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #c643979b
@@ -96,7 +99,7 @@ RENAMED |= { # of later steps; tests/test_later.py asks of each row whether it i
 def rule(
     original:str, # a row's left side
 )->re.Pattern: # with a group where the row has `…`
-    "The whole words of a row as a regular expression."
+    "Make a regular expression of a row, which finds whole words."
     edge = lambda character, look: look if re.match(r'\w', character) else ''
     words = re.escape(original).replace('…', r'([^()]*)')
     return re.compile(edge(original[0], r'(?<!\w)') + words + edge(original[-1], r'(?!\w)'))

@@ -45,7 +45,7 @@ def write_tree(
 # %% ../../nbs/dev/40_proof.ipynb #2e1b6c4f
 @dataclass(frozen=True)
 class Suite:
-    "The proofs of one file of tests."
+    "Hold the proofs of one file of tests."
     name:str # of the file, without `test_`
     tests:dict # name of a test → its syntax tree
     modules:tuple[str, ...] # of `enigma_lab`, covered by the tests
@@ -215,7 +215,7 @@ def check_in_step(
 
 # %% ../../nbs/dev/40_proof.ipynb #836795f1
 def main():
-    "Do what the Makefile asks: check, notebooks, stale, slice or prove."
+    "Run what the Makefile asks for: check, notebooks, stale, slice or prove."
     root, (action, *rest) = checkout(), sys.argv[1:] or ['']
     if action == 'check':
         wrong = check_in_step(root)

@@ -25,7 +25,7 @@ class TrainingConfig:
     minutes:float = 0. # wall time at most; 0: no limit
     batch_size:int = 8 # windows of a forward pass, in each process
     gradient_accumulation_steps:int = 1 # forward passes of an update
-    effective_batch:int = 0 # windows of an update over all processes; sets the accumulation; 0: does not
+    effective_batch:int = 0 # windows of an update, of all processes; sets the accumulation; 0: not
     optimizer:str = 'muon' # 'muon' (for matrices, AdamW for the rest) | 'adamw'
     learning_rate:float = 5e-3 # peak
     weight_decay:float = .05 # of matrices and embeddings
@@ -79,9 +79,8 @@ def check_training(
     if not 0 <= c.decay_share <= 1:
         raise ValueError(f"decay_share must lie in [0, 1], got {c.decay_share}")
     if c.save_steps % c.eval_steps:
-        raise ValueError(
-            f"save_steps must be a multiple of eval_steps={c.eval_steps}, so that the best can "
-                         f"be kept, got {c.save_steps}")
+        raise ValueError(f"save_steps must be a multiple of eval_steps={c.eval_steps}, so that the "
+                         f"best can be kept, got {c.save_steps}")
     if c.precision not in ('auto', 'fp32', 'bf16', 'fp16'):
         raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {c.precision!r}")
     check_batch(c)
@@ -96,9 +95,8 @@ def check_batch(
         raise ValueError(f"effective_batch must be a multiple of batch_size × processes = "
                          f"{c.batch_size} × {c.world}, got {c.effective_batch}")
     if c.effective_batch and c.gradient_accumulation_steps not in (1, c.effective_batch//whole):
-        raise ValueError(
-            f"effective_batch sets gradient_accumulation_steps: give one of the two, got "
-                         f"{c.effective_batch} and {c.gradient_accumulation_steps}")
+        raise ValueError("effective_batch sets gradient_accumulation_steps: give one of the two, "
+                         f"got {c.effective_batch} and {c.gradient_accumulation_steps}")
 
 # %% ../../nbs/lab/24_config.ipynb #357b1211
 def make_from_preset(
@@ -124,7 +122,7 @@ def count_steps(
     windows:int, # of the training set
 )->int: # updates that epochs and max_steps allow; a million when only minutes count
     "Count the updates of a training."
-    per_epoch = math.ceil(math.ceil(windows
-                                    / (config.batch_size*config.world)) / config.accumulation)
+    passes = math.ceil(windows / (config.batch_size*config.world))
+    per_epoch = math.ceil(passes / config.accumulation)
     by_epochs = math.ceil(config.epochs * per_epoch) if config.epochs else 0
     return max(1, min([n for n in (config.max_steps, by_epochs) if n], default=1_000_000))

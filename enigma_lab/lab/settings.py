@@ -77,7 +77,7 @@ def check_value(
     setting:Setting, # what is set
     value, # to what
 ):
-    "Raise ValueError unless a value is of the setting's type and, if a number, finite and at least 0."
+    "Raise ValueError unless a value has the setting's type; a number is finite, at least 0."
     kinds = kinds_of(setting.kind)
     if not any(fits(value, kind) for kind in kinds):
         wanted = ' or '.join(WORDS.get(kind, 'None') for kind in kinds)

@@ -11,6 +11,8 @@ from functools import partial
 from importlib.util import find_spec
 from numbers import Real
 
+from fastcore.basics import patch
+
 from .runs import Run
 
 # %% ../../nbs/lab/22_trackers.ipynb #686c23b6
@@ -18,8 +20,8 @@ def check_tracker(
     kind:str, # 'none' | 'wandb' | 'tensorboard'
 ):
     "Refuse a tracker that cannot be had."
-    if kind not in ('none', 'wandb', 'tensorboard'): raise ValueError(
-        f"tracker must be 'none', 'wandb' or 'tensorboard', got {kind!r}")
+    if kind not in ('none', 'wandb', 'tensorboard'):
+        raise ValueError(f"tracker must be 'none', 'wandb' or 'tensorboard', got {kind!r}")
     if kind != 'none' and not getattr(find_spec(kind), 'origin', None):
         raise ModuleNotFoundError(f"tracker={kind!r} needs a package that is not installed: "
             "pip install 'enigma_lab[dev]'", name=kind)
@@ -29,6 +31,11 @@ def _warn(event, error):
     "Log one line, whatever the error has to say."
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     logging.getLogger(__name__).warning(f"tracker {event}: {reason}")
+
+def _keep_numbers(values):
+    "Keep what is a number, as Python's own; tensors without dimension are numbers."
+    return {name: float(value) for name, value in values.items()
+            if isinstance(value, Real) or getattr(value, 'ndim', None) == 0}
 
 # %% ../../nbs/lab/22_trackers.ipynb #843d58cb
 class Tracker:
@@ -44,8 +51,7 @@ class Tracker:
         **numbers, # by name; what is no number is left out
     ):
         "Copy the numbers of one step."
-        if self.on: self._attempt(lambda: self.write(step, {k: float(v) for k, v in numbers.items()
-            if isinstance(v, Real) or getattr(v, 'ndim', None) == 0}))
+        if self.on: self._attempt(lambda: self.write(step, _keep_numbers(numbers)))
 
     def finish(self,
         failed=False, # whether the run ended in an error
@@ -55,14 +61,18 @@ class Tracker:
         if close: self._attempt(lambda: close(failed))
         self.on = False
 
-    def _attempt(self, action):
-        try: action()
-        except Exception as error:
-            if self.on: _warn("failed and is off, the run goes on", error)
-            self.on = False
-
     def __enter__(self): return self
+
     def __exit__(self, error, *_): self.finish(failed=error is not None)
+
+# %% ../../nbs/lab/22_trackers.ipynb #1810cf07
+@patch
+def _attempt(self:Tracker, action):
+    "Call a function; an error is a line of warning, and the end of the copying."
+    try: action()
+    except Exception as error:
+        if self.on: _warn("failed and is off, the run goes on", error)
+        self.on = False
 
 # %% ../../nbs/lab/22_trackers.ipynb #66eafebe
 def _tensorboard(run, project, experiment):

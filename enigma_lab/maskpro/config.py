@@ -20,12 +20,12 @@ from .scores import KINDS
 # %% ../../nbs/maskpro/52_config.ipynb #25ede24f
 @dataclass(frozen=True)
 class MaskProConfig:
-    "A learning of masks for a diffusion model."
+    "Hold the settings of a learning of masks for a diffusion model."
     preset:str = 'cpu' # preset, see `presets`
-    model:str = '' # dense model: a run of train_ddpm, a folder with model_index.json, a hub id; empty: the newest run, else the showcase's
+    model:str = '' # dense: a run of train_ddpm, a folder, a hub id; empty: newest or showcase's
     dataset:str = 'digits' # of `load_images`
     dataset_size:int = 0 # training images used; 0: all
-    initial:str = 'magnitude' # 'magnitude' | 'wanda' | 'fisher' | 'random', or a folder with a pruned pipeline
+    initial:str = 'magnitude' # 'magnitude' | 'wanda' | 'fisher' | 'random' | pruned model's folder
     n:int = 2 # weights kept
     m:int = 4 # of so many
     groups:str = 'in_channels' # 'in_channels' | 'flat'
@@ -43,7 +43,7 @@ class MaskProConfig:
     eval_steps:int = 100 # updates between two looks at validation
     patience:int = 0 # looks without improvement before stopping; 0: never
     save_logits:bool = True # beside the masks
-    num_samples:int = 400 # images that are drawn from each model to be judged, as many as are held out at most
+    num_samples:int = 400 # images drawn from each model to be judged; at most those held out
     compute_fid:bool = True # judge them
     repeats:int = 8 # how often a held-out image is judged
     gpus:int = 0 # CUDA devices, one process each; 0: the CPU
@@ -59,15 +59,18 @@ class MaskProConfig:
     def __post_init__(self): check_config(self)
 
     @property
-    def world(self): return max(self.gpus, self.processes) # processes
+    def world(self): # processes
+        return max(self.gpus, self.processes)
 
     @property
-    # of a batch, over all processes
-    def parts(self): return self.gradient_accumulation_steps*self.world
+    def parts(self): # of a batch, over all processes
+        return self.gradient_accumulation_steps*self.world
 
 # %% ../../nbs/maskpro/52_config.ipynb #f898458b
-def check_config(c:MaskProConfig):
-    "Refuse what cannot be run."
+def check_config(
+    c:MaskProConfig, # any
+):
+    "Refuse settings that cannot be run."
     check_fields(c)
     check_processes(c.gpus, c.processes)
     check_tracker(c.tracker)
@@ -78,8 +81,8 @@ def check_config(c:MaskProConfig):
     if not (c.budget or c.max_steps or c.epochs):
         raise ValueError("learning needs an end: set budget, max_steps or epochs above 0")
     if c.initial not in KINDS and not Path(c.initial).is_dir():
-        raise ValueError(
-            f"initial must be one of {KINDS}, or a folder with a pruned pipeline, got {c.initial!r}")
+        raise ValueError(f"initial must be one of {KINDS}, or a folder with a pruned pipeline, "
+                         f"got {c.initial!r}")
     if not 0 < c.share <= 1: raise ValueError(f"share must lie in (0, 1], got {c.share}")
     if c.pool < 2 and make_method(c.estimator).pool:
         raise ValueError(f"pool must be at least 2, got {c.pool}")
@@ -90,7 +93,7 @@ def steps_of(
     c:MaskProConfig, # budgets
     images:int, # of training that are used
 )->tuple[int,int]: # updates and forward-equivalents at most
-    "How long a learning is."
+    "Compute how long a learning is."
     method = make_method(c.estimator)
     cost, known = method.make(c.n).forwards, c.pool*method.pool
     per_epoch = max(1, images//(c.batch_size*c.parts))

@@ -21,15 +21,18 @@ from ..ddpm.model import evaluating
 def each_loss(
     model, # any module or function
     batches:list, # the same for every model
-    loss, # loss(model, batch) -> scalar; with loss.each(model, batch) -> (B,) it is asked sample by sample
+    loss, # loss(model, batch) -> scalar; loss.each(model, batch) -> (B,) is taken where it is
 )->Tensor: # (samples,) or, without `each`, (batches,)
-    "Losses in the order of the batches."
-    device = (next((p.device for p in model.parameters()), torch.device('cpu'))
-              if hasattr(model, 'parameters') else None)
+    "Compute losses in the order of the batches."
+    device, found = None, []
+    if hasattr(model, 'parameters'):
+        device = next((p.device for p in model.parameters()), torch.device('cpu'))
     ask = getattr(loss, 'each', lambda *args: loss(*args).reshape(1))
     with evaluating(model):
-        return torch.cat([ask(model, batch.to(device) if device and hasattr(batch, 'to')
-                              else batch).detach().double().cpu() for batch in batches])
+        for batch in batches:
+            if device and hasattr(batch, 'to'): batch = batch.to(device)
+            found.append(ask(model, batch).detach().double().cpu())
+    return torch.cat(found)
 
 # %% ../../nbs/maskpro/60_evaluate.ipynb #5d65c8f3
 def loss_by_timestep(
@@ -38,7 +41,7 @@ def loss_by_timestep(
     num_steps:int, # T
     buckets:int=10, # of equal length
 )->Tensor: # (buckets,) means; nan where there is no sample
-    "Mean loss in each part of the schedule."
+    "Average the loss in each part of the schedule."
     if len(losses) != len(t):
         raise ValueError(
             f"every loss needs its timestep, got {len(losses)} losses and {len(t)} timesteps")
@@ -52,24 +55,25 @@ def plot_timesteps(
     num_steps:int, # T
     buckets:int=10, # of equal length
 ): # the axes
-    "Loss against time, one line for each model."
+    "Plot loss against time, one line for each model."
     import matplotlib.pyplot as plt
     ax = plt.subplots(figsize=(5, 2.4))[1]
     middle = (torch.arange(buckets) + .5)*num_steps/buckets
     for name, values in losses.items():
-        ax.plot(middle, loss_by_timestep(values, t, num_steps, buckets), marker='o', markersize=3,
-                label=name)
-    ax.set(xlabel='timestep', ylabel='squared error', yscale='log'); ax.legend()
+        means = loss_by_timestep(values, t, num_steps, buckets)
+        ax.plot(middle, means, marker='o', markersize=3, label=name)
+    ax.set(xlabel='timestep', ylabel='squared error', yscale='log')
+    ax.legend()
     return ax
 
 # %% ../../nbs/maskpro/60_evaluate.ipynb #9267a7d0
 def loss_report(
     losses:dict, # name -> (R·U,) losses of the same samples
     units:int|None=None, # U; `None`: each sample is its own
-    resamples:int=2000,
-    seed:int=0,
+    resamples:int=2000, # of the bootstrap
+    seed:int=0, # of the bootstrap
 )->dict: # names -> numbers, intervals as '_from' and '_to'
-    "Losses, their differences and what could have been found."
+    "Report losses, their differences and what could have been found."
     found = {}
     def enter(name, value, low, high):
         found.update({name: float(value), f'{name}_from': low, f'{name}_to': high})
@@ -78,10 +82,10 @@ def loss_report(
     names = list(losses)
     for i, a in enumerate(names):
         for b in names[:i]:
-            enter(f'{a}_minus_{b}',
-                  *paired_difference(losses[a], losses[b], units, resamples, seed))
-            found[f'{a}_minus_{b}_smallest'] = minimal_detectable_effect(
-                losses[a], losses[b], units)
+            difference = paired_difference(losses[a], losses[b], units, resamples, seed)
+            enter(f'{a}_minus_{b}', *difference)
+            smallest = minimal_detectable_effect(losses[a], losses[b], units)
+            found[f'{a}_minus_{b}_smallest'] = smallest
     if {'dense', 'initial', 'learned'} <= losses.keys():
         dense, initial, learned = (losses[name] for name in ('dense', 'initial', 'learned'))
         if paired_difference(initial, dense, units, resamples, seed)[1] > 0:
@@ -94,27 +98,26 @@ def evaluate_models(
     batches:list, # the same for all, of `fixed_batches` or any
     loss, # as for `each_loss`
     units:int|None=None, # images that the batches pass over; `None`: each sample is its own
-    scheduler=None, # of diffusers; with it, `real`, `held_out` and `features` what is generated is judged, too
+    scheduler=None, # of diffusers; with the next three, generated images are judged, too
     real:Tensor|None=None, # (N, C, H, W) that the models learned from
     held_out:Tensor|None=None, # (M, C, H, W) others
     features:nn.Module|None=None, # of `train_features`, or any; `None`: no samples
     steps:int=25, # of the sampler
     seed:int=0, # of the bootstrap
 )->dict: # ready for JSON
-    "What each model loses, how sure that is, and how real its images look."
+    "Measure what each model loses, how sure that is, and how real its images look."
     given = [x is not None for x in (scheduler, real, held_out, features)]
     if any(given[1:]) and not all(given):
-        raise ValueError(
-            "to judge samples give all of scheduler, real, held_out and features, got only some of "
-            "them")
+        raise ValueError("to judge samples give all of scheduler, real, held_out and features, "
+                         "got only some of them")
     losses = {name: each_loss(model, batches, loss) for name, model in models.items()}
-    found = dict(loss_report(losses, units, seed=seed), samples=len(next(iter(losses.values()))),
-                 units=units or len(next(iter(losses.values()))))
+    samples = len(next(iter(losses.values())))
+    found = dict(loss_report(losses, units, seed=seed), samples=samples, units=units or samples)
     if all(hasattr(b, 't') for b in batches) and scheduler is not None:
         t = torch.cat([b.t for b in batches]).cpu()
         by_time = {name: loss_by_timestep(values, t, scheduler.config.num_train_timesteps).tolist()
                    for name, values in losses.items()}
         found['by_timestep'] = {name: [None if math.isnan(v) else v for v in values]
                                 for name, values in by_time.items()}
-    return (dict(found, **distance_report(models, scheduler, real, held_out, features, steps)[0])
-            if all(given) else found)
+    if not all(given): return found
+    return found | distance_report(models, scheduler, real, held_out, features, steps)[0]

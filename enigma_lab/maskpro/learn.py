@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parts_of', 'batch_seed', 'pool_fingerprint', 'LearnConfig', 'Learner', 'MaskRun', 'check_loss', 'masks_on',
-           'run_learner', 'learn_masks']
+           'run_learner', 'starting_mask', 'make_learner', 'finish_learning', 'learn_masks']
 
 # %% ../../nbs/maskpro/50_learn.ipynb #d812880f
 import hashlib, json, math, os, time
@@ -86,8 +86,8 @@ class Learner:
         batches, # a pool or a function of the step
         config:LearnConfig, # how
     ):
-        self.objective, self.batches, self.config, method = (objective, batches, config,
-                                                             config.method)
+        self.objective, self.batches, self.config = objective, batches, config
+        method = config.method
         self.initial = objective.initial
         self.logits = self.initial*(config.logits or method.logits)
         self.estimator, self.rule = method.make(objective.masks.n), method.rule()
@@ -130,7 +130,8 @@ def step(self:Learner)->dict: # what happened, ready for a history
     self.steps += 1
     if found.gain is not None: self.gains.append(found.gain)
     spent = self.objective.take_seconds()
-    self.seconds['loss'] += spent; self.seconds['mask'] += time.perf_counter() - begin - spent
+    self.seconds['loss'] += spent
+    self.seconds['mask'] += time.perf_counter() - begin - spent
     return dict(step=self.steps, forwards=self.objective.forwards, loss=found.loss,
         learning_rate=rate, flips=flipped.float().mean().item(),
         **({'loss_gain': found.gain} if found.gain is not None else {}))
@@ -142,12 +143,12 @@ def look(self:Learner,
 )->dict: # ready for a history
     "Measure how far the learning is."
     mask, d = self.mode(), NMDistribution(self.logits, self.objective.masks.n)
+    gaps = (self.logits.amax(1) - self.logits.amin(1)).float().cpu()
     row = dict(step=self.steps, forwards=self.objective.forwards,
         entropy_bits=d.entropy().mean().item()/math.log(2), tried=self.tried.float().mean().item(),
         changed=(mask != self.initial).any(1).float().mean().item(),
         loss_s=round(self.seconds['loss'], 3), mask_s=round(self.seconds['mask'], 3),
-        logit_gap_histogram=torch.histc((self.logits.amax(1) - self.logits.amin(1)).float().cpu(),
-        10, 0., 20.).int().tolist())
+        logit_gap_histogram=torch.histc(gaps, 10, 0., 20.).int().tolist())
     row['sparsity'] = {layer.name: 1 - mask[layer.start:layer.stop].mean().item()
         for layer in self.objective.masks.layers}
     recent = torch.tensor(self.gains[-self.config.eval_steps:], dtype=torch.float64)
@@ -211,16 +212,15 @@ def load(self:Learner,
             f"got {({k: (then.get(k), v) for k, v in now.items() if then.get(k) != v})} (then, "
             f"now) in {path}")
     numbers, device = json.loads(metadata['numbers']), self.initial.device
-    self.logits, self.best_logits, self.tried = (tensors[k].to(device) for k in ('logits',
-        'best_logits', 'tried'))
+    names = 'logits', 'best_logits', 'tried'
+    self.logits, self.best_logits, self.tried = (tensors[k].to(device) for k in names)
     self.generator.set_state(tensors['generator'])
     self.rule.state = numbers['rule'] | {k.removeprefix('rule.'): v.to(device)
         for k, v in tensors.items() if k.startswith('rule.')}
-    self.estimator.state, self.gains, self.seconds = numbers['estimator'], numbers[
-        'gains'], numbers['seconds']
-    self.steps, self.best, self.waited = (numbers[k] for k in ('steps', 'best', 'waited'))
-    self.objective.forwards, self.objective.known = numbers['forwards'], {int(k): v
-        for k, v in numbers['known'].items()}
+    self.estimator.state = numbers['estimator']
+    for name in ('gains', 'seconds', 'steps', 'best', 'waited'): setattr(self, name, numbers[name])
+    self.objective.forwards = numbers['forwards']
+    self.objective.known = {int(k): v for k, v in numbers['known'].items()}
     return json.loads(metadata['history'])
 
 # %% ../../nbs/maskpro/50_learn.ipynb #7d3de1a3
@@ -256,8 +256,8 @@ def masks_on(
     *how, # arguments of `apply_masks`
 )->Masks: # of the model
     "Find the masks that a model has, or apply new ones."
-    return find_masks(model) if any(mask_of(module) for module in model.modules()) else apply_masks(
-        model, *how)
+    masked = any(mask_of(module) for module in model.modules())
+    return find_masks(model) if masked else apply_masks(model, *how)
 
 # %% ../../nbs/maskpro/50_learn.ipynb #e921ea81
 def run_learner(
@@ -281,6 +281,58 @@ def run_learner(
     return history
 
 # %% ../../nbs/maskpro/50_learn.ipynb #cc40e075
+def starting_mask(
+    masks:Masks, # of a model
+    loss_fn, # `loss_fn(model, batch)` -> scalar tensor
+    batches, # a list of batches, or a function of the step
+    initial='magnitude', # a kind of `initial_mask`, or a (G, M) mask
+    seed:int=0, # of a mask by chance
+)->Tensor: # (G, M), checked
+    "Find the mask that learning starts from; eight batches at most decide."
+    few = [batches(0)] if callable(batches) else batches[:8]
+    parts = [part for batch in few for part in parts_of(batch)]
+    known = isinstance(initial, Tensor)
+    start = initial if known else initial_mask(masks, initial, loss_fn, parts, seed)
+    masks.check(start)
+    return start
+
+def make_learner(
+    masks:Masks, # of a model
+    loss_fn, # `loss_fn(model, batch)` -> scalar tensor, the same for the same batch
+    batches, # a list of batches, or a function of the step
+    start:Tensor, # (G, M) initial mask
+    config:LearnConfig, # how
+    baselines:list|None=None, # known losses of the initial mask on a pool; they count as forwards
+    accelerator=None, # where several processes share the parts of a batch
+)->Learner: # of the first step
+    "Make a learner, after its loss was checked."
+    objective = Objective(masks, loss_fn, start, accelerator)
+    check_loss(objective, parts_of(batches(0) if callable(batches) else batches[0]))
+    if baselines is not None:
+        objective.known, objective.forwards = dict(enumerate(baselines)), len(baselines)
+    return Learner(objective, batches, config)
+
+# %% ../../nbs/maskpro/50_learn.ipynb #abec465d
+def finish_learning(
+    learner:Learner, # of the first step
+    validation:list=(), # batches to choose by
+    log=None, # called with each row of the history, those of a saved state too
+    state:Path|None=None, # a file to save to, and to go on from if it is there
+)->MaskRun: # its mask is set on the model
+    "Go on from a saved state, if there is one, until the budget is used."
+    objective, batches, config = learner.objective, learner.batches, learner.config
+    history = learner.load(state) if state and state.is_file() else []
+    for row in history if log else []: log(row)
+    if config.method.pool and not callable(batches):
+        for key, batch in enumerate(batches): objective.baseline(parts_of(batch), key)
+    run_learner(learner, [parts_of(batch) for batch in validation], history, log, state)
+    logits = learner.best_logits if config.patience and len(validation) else learner.logits
+    learned = learner.mode(logits)
+    objective.masks.set(learned)
+    return MaskRun(objective.masks, learner.initial, learned, logits, learner.tried, history,
+                   objective.forwards, learner.steps)
+
+# %% ../../nbs/maskpro/50_learn.ipynb #b892d9bf
 def learn_masks(
     model:nn.Module, # any; its weights stay as they are
     loss_fn, # `loss_fn(model, batch)` -> scalar tensor, the same for the same batch
@@ -305,25 +357,7 @@ def learn_masks(
     masks, training = masks_on(model, n, m, targets, protect, groups), model.training
     model.eval() # dropout would make the loss another one each time
     try:
-        first = parts_of(batches(0)) if callable(batches) else [part for batch in batches[:8]
-            for part in parts_of(batch)]
-        start = initial if isinstance(initial, Tensor) else initial_mask(masks, initial, loss_fn,
-            first, config.seed)
-        masks.check(start)
-        objective = Objective(masks, loss_fn, start, accelerator)
-        check_loss(objective, parts_of(batches(0) if callable(batches) else batches[0]))
-        learner = Learner(objective, batches, config)
-        if baselines is not None:
-            objective.known, objective.forwards = dict(enumerate(baselines)), len(baselines)
-        history = learner.load(Path(state)) if state and Path(state).is_file() else []
-        for row in history if log else []: log(row)
-        if config.method.pool and not callable(batches):
-            [objective.baseline(parts_of(batch), key) for key, batch in enumerate(batches)]
-        history = run_learner(learner, [parts_of(batch) for batch in validation], history, log,
-            Path(state) if state else None)
-        logits = learner.best_logits if config.patience and len(validation) else learner.logits
-        learned = learner.mode(logits)
-        masks.set(learned)
+        start = starting_mask(masks, loss_fn, batches, initial, config.seed)
+        learner = make_learner(masks, loss_fn, batches, start, config, baselines, accelerator)
+        return finish_learning(learner, validation, log, Path(state) if state else None)
     finally: model.train(training)
-    return MaskRun(masks, start, learned, logits, learner.tried, history, objective.forwards,
-        learner.steps)

@@ -22,7 +22,7 @@ from .subsets import top_n
 def unmasked(
     masks:Masks, # as they were again afterwards
 ):
-    "The dense model, for as long as the block lasts."
+    "Yield with the dense model set, for as long as the block lasts."
     before = masks.values()
     masks.set(torch.ones_like(before), strict=False)
     try: yield
@@ -31,7 +31,7 @@ def unmasked(
 def magnitude_scores(
     masks:Masks, # of a model
 )->Tensor: # (G, M)
-    "Size of each weight."
+    "Return the size of each weight."
     return masks.weights().abs()
 
 # %% ../../nbs/maskpro/30_scores.ipynb #16d846cf
@@ -40,15 +40,14 @@ def input_norms(
     loss_fn:Callable, # (model, batch) -> anything; it runs the model
     batches:Iterable, # what `loss_fn` takes, one at a time
 )->dict: # name of a layer -> (C,) L2 norm of each input channel
-    "How large the inputs of each masked layer are, over all samples and places."
+    "Measure the inputs of each masked layer, over all samples and places."
     squares = {}
     def listen(layer):
         def add(module, args, kwargs):
             x = next(iter((*args, *kwargs.values()))).detach().float()
-            # (…, C)
-            if isinstance(module, nn.Conv2d): x = x.movedim(-3, -1)
-            squares[layer.name] = squares.get(layer.name,
-                                              0) + x.reshape(-1, x.shape[-1]).square().sum(0)
+            if isinstance(module, nn.Conv2d): x = x.movedim(-3, -1) # (…, C)
+            square = x.reshape(-1, x.shape[-1]).square().sum(0)
+            squares[layer.name] = squares.get(layer.name, 0) + square
         return layer.module.register_forward_pre_hook(add, with_kwargs=True)
 
     hooks = [listen(layer) for layer in masks.layers]
@@ -69,7 +68,7 @@ def over_weight(
     norms:Tensor, # (C,) for each input channel of the layer
     layer:Layer, # whose weight may see a part of the channels in each of its convolution groups
 )->Tensor: # in the shape of the weight
-    "For each weight the number of its input channel."
+    "Give each weight the number of its input channel."
     shape, parts = layer.shape, getattr(layer.module, 'groups', 1)
     if input_axis(layer.module) == 0: return norms[:, None].expand(shape)
     norms = norms.view(parts, 1, shape[1], *[1]*(len(shape) - 2))
@@ -80,10 +79,10 @@ def wanda_scores(
     loss_fn:Callable, # (model, batch) -> anything; it runs the model
     batches:Iterable, # what `loss_fn` takes
 )->Tensor: # (G, M)
-    "Size of each weight times the norm of its input (Wanda, arXiv:2306.11695, eq. 1)."
+    "Multiply each weight's size by its input's norm (Wanda, arXiv:2306.11695, eq. 1)."
     norms = input_norms(masks, loss_fn, batches)
-    return masks.weights().abs()*masks.pack({layer.name: over_weight(norms[layer.name], layer)
-                                             for layer in masks.layers})
+    spread = {layer.name: over_weight(norms[layer.name], layer) for layer in masks.layers}
+    return masks.weights().abs()*masks.pack(spread)
 
 # %% ../../nbs/maskpro/30_scores.ipynb #605888b2
 def fisher_scores(
@@ -91,7 +90,10 @@ def fisher_scores(
     loss_fn:Callable, # (model, batch) -> one number
     batches:Iterable, # what `loss_fn` takes
 )->Tensor: # (G, M)
-    "Mean of (w·dL/dw)² over batches, the diagonal of the empirical Fisher matrix times w² (optimal brain damage, LeCun et al., 1990)."
+    """Average (w·dL/dw)² over batches (optimal brain damage, LeCun et al., 1990).
+
+    It is the diagonal of the empirical Fisher matrix, times w².
+    """
     squares = []
     with unmasked(masks):
         for batch in batches:
@@ -104,9 +106,10 @@ def random_scores(
     masks:Masks, # of a model
     seed:int=0, # of the draw
 )->Tensor: # (G, M) float64
-    "Every subset alike."
-    return torch.rand(masks.num_groups, masks.m, dtype=torch.float64,
-                      generator=torch.Generator().manual_seed(seed)).to(masks.device)
+    "Draw scores under which all subsets are equally likely."
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(masks.num_groups, masks.m, dtype=torch.float64, generator=generator)
+    return scores.to(masks.device)
 
 # %% ../../nbs/maskpro/30_scores.ipynb #5a46808c
 KINDS = 'magnitude', 'wanda', 'fisher', 'random'
@@ -145,13 +148,12 @@ def prune_magnitude(
         if why_dense(name, module, 1, 'flat', owned): continue
         weight, zeros = module.weight.detach(), round(amount*module.weight.numel())
         kept = torch.ones(weight.numel(), device=weight.device, dtype=weight.dtype)
-        kept[weight.abs().flatten().sort(descending=True,
-                                         stable=True).indices[weight.numel() - zeros:]] = 0
+        order = weight.abs().flatten().sort(descending=True, stable=True).indices
+        kept[order[weight.numel() - zeros:]] = 0
         energy = weight.float().square().sum().item()
         weight.mul_(kept.view(weight.shape))
-        report.append(dict(layer=name, weights=weight.numel(), zeros=zeros,
-                           energy_kept=weight.float().square().sum().item()/energy
-                           if energy else 1.))
+        share = weight.float().square().sum().item()/energy if energy else 1.
+        report.append(dict(layer=name, weights=weight.numel(), zeros=zeros, energy_kept=share))
     if not report: raise ValueError("one layer at least must be pruned, got none")
     return pd.DataFrame(report).set_index('layer')
 
@@ -159,7 +161,7 @@ def prune_magnitude(
 def extract_masks(
     pruned, # a model, or the `state_dict` of one
 )->dict: # name of a layer -> bool in the shape of its weight, True: kept
-    "The zeros of those layers that have some."
+    "Find the zeros of those layers that have some."
     if isinstance(pruned, nn.Module):
         weights = {name: module.weight
                    for name, module in choose_layers(pruned, protect=())[0].items()}
@@ -174,9 +176,10 @@ def extract_masks(
 # %% ../../nbs/maskpro/30_scores.ipynb #ef0a3e85
 def project(
     masks:Masks, # of the dense model
-    unstructured:dict, # name of a layer -> True where a weight is kept, of `extract_masks`; layers that are missing had everything kept
-)->tuple[Tensor,dict]: # (G, M) mask; what was lost in the layers named there, shares
-    "The N:M mask that keeps most of an unstructured one, by magnitude where that leaves a choice."
+    # name of a layer -> True where a weight is kept, of `extract_masks`; missing: all are kept
+    unstructured:dict,
+)->tuple[Tensor,dict]: # (G, M) mask; what was lost in the named layers, shares
+    "Find the N:M mask that keeps most of an unstructured one; magnitude decides between equals."
     named = [layer for layer in masks.layers if layer.name in unstructured]
     if not named:
         raise ValueError(
@@ -184,18 +187,18 @@ def project(
             f"{masks.layers[0].name!r}")
     kept = masks.pack({layer.name: unstructured.get(layer.name, torch.ones_like(layer.mask))
                        for layer in masks.layers})
-    # 0: the largest of its group
-    rank = magnitude_scores(masks).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    order = magnitude_scores(masks).argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(dim=1) # 0: the largest of its group
     mask = top_n(kept*masks.m - rank, masks.n)
     rows = torch.cat([torch.arange(layer.start, layer.stop, device=masks.device)
                       for layer in named])
     k, m, energy = kept[rows], mask[rows], masks.weights()[rows].square()
     return mask, dict(
-        # of the kept weights
+        # share of the kept weights
         kept_lost=(k*(1 - m)).sum().item()/k.sum().item(),
-        # of their squares
+        # share of their squares
         energy_lost=(k*(1 - m)*energy).sum().item()/(k*energy).sum().item(),
-        # of the new mask, weights that had been pruned
+        # share of the new mask: weights that had been pruned
         revived=((1 - k)*m).sum().item()/m.sum().item(),
-        # groups that had not N survivors
+        # share of the groups: those that had not N survivors
         other_groups=(k.sum(1) != masks.n).float().mean().item())

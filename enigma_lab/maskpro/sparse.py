@@ -31,11 +31,11 @@ from .subsets import check_mask, top_n
 def count_invalid_groups(
     matrix:Tensor, # (O, K)
 )->int: # among O·K/4
-    "Groups of four that keep more than two."
+    "Count the groups of four that keep more than two."
     return int(((matrix.reshape(-1, 4) != 0).sum(1) > 2).sum())
 
 class Compressed(NamedTuple):
-    "A 2:4 matrix without half of its numbers."
+    "Hold a 2:4 matrix without half of its numbers."
     values:Tensor # (O, K/2) what is kept
     indices:Tensor # (⌈O·K/8⌉,) uint8: where, four bits for each group of four
 
@@ -45,25 +45,22 @@ class Compressed(NamedTuple):
 # %% ../../nbs/maskpro/72_sparse.ipynb #9ecda223
 def compress(
     matrix:Tensor, # (O, K), K a multiple of 4
-    mask:Tensor|None=None, # (O, K), two ones in each group; `None`: what is not zero, at most two a group
+    mask:Tensor|None=None, # (O, K), two ones in each group; `None`: the places of the numbers
 )->Compressed: # of matrix·mask
-    "Two of each four numbers along K, and their places."
+    "Keep two of each four numbers along K, and their places."
     if matrix.ndim != 2 or matrix.shape[1] % 4:
-        raise ValueError(
-            f"a matrix must have rows of whole groups of 4, got shape {tuple(matrix.shape)}")
+        raise ValueError("a matrix must have rows of whole groups of 4, "
+                         f"got shape {tuple(matrix.shape)}")
     if mask is not None and mask.shape != matrix.shape:
-        raise ValueError(
-            f"mask and matrix must have one shape, got {tuple(mask.shape)} and "
-            f"{tuple(matrix.shape)}")
+        raise ValueError("mask and matrix must have one shape, "
+                         f"got {tuple(mask.shape)} and {tuple(matrix.shape)}")
     groups = matrix.reshape(-1, 4)
     kept = (top_n((groups != 0).float(), 2) if mask is None
             else check_mask(mask.reshape(-1, 4), 2, 4))
     if mask is None and (wrong := count_invalid_groups(matrix)):
-        raise ValueError(
-            f"at most 2 of 4 numbers may differ from zero, got more in {wrong} of {len(groups)} "
-            "groups")
-    # (G, 2), ascending
-    where = kept.nonzero()[:, 1].view(-1, 2)
+        raise ValueError("at most 2 of 4 numbers may differ from zero, "
+                         f"got more in {wrong} of {len(groups)} groups")
+    where = kept.nonzero()[:, 1].view(-1, 2) # (G, 2), ascending
     return Compressed(groups.gather(1, where).view(len(matrix), -1),
                       pack_bits(where[:, 0] | where[:, 1] << 2, 4))
 
@@ -77,14 +74,14 @@ def expand(
         raise ValueError(
             f"two values need four bits, got {values.numel()} values and {8*len(indices)} bits")
     where = unpack_bits(indices, 2, values.numel()).view(-1, 2)
-    return values.new_zeros(len(where), 4).scatter(1, where,
-                                                   values.reshape(-1, 2)).view(len(values), -1)
+    groups = values.new_zeros(len(where), 4).scatter(1, where, values.reshape(-1, 2))
+    return groups.view(len(values), -1)
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #099d3bea
 def to_matrix(
     module:nn.Module, # a linear layer or a convolution
 )->Tensor: # (O, K), input channels fastest
-    "A layer's weight as a matrix product reads it."
+    "Lay a layer's weight out as a matrix product reads it."
     return module.weight.movedim(input_axis(module), -1).flatten(1)
 
 def columns(
@@ -93,22 +90,22 @@ def columns(
     stride:tuple=(1, 1), # down and right
     dilation:tuple=(1, 1), # down and right
 )->Tensor: # (B, H', W', kh·kw·C), input channels fastest
-    "What each output pixel sees (im2col)."
+    "Gather what each output pixel sees (im2col)."
     (B, C, *size), x = x.shape, x.permute(0, 2, 3, 1)
     out = [(n - d*(k - 1) - 1)//s + 1 for n, k, s, d in zip(size, kernel_size, stride, dilation)]
     if min(out) < 1:
-        raise ValueError(
-            f"a kernel must fit into the image, got {tuple(kernel_size)}, dilated by "
-            f"{tuple(dilation)}, and {tuple(size)}")
-    image, pixel, channel = x.stride(0), x.stride()[1:3], x.stride(3)
-    steps = (image, *(p*s for p, s in zip(pixel, stride)), *(p*d for p, d in zip(pixel, dilation)),
-             channel)
+        raise ValueError(f"a kernel must fit into the image, got {tuple(kernel_size)}, "
+                         f"dilated by {tuple(dilation)}, and {tuple(size)}")
+    image, *pixel, channel = x.stride()
+    moves = [p*s for p, s in zip(pixel, stride)]
+    taps = [p*d for p, d in zip(pixel, dilation)]
+    steps = image, *moves, *taps, channel
     # a view until here; reshape copies
     return x.as_strided((B, *out, *kernel_size, C), steps).reshape(B, *out, -1)
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #4d6ba14d
 class SparseLinear(nn.Module):
-    "A linear layer for inference over a compressed weight."
+    "Compute a linear layer for inference over a compressed weight."
     def __init__(self,
         weight:Tensor, # (O, K)
         bias:Tensor|None=None, # (O,)
@@ -117,14 +114,16 @@ class SparseLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
-    def forward(self, x:Tensor)->Tensor: # (…, K), (…, O)
-        # the kernels read plain matrices only
+    def forward(self,
+        x:Tensor, # (…, K)
+    )->Tensor: # (…, O)
+        "Multiply by the weight; the kernels read plain matrices only."
         y = F.linear(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.bias)
         return y.view(*x.shape[:-1], self.weight.shape[0])
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #bd33fec9
 class SparseConv2d(SparseLinear):
-    "A convolution as im2col and one matrix product."
+    "Compute a convolution as im2col and one matrix product."
     def __init__(self,
         weight:Tensor, # (O, kh·kw·C), of `to_matrix`
         bias:Tensor|None, # (O,)
@@ -132,10 +131,13 @@ class SparseConv2d(SparseLinear):
     ):
         super().__init__(weight, bias)
         self.geometry = conv.kernel_size, conv.stride, conv.dilation
-        self.padding, self.mode = (conv._reversed_padding_repeated_twice, 'constant'
-                                   if conv.padding_mode == 'zeros' else conv.padding_mode)
+        self.padding = conv._reversed_padding_repeated_twice
+        self.mode = 'constant' if conv.padding_mode == 'zeros' else conv.padding_mode
 
-    def forward(self, x:Tensor)->Tensor: # (B, C, H, W), (B, O, H', W')
+    def forward(self,
+        x:Tensor, # (B, C, H, W) or (C, H, W)
+    )->Tensor: # (B, O, H', W') or (O, H', W')
+        "Gather what each pixel sees, and multiply by the weight."
         if x.ndim == 3: return self(x[None])[0]
         padded = F.pad(x, self.padding, self.mode) if any(self.padding) else x
         y = super().forward(columns(padded, *self.geometry)).permute(0, 3, 1, 2)
@@ -145,9 +147,9 @@ class SparseConv2d(SparseLinear):
 def why_not_sparse(
     module:nn.Module, # a linear layer or a convolution
 )->list[str]: # empty: there are none
-    "What keeps a layer from being one matrix product with a 2:4 weight."
-    own, (O, K), found = next(c for c in type(module).__mro__
-                              if 'forward' in vars(c)), to_matrix(module).shape, []
+    "List what keeps a layer from being one matrix product with a 2:4 weight."
+    own = next(c for c in type(module).__mro__ if 'forward' in vars(c))
+    (O, K), found = to_matrix(module).shape, []
     if own not in (nn.Linear, nn.Conv2d) and input_axis(module) != 0:
         found.append(f'{type(module).__name__} has a forward of its own')
     if module._forward_hooks or module._forward_pre_hooks: found.append('it has hooks')
@@ -161,42 +163,41 @@ def as_semi_structured(
     module:nn.Module, # with zeros in its weight, or with a mask; left as it is
     make_sparse:Callable|None=None, # (O, K) matrix -> tensor; `None`: torch's, see `to_sparse`
 )->SparseLinear: # or `SparseConv2d`; shares the bias
-    "The same layer over a compressed weight."
+    "Make the same layer over a compressed weight."
     if input_axis(module) is None:
-        raise ValueError(
-            "a layer must be linear or a convolution in two dimensions, got "
-            f"{type(module).__name__}")
+        raise ValueError("a layer must be linear or a convolution in two dimensions, "
+                         f"got {type(module).__name__}")
     if found := why_not_sparse(module):
         raise ValueError(f"a layer must be one product with a 2:4 weight, got {'; '.join(found)}")
     weight = (make_sparse or to_sparse)(to_matrix(module).detach().contiguous())
-    return (SparseConv2d(weight, module.bias, module) if isinstance(module, nn.Conv2d)
-            else SparseLinear(weight, module.bias))
+    if isinstance(module, nn.Conv2d): return SparseConv2d(weight, module.bias, module)
+    return SparseLinear(weight, module.bias)
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #9b795f79
 def sparse_class()->type: # a subclass of `torch.sparse.SparseSemiStructuredTensor`
-    "The kind of compressed tensor that this torch would make."
+    "Choose the kind of compressed tensor that this torch would make."
     forced = (torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS
               or not torch.backends.cusparselt.is_available())
-    return (torch.sparse.SparseSemiStructuredTensorCUTLASS
-            if forced else torch.sparse.SparseSemiStructuredTensorCUSPARSELT)
+    if forced: return torch.sparse.SparseSemiStructuredTensorCUTLASS
+    return torch.sparse.SparseSemiStructuredTensorCUSPARSELT
 
 def to_sparse(
     matrix:Tensor, # (O, K) contiguous, 2:4, on CUDA, in half precision
 )->Tensor: # compressed
-    "`torch.sparse.to_sparse_semi_structured`, with the backend that is there."
+    "Compress as `torch.sparse.to_sparse_semi_structured`, with the backend that is there."
     return sparse_class().from_dense(matrix)
 
 def torch_rules(
     module:nn.Module, # a linear layer or a convolution
 )->list[str]: # empty: it is allowed
-    "Which rules of torch's compressed tensors a layer breaks."
+    "List the rules of torch's compressed tensors that a layer breaks."
     weight, (O, K), kind = module.weight, to_matrix(module).shape, sparse_class()
     halves = torch.float16, torch.bfloat16
     found = [] if weight.is_cuda else [f'no CUDA, the layer is on {weight.device}']
     if weight.dtype not in halves:
         found.append(f'{weight.dtype}, one of {halves} is needed'.replace('torch.', ''))
-    rule, C = kind._DTYPE_SHAPE_CONSTRAINTS[weight.dtype if weight.dtype in halves
-                                            else torch.float16], weight.shape[input_axis(module)]
+    dtype = weight.dtype if weight.dtype in halves else torch.float16
+    rule, C = kind._DTYPE_SHAPE_CONSTRAINTS[dtype], weight.shape[input_axis(module)]
     inputs = f'{C} input channels' if C == K else f'{C} input channels by {K//C} taps are {K}'
     for number, text, step in ((K, inputs, rule.sparse_min_cols),
                                (O, f'{O} output channels', rule.sparse_min_rows)):
@@ -205,21 +206,24 @@ def torch_rules(
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #7a4c74d2
 class Seen(NamedTuple):
-    "What a layer was given in a forward pass."
+    "Record what a layer was given in a forward pass."
     x:Tensor # on the meta device: shape, type and strides without numbers
     rows:int # of its matrix product
 
-    def like(self, device, seed:int=0)->Tensor: # normal numbers of this form
-        return torch.empty_like(self.x,
-                                device=device).normal_(
-                                    generator=torch.Generator(device).manual_seed(seed))
+    def like(self,
+        device, # where to make them
+        seed:int=0, # of the draw
+    )->Tensor: # of this form
+        "Draw normal numbers of this form."
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.empty_like(self.x, device=device).normal_(generator=generator)
 
 @torch.no_grad()
 def call(
     model:nn.Module, # any
     inputs, # a mapping of keywords, a tuple or list of arguments, or the one argument
 ): # what the model returns
-    "A forward pass for inference."
+    "Run a forward pass for inference."
     if isinstance(inputs, Mapping): return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
@@ -228,7 +232,7 @@ def record_inputs(
     model:nn.Module, # any
     example_inputs, # as in `call`
 )->dict[str,Seen]: # by name; only layers that were called
-    "The form of each layer's input, in one forward pass."
+    "Record the form of each layer's input, in one forward pass."
     found, handles = {}, []
     def watch(name, O):
         def hook(module, args, kwargs, y):
@@ -238,9 +242,9 @@ def record_inputs(
         return hook
     try:
         for name, module in model.named_modules():
-            if input_axis(module) is not None:
-                handles.append(module.register_forward_hook(watch(name, len(to_matrix(module))),
-                                                            with_kwargs=True))
+            if input_axis(module) is None: continue
+            hook = watch(name, len(to_matrix(module)))
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
         call(model, example_inputs)
     finally:
         for handle in handles: handle.remove()
@@ -250,19 +254,22 @@ def record_inputs(
 def tolerance(
     dtype:torch.dtype, # of the results
 )->float: # relative to the largest
-    "By how much two right results may differ."
+    "Return by how much two right results may differ."
     return max(2*torch.finfo(dtype).eps, 1e-5)
 
 def difference(
     a, # a tensor, or what holds some
     b, # the same, to be compared with
 )->float: # inf where forms differ, nan where numbers are missing
-    "The largest difference, relative to the largest number."
-    a, b = ([v.float() for v in pytree.tree_leaves(out) if isinstance(v, Tensor)
-             and v.is_floating_point()] for out in (a, b))
+    "Compute the largest difference, relative to the largest number."
+    def numbers(out):
+        tensors = [v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)]
+        return [v.float() for v in tensors if v.is_floating_point()]
+    a, b = numbers(a), numbers(b)
     if [v.shape for v in a] != [v.shape for v in b]: return float('inf')
-    return torch.stack([(u - v).abs().max()/v.abs().max().clamp(min=1e-30) for u, v in zip(a, b)
-                        if v.numel()]).max().item()
+    relative = [(u - v).abs().max()/v.abs().max().clamp(min=1e-30)
+                for u, v in zip(a, b) if v.numel()]
+    return torch.stack(relative).max().item()
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #be39182b
 def time_call(
@@ -270,9 +277,9 @@ def time_call(
     inputs, # as in `call`
     calls:int=10, # in a row, so that launching one overlaps with running another, as in a model
 )->float: # seconds of one
-    "How long a call takes."
-    wait = (torch.cuda.synchronize if any(isinstance(v, Tensor) and v.is_cuda
-                                          for v in pytree.tree_leaves(inputs)) else lambda: None)
+    "Measure how long a call takes."
+    on_gpu = any(isinstance(v, Tensor) and v.is_cuda for v in pytree.tree_leaves(inputs))
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     wait()
     begin = time.perf_counter()
     for _ in range(calls): call(model, inputs)
@@ -288,8 +295,8 @@ def measure(
 )->dict: # medians and their ratio, above 1: the sparse one is faster
     "Time two by turns, after a call of each that does not count."
     for model in (dense, sparse): clock(model, inputs)
-    a, b = (median(times) for times in zip(*[(clock(dense, inputs), clock(sparse, inputs))
-                                             for _ in range(repeats)]))
+    pairs = [(clock(dense, inputs), clock(sparse, inputs)) for _ in range(repeats)]
+    a, b = (median(times) for times in zip(*pairs))
     return dict(dense_s=a, sparse_s=b, ratio=a/b)
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #d9c2085c
@@ -301,20 +308,20 @@ def compare(
     repeats:int, # pairs of times
     clock:Callable, # as in `measure`
 )->dict: # what a table says of them
-    "Are they equal, and which is faster?"
+    "Compare two models: are they equal, and which is faster?"
     found = difference(call(sparse, inputs), call(dense, inputs))
     if not found <= most:
         return dict(difference=found,
                     verdict=f'kept dense: it differs by {found:.2g}, {most:.2g} is allowed')
     times = measure(dense, sparse, inputs, repeats, clock)
     gains = times['ratio'] > 1
-    return times | dict(difference=found, gains=gains,
-                        verdict=f"{times['ratio']:.2f}×" + ('' if gains else ': kept dense'))
+    verdict = f"{times['ratio']:.2f}×" + ('' if gains else ': kept dense')
+    return times | dict(difference=found, gains=gains, verdict=verdict)
 
 def failure(
     error:Exception, # from wherever
 )->str: # a verdict, one line
-    "An error is a reason to stay dense."
+    "Describe an error as a reason to stay dense."
     return f'kept dense: {type(error).__name__}: {error}'.splitlines()[0]
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #cd2a3bae
@@ -326,8 +333,9 @@ def evaluate_layer(
     clock:Callable, # as in `measure`
 )->dict: # what the table says of it
     "Try a layer."
-    reasons = why_not_sparse(module) + ([] if make_sparse else torch_rules(module)) + (
-        [] if seen else ['the example inputs do not reach it'])
+    reasons = why_not_sparse(module)
+    if not make_sparse: reasons += torch_rules(module)
+    if not seen: reasons.append('the example inputs do not reach it')
     if reasons: return dict(verdict='kept dense: ' + '; '.join(reasons))
     try:
         sparse, x = as_semi_structured(module, make_sparse), seen.like(module.weight.device)
@@ -344,8 +352,8 @@ def prepare(
     masked = any(mask_of(module) for module in model.modules())
     dense = (export_dense if masked else copy.deepcopy)(model).eval()
     if device is None: return dense, example_inputs
-    return dense.to(device), pytree.tree_map(lambda v: v.to(device) if hasattr(v, 'to') else v,
-                                             example_inputs)
+    move = lambda v: v.to(device) if hasattr(v, 'to') else v
+    return dense.to(device), pytree.tree_map(move, example_inputs)
 
 COLUMNS = dict(shape='', gemm='', dense_s=float('nan'), sparse_s=float('nan'), ratio=float('nan'),
                difference=float('nan'), gains=False, verdict='')
@@ -358,7 +366,7 @@ def evaluate_layers(
     make_sparse:Callable|None, # as in `as_semi_structured`
     clock:Callable|None, # as in `measure`; `None`: `time_call`
 ): # a pandas DataFrame, see `preflight`
-    "Try all layers of a model."
+    "Try all layers of a model, and tabulate what came of it."
     import pandas as pd
     if repeats < 1: raise ValueError(f"repeats must be at least 1, got {repeats}")
     seen, rows = record_inputs(dense, inputs), {}
@@ -367,11 +375,11 @@ def evaluate_layers(
         O, K = to_matrix(module).shape
         form = dict(shape='×'.join(map(str, module.weight.shape)),
                     gemm=f"{O}×{K}×{seen[name].rows if name in seen else '?'}")
-        rows[name] = COLUMNS | form | evaluate_layer(module, seen.get(name), repeats, make_sparse,
-                                                     clock or time_call)
+        found = evaluate_layer(module, seen.get(name), repeats, make_sparse, clock or time_call)
+        rows[name] = COLUMNS | form | found
     if not rows:
-        raise ValueError(
-            f"a model must have a linear layer or a convolution, got none in {type(dense).__name__}")
+        raise ValueError("a model must have a linear layer or a convolution, "
+                         f"got none in {type(dense).__name__}")
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name='layer'))
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #69a86b76
@@ -382,8 +390,8 @@ def preflight(
     device:str|None=None, # e.g. 'cuda'; `None`: where the model is
     make_sparse:Callable|None=None, # (O, K) matrix -> tensor; `None`: torch's
     clock:Callable|None=None, # (model, inputs) -> seconds of a call; `None`: `time_call`
-): # a pandas DataFrame by layer: shape, gemm (O×K×rows), dense_s, sparse_s, ratio, difference, gains, verdict
-    "Which layers would gain from 2:4 kernels on this device, and why others would not."
+): # a pandas DataFrame: a row for each layer, the columns of `COLUMNS`; gemm is O×K×rows
+    "Find the layers that gain from 2:4 kernels on this device, and why others do not."
     return evaluate_layers(*prepare(model, example_inputs, device), repeats, make_sparse, clock)
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #48821ba2
@@ -425,14 +433,18 @@ def export_sparse(
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #6f0410b0
 class SideBySide(nn.Module):
-    "Layers, each on an input of its own."
+    "Run layers, each on an input of its own."
     def __init__(self,
         layers:dict, # name -> layer
     ):
         super().__init__()
         self.layers = nn.ModuleDict(layers)
 
-    def forward(self, *inputs): return [layer(x) for layer, x in zip(self.layers.values(), inputs)]
+    def forward(self,
+        *inputs, # a tensor for each layer
+    )->list: # of tensors
+        "Call each layer on its input."
+        return [layer(x) for layer, x in zip(self.layers.values(), inputs)]
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #45667904
 def typical(
@@ -440,21 +452,19 @@ def typical(
     device:str='cpu', # where to make them
     dtype:torch.dtype=torch.bfloat16, # of weights and inputs
 )->tuple[SideBySide,tuple]: # masked layers; an input for each
-    "Layers as language and diffusion models have them."
-    sizes = ([(64, 64), (24, 32)] if small else [(1024, 1024), (1024, 4096), (4096, 1024),
-                                                 (2048, 2048), (4096, 4096)])
-    convs = ([(32, 3, 8)] if small
-             else [(C, k, H) for C, H in ((128, 32), (256, 32), (256, 16), (512, 8))
-                   for k in (3, 1)])
-    rows, batch, made = (32, 2, {}) if small else (16384, 256, {})
+    "Make layers as language and diffusion models have them."
+    sizes = [(1024, 1024), (1024, 4096), (4096, 1024), (2048, 2048), (4096, 4096)]
+    convs = [(C, k, H) for C, H in ((128, 32), (256, 32), (256, 16), (512, 8)) for k in (3, 1)]
+    rows, batch, made = 16384, 256, {}
+    if small: sizes, convs, rows, batch = [(64, 64), (24, 32)], [(32, 3, 8)], 32, 2
     with torch.device(device):
         for a, b in sizes:
             made[f'linear {a} to {b}'] = nn.Linear(a, b), torch.randn(rows, a, dtype=dtype)
         for C, k, H in convs:
             x = torch.randn(batch, C, H, H, dtype=dtype).to(memory_format=torch.channels_last)
             made[f'conv {k}×{k} {C} at {H}×{H}'] = nn.Conv2d(C, C, k, padding=k//2), x
-    model = SideBySide({name: layer for name, (layer, _) in made.items()}).to(
-        dtype=dtype, memory_format=torch.channels_last)
+    model = SideBySide({name: layer for name, (layer, _) in made.items()})
+    model = model.to(dtype=dtype, memory_format=torch.channels_last)
     apply_masks(model)
     return model, tuple(x for _, x in made.values())
 
@@ -465,8 +475,8 @@ def gpu(
 ): # the table of `preflight`
     "Measure typical layers on the GPU; without one, say so."
     if not small and not torch.cuda.is_available():
-        raise ValueError(
-            "typical layers need CUDA, got none; toy ones (small=True, --small) run anywhere")
+        raise ValueError("typical layers need CUDA, got none; "
+                         "toy ones (small=True, --small) run anywhere")
     return preflight(*typical(small, 'cuda' if torch.cuda.is_available() else 'cpu'), repeats)
 
 # %% ../../nbs/maskpro/72_sparse.ipynb #9b8d03ac
@@ -487,11 +497,9 @@ def main(
                 torch=torch.__version__, backend=sparse_class().BACKEND)
     print(*head.values(), sep=', ')
     print(table.drop(columns=['shape', 'gains']).to_string())
-    if given.to: given.to.parent.mkdir(parents=True, exist_ok=True)
     if given.to:
-        write_json(given.to,
-                   head
-                   | dict(layers=table.astype(object).where(table.notna(),
-                                                            None).reset_index().to_dict('records')))
+        given.to.parent.mkdir(parents=True, exist_ok=True)
+        rows = table.astype(object).where(table.notna(), None).reset_index().to_dict('records')
+        write_json(given.to, head | dict(layers=rows))
 
 if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1:])

@@ -20,19 +20,22 @@ def encode_masks(
     values:Tensor, # (G, M) zeros and ones
     n:int, # N ones in each row
 )->Tensor: # (G,) int64, the row of each group in `subsets(n, m)`
-    "Subsets as numbers 0 … C(m, n) - 1 in lexicographic order."
+    "Number the subsets, 0 … C(m, n) - 1 in lexicographic order."
     m, ones = values.shape[1], values.flip(1).long()
     binomials = torch.tensor([[math.comb(i, k) for k in range(n + 1)] for i in range(m)],
                              device=values.device)
-    return math.comb(m, n) - 1 - (ones*binomials[torch.arange(m, device=values.device),
-                                                 ones.cumsum(1)]).sum(1)
+    places = torch.arange(m, device=values.device)
+    return math.comb(m, n) - 1 - (ones*binomials[places, ones.cumsum(1)]).sum(1)
 
 def decode_masks(
     codes:Tensor, # (G,) int64
     n:int, # ones in each row
     m:int, # length of a row
 )->Tensor: # (G, M) float32
-    "The inverse of `encode_masks`: from the end, take a position whenever the rest still reaches its binomial."
+    """Invert `encode_masks`.
+
+    From the end, a position is taken whenever the rest still reaches its binomial.
+    """
     left, k, columns = math.comb(m, n) - 1 - codes, torch.full_like(codes, n), []
     for i in reversed(range(m)):
         binomial = torch.tensor([math.comb(i, j) for j in range(n + 1)], device=codes.device)[k]
@@ -46,7 +49,7 @@ def pack_bits(
     codes:Tensor, # (G,) int64, below 2**bits
     bits:int, # of each
 )->Tensor: # (⌈G·bits/8⌉,) uint8
-    "Numbers bit by bit into bytes, the lowest bit first."
+    "Pack numbers bit by bit into bytes, the lowest bit first."
     stream = (codes[:, None] >> torch.arange(bits, device=codes.device) & 1).flatten()
     octets = nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
     return (octets << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
@@ -56,16 +59,16 @@ def unpack_bits(
     bits:int, # of each number
     count:int, # G numbers
 )->Tensor: # (G,) int64
-    "The inverse of `pack_bits`."
-    stream = (octets.long()[:, None] >> torch.arange(8, device=octets.device)
-              & 1).flatten()[:count*bits].view(count, bits)
+    "Invert `pack_bits`."
+    stream = (octets.long()[:, None] >> torch.arange(8, device=octets.device) & 1).flatten()
+    stream = stream[:count*bits].view(count, bits)
     return (stream << torch.arange(bits, device=octets.device)).sum(1)
 
 # %% ../../nbs/maskpro/25_storage.ipynb #06c4fe79
 def architecture(
     model:nn.Module, # with or without masks
 )->dict: # name -> shape of each parameter
-    "Names and shapes of a model's parameters, whether masked or not."
+    "List names and shapes of a model's parameters, whether masked or not."
     return {name.replace('parametrizations.weight.original', 'weight'): list(p.shape)
             for name, p in model.named_parameters()}
 
@@ -73,13 +76,13 @@ def fingerprint(
     shapes:dict, # of `architecture`
     header:dict, # pattern and layers of a mask file
 )->str: # 16 hexadecimal digits
-    "A digest of an architecture, its masked layers and their pattern."
+    "Hash an architecture, its masked layers and their pattern."
     return hashlib.sha256(json.dumps([shapes, header], sort_keys=True).encode()).hexdigest()[:16]
 
 def header_of(
     masks:Masks, # of a model
 )->dict: # what JSON can hold
-    "The pattern and the masked layers."
+    "Describe the pattern and the masked layers."
     return dict(n=masks.n, m=masks.m, groups=masks.groups,
                 layers=[[layer.name, list(layer.shape)] for layer in masks.layers])
 
@@ -109,17 +112,17 @@ def save_masks(
 def read_masks(
     path:str|Path, # of `save_masks`
 )->tuple[dict,str,Tensor]: # header; fingerprint; codes of all groups (G,) int64
-    "What a mask file says, before it is compared with a model."
+    "Read what a mask file says, before it is compared with a model."
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, 'pt') as file:
             metadata, octets = file.metadata() or {}, file.get_tensor('codes')
         header, digest = json.loads(metadata['masks']), metadata['fingerprint']
     except (SafetensorError, KeyError, ValueError) as e:
-        raise ValueError(
-            f"a mask file must be one that save_masks wrote, got {path}: {type(e).__name__} {e}") from e
-    count, total = sum(math.prod(shape) for _, shape in header['layers'])//header['m'], math.comb(
-        header['m'], header['n'])
+        raise ValueError("a mask file must be one that save_masks wrote, "
+                         f"got {path}: {type(e).__name__} {e}") from e
+    count = sum(math.prod(shape) for _, shape in header['layers'])//header['m']
+    total = math.comb(header['m'], header['n'])
     bits = (total - 1).bit_length()
     if len(octets) == -(-count*bits//8):
         codes = unpack_bits(octets, bits, count)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -54,25 +55,29 @@ class MaskTask:
     @property
     def num_steps(self): return self.scheduler.config.num_train_timesteps
 
-    def batch(self,
-        seed:int, # of images, timesteps and noise
-    )->list[Noised]: # parts
-        "Draw a batch that follows from a number."
-        c = self.config
-        generator = torch.Generator().manual_seed(seed)
-        whole = draw_batch(self.train, c.batch_size*c.parts, self.num_steps, generator)
-        return [Noised(*part) for part in zip(*(a.split(c.batch_size) for a in whole))]
+# %% ../../nbs/maskpro/55_train.ipynb #d7030a74
+@patch
+def batch(self:MaskTask,
+    seed:int, # of images, timesteps and noise
+)->list[Noised]: # parts
+    "Draw a batch that follows from a number."
+    c = self.config
+    generator = torch.Generator().manual_seed(seed)
+    whole = draw_batch(self.train, c.batch_size*c.parts, self.num_steps, generator)
+    return [Noised(*part) for part in zip(*(a.split(c.batch_size) for a in whole))]
 
-    def pool(self)->list: # of batches
-        "Draw the batches whose baselines are known."
-        seeds = [batch_seed(self.config.seed, 2**31 + k) for k in range(self.config.pool)]
-        return [self.batch(seed) for seed in seeds]
+@patch
+def pool(self:MaskTask)->list: # of batches
+    "Draw the batches whose baselines are known."
+    seeds = [batch_seed(self.config.seed, 2**31 + k) for k in range(self.config.pool)]
+    return [self.batch(seed) for seed in seeds]
 
-    def fresh(self,
-        step:int, # of the learning, from 0
-    )->list: # parts
-        "Draw a new batch for each step."
-        return self.batch(batch_seed(self.config.seed, step))
+@patch
+def fresh(self:MaskTask,
+    step:int, # of the learning, from 0
+)->list: # parts
+    "Draw a new batch for each step."
+    return self.batch(batch_seed(self.config.seed, step))
 
 # %% ../../nbs/maskpro/55_train.ipynb #52b2b6b7
 def load_task(
@@ -103,8 +108,8 @@ def need(
     "Find a file that an earlier step has left."
     path = run.path/name
     if not path.is_file():
-        raise FileNotFoundError(f"{name} is missing in {run.name}: run `enigma-lab maskpro {step}` "
-            f"first")
+        raise FileNotFoundError(f"{name} is missing in {run.name}: "
+                                f"run `enigma-lab maskpro {step}` first")
     return path
 
 # %% ../../nbs/maskpro/55_train.ipynb #bfc24c81
@@ -160,8 +165,8 @@ def open_record(
     run = named[-1]
     watched = {'tracker', 'project', 'experiment', 'model'}
     now = run.config if config is None else json.loads(json.dumps(asdict(config)))
-    differing = {
-        k: (v, now[k]) for k, v in run.config.items() if now[k] != v and k not in watched}
+    differing = {k: (v, now[k]) for k, v in run.config.items()
+                 if now[k] != v and k not in watched}
     if differing:
         raise ValueError(f"a record goes on with the settings it began with, "
             f"got {differing} (then, now) in {run.name}")
@@ -188,8 +193,8 @@ def baseline(
     task, masks, initial = with_masks(run, task)
     path, pool = run.path/'baseline_losses.npz', task.pool()
     if path.exists():
-        raise FileExistsError(f"baseline losses are written once, and {path} exists; start a new "
-            f"record with `enigma-lab maskpro masks`")
+        raise FileExistsError(f"baseline losses are written once, and {path} exists; "
+                              "start a new record with `enigma-lab maskpro masks`")
     losses = [masks_loss(masks, task.loss, batch, initial) for batch in pool]
     other = initial.clone()
     order = torch.randperm(len(other), generator=torch.Generator().manual_seed(0))
@@ -343,8 +348,8 @@ def save_pipeline(
     # where the dense model lay is nobody's business
     write_json(about, {k: v for k, v in read_json(about).items() if k != '_name_or_path'})
     if run.checkpoint.exists():
-        raise FileExistsError(
-            f"a run is written once, and {run.checkpoint} exists; start another")
+        raise FileExistsError(f"a run is written once, and {run.checkpoint} exists; "
+                              "start another")
     os.replace(part, run.checkpoint)
 
 # %% ../../nbs/maskpro/55_train.ipynb #75ed3342
@@ -376,14 +381,14 @@ def evaluate(
     num_samples:int|None=None, # images drawn from each model; `None`: the settings'
     compute_fid:bool|None=None, # judge them; `None`: the settings'
     test:bool=True, # read the test images; False: validation
-    task:MaskTask|None=None, # with masks set
 )->dict: # the metrics of the record
     "Evaluate losses, distances and samples, step 4, and write `evaluation_results.json`."
     if run.finished:
         raise FileExistsError(f"a run is written once, and {run.name} is finished; "
             "start a new record with `enigma-lab maskpro masks`")
     need(run, 'learned_masks.safetensors', 'learn')
-    c, task = config_of(run), load_task(config_of(run))
+    c = config_of(run)
+    task = load_task(c)
     models = three_models(run, task)
     held_out = task.images.read_test(run) if test else task.images.validation
     batches = fixed_batches(held_out.to(task.train.device), c.repeats, num_steps=task.num_steps)
@@ -453,5 +458,5 @@ def kept_beside(
 )->dict: # name -> path, for `make_showcase`
     "List what a showcase of masks keeps beside the checkpoint."
     names = ('initial_masks.safetensors', 'learned_masks.safetensors')
-    return {name: need(run, name, 'learn')
-        for name in names} | dict(dense=Path(find_pipeline(run.config['model'])))
+    masks = {name: need(run, name, 'learn') for name in names}
+    return masks | dict(dense=Path(find_pipeline(run.config['model'])))
