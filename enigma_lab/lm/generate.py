@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_sampling', 'check_prompt', 'compute_dtype', 'next_token_probs', 'draw_token', 'CachedModel', 'penalise',
-           'generate_tokens', 'generate', 'pick', 'extend', 'keep_best', 'beam_search', 'StreamingDetokenizer',
-           'stream', 'PrefixCache', 'fit_context', 'stream_reply']
+           'generate_tokens', 'generate', 'pick', 'extend', 'keep_best', 'FinishedBeams', 'advance_beams',
+           'check_beams', 'beam_search', 'StreamingDetokenizer', 'pad_left', 'encode_prompts', 'stream', 'PrefixCache',
+           'fit_context', 'reply_tokens', 'stream_reply']
 
 # %% ../../nbs/lm/40_generate.ipynb #5ea2aa89
 from collections.abc import Iterator
@@ -13,13 +14,19 @@ from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from .fast_decode import Decoder, prefill, step
 from .model import token_positions
 
 # %% ../../nbs/lm/40_generate.ipynb #b22d3c93
-def check_sampling(temperature:float, top_k:int, top_p:float, repetition_penalty:float=1.):
+def check_sampling(
+    temperature:float, # at least 0
+    top_k:int, # at least 0
+    top_p:float, # in (0, 1]
+    repetition_penalty:float=1., # above 0
+):
     "Refuse knobs that mean nothing."
     if repetition_penalty <= 0:
         raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}")
@@ -27,7 +34,10 @@ def check_sampling(temperature:float, top_k:int, top_p:float, repetition_penalty
     if top_k < 0: raise ValueError(f"top_k must be at least 0 (0: keep all), got {top_k}")
     if not 0 < top_p <= 1: raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
 
-def check_prompt(input_ids:Tensor, attention_mask:Tensor|None):
+def check_prompt(
+    input_ids:Tensor, # (B, T) int64
+    attention_mask:Tensor|None, # (B, T), 0 for padding; `None`: no padding
+):
     "Refuse a prompt that cannot be continued."
     if input_ids.shape[-1] == 0:
         raise ValueError("generation needs at least one token to begin with, got none")
@@ -36,11 +46,12 @@ def check_prompt(input_ids:Tensor, attention_mask:Tensor|None):
             "prompts are padded on the left, so that all end together, got padding after the last "
             "token; set tokenizer.padding_side='left'")
 
+# %% ../../nbs/lm/40_generate.ipynb #b2616320
 def compute_dtype(
     device:torch.device, # where the model is
     precision:str, # 'auto' (bf16 where a GPU has it) | 'fp32' | 'bf16' | 'fp16'
-)->torch.dtype: # of matrix products; solves and log-determinants of the machine stay in float32 or better
-    "What a precision means on a device."
+)->torch.dtype: # of matrix products; solves and log-determinants stay in float32 or better
+    "Choose the number type that a precision means on a device."
     if precision not in ('auto', 'fp32', 'bf16', 'fp16'):
         raise ValueError(f"precision must be 'auto', 'fp32', 'bf16' or 'fp16', got {precision!r}")
     if precision == 'auto':
@@ -60,9 +71,8 @@ def next_token_probs(
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     logits = logits.float() / temperature
     if top_k:
-        logits = logits.masked_fill(logits
-                                    < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:],
-                                    -torch.inf)
+        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, index = probs.sort(-1, descending=True)
@@ -73,19 +83,19 @@ def next_token_probs(
 # %% ../../nbs/lm/40_generate.ipynb #a85b9422
 def draw_token(
     logits:Tensor, # (B, V)
-    temperature:float,
-    top_k:int,
-    top_p:float,
-    generator,
+    temperature:float, # 0: the likeliest token
+    top_k:int, # keep so many; 0: all
+    top_p:float, # keep the likeliest with this much probability together
+    generator, # of the draws; `None`: the global one
 )->Tensor: # (B, 1) int64
-    "A token for each row, the likeliest at temperature 0."
+    "Draw a token for each row."
     if not temperature: return logits.argmax(-1, keepdim=True)
-    return torch.multinomial(next_token_probs(logits, temperature, top_k, top_p), 1,
-                             generator=generator)
+    probs = next_token_probs(logits, temperature, top_k, top_p)
+    return torch.multinomial(probs, 1, generator=generator)
 
 # %% ../../nbs/lm/40_generate.ipynb #f50049bd
 class CachedModel:
-    "Logits after the tokens so far, and a memory of them."
+    "Compute the logits after the tokens so far, and remember these tokens."
     def __init__(self,
         model, # a causal language model, in eval mode
         batch:int, # rows
@@ -93,41 +103,60 @@ class CachedModel:
         attention_mask:Tensor|None=None, # (B, T), 0 for padding on the left; `None`: no padding
         dtype:torch.dtype=torch.float32, # to compute in
     ):
-        self.model, self.limit, self.seen, self.dtype, self.cache = (
-            model, limit, attention_mask, dtype, None)
+        self.model, self.limit, self.dtype = model, limit, dtype
+        self.seen, self.cache = attention_mask, None
         self.decoder = (Decoder(model, batch, limit, attention_mask, dtype)
                         if hasattr(getattr(model, 'model', None), 'through_layers') else None)
 
-    def __call__(self, new:Tensor)->Tensor: # (B, T) int64, the prompt, or what follows it -> (B, V)
+    def __call__(self, new:Tensor)->Tensor: # (B, T) int64, the prompt or what follows it -> (B, V)
         "Read new tokens."
         if self.decoder:
-            return (step(self.decoder, new) if self.decoder.memory.tokens and new.shape[1] == 1
-                    else prefill(self.decoder, new))
+            one_more = self.decoder.memory.tokens and new.shape[1] == 1
+            return step(self.decoder, new) if one_more else prefill(self.decoder, new)
         past = self.cache.get_seq_length() if self.cache else 0
-        if self.seen is not None and past:
-            self.seen = torch.cat([self.seen, torch.ones_like(new)], 1)
-        mask = ({} if self.seen is None else dict(attention_mask=self.seen,
-                                                  position_ids=token_positions(
-                                                      new, self.seen, None, past)))
         with torch.autocast(new.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.model(new, past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-                             **mask)
+                             **self._mask(new, past))
         self.cache = out.past_key_values
         return out.logits[:, -1].float()
 
-    def take(self, rows): # int64 (B,), which row of the batch each row goes on from
-        self.decoder.memory.take(rows) if self.decoder else self.cache.reorder_cache(rows)
+# %% ../../nbs/lm/40_generate.ipynb #c298ac5d
+@patch
+def _mask(self:CachedModel, new, past):
+    "Name the mask and the positions that a padded batch of another's model needs."
+    if self.seen is None: return {}
+    if past: self.seen = torch.cat([self.seen, torch.ones_like(new)], 1)
+    positions = token_positions(new, self.seen, None, past)
+    return dict(attention_mask=self.seen, position_ids=positions)
 
-    def keep(self, n): # the first n tokens; the others are forgotten
-        if self.decoder: self.decoder.memory.tokens = n
-        elif n < (past := self.cache.get_seq_length()): self.cache.crop(n - past)
+@patch
+def take(self:CachedModel,
+    rows:Tensor, # (B,) int64, which row of the batch each row goes on from
+):
+    "Order the rows of the memory anew."
+    self.decoder.memory.take(rows) if self.decoder else self.cache.reorder_cache(rows)
 
-    def begin_again(self, text): # (B, T), the newest tokens; what came before is forgotten
-        "A new window that begins with `text`."
-        seen = (self.seen if self.seen is None
-                else F.pad(self.seen, (0, self.limit),
-                           value=1)[:, :self.limit + 1][:, -text.shape[1]:])
-        return CachedModel(self.model, len(text), self.limit, seen, self.dtype)
+@patch
+def keep(self:CachedModel,
+    n:int, # tokens to remember
+):
+    "Keep the first tokens and remove all others from the memory."
+    if self.decoder: self.decoder.memory.tokens = n
+    elif n < (past := self.cache.get_seq_length()): self.cache.crop(n - past)
+
+# %% ../../nbs/lm/40_generate.ipynb #04c8335f
+@patch
+def begin_again(self:CachedModel,
+    text:Tensor, # (B, T) int64, the newest tokens
+)->CachedModel: # empty
+    "Open a new window that begins with `text`; what came before is left out."
+    seen = None
+    if self.seen is not None:
+        # one token too many has made the window overflow, and tokens behind the mask are real
+        missing = self.limit + 1 - self.seen.shape[1]
+        whole = F.pad(self.seen, (0, missing), value=1)
+        seen = whole[:, -text.shape[1]:]
+    return CachedModel(self.model, len(text), self.limit, seen, self.dtype)
 
 # %% ../../nbs/lm/40_generate.ipynb #c4db6c8b
 def penalise(
@@ -158,10 +187,10 @@ def generate_tokens(
     check_sampling(temperature, top_k, top_p, repetition_penalty)
     check_prompt(input_ids, attention_mask)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-    limit = model.config.max_position_embeddings
+    limit, dtype = model.config.max_position_embeddings, compute_dtype(input_ids.device, precision)
     text = new = input_ids[:, -limit:]
-    read = CachedModel(model, len(text), limit, None if attention_mask is None
-                       else attention_mask[:, -limit:], compute_dtype(input_ids.device, precision))
+    mask = None if attention_mask is None else attention_mask[:, -limit:]
+    read = CachedModel(model, len(text), limit, mask, dtype)
     for _ in range(max_new_tokens):
         logits = penalise(read(new), text, repetition_penalty)
         new = draw_token(logits, temperature, top_k, top_p, generator)
@@ -175,17 +204,17 @@ def generate_tokens(
 def generate(
     model, # a causal language model
     input_ids:Tensor, # (B, T) int64
-    eos_token_id:int|list|None=None, # stop a row at one of these; `None`: the model's own; []: never
+    eos_token_id:int|list|None=None, # end a row at one of these; `None`: the model's own; []: never
     num_beams:int=1, # search with so many beams instead of drawing
     **kwargs # of `generate_tokens`, or of `beam_search`
 )->Tensor: # (B, T + new): a finished row is filled up with its end token
-    "Prompt and continuation, as transformers' `generate` gives them."
+    "Return prompts with their continuations, as transformers' `generate` does."
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    eos = torch.tensor(eos if isinstance(eos, list) else [] if eos is None else [eos],
-                       device=input_ids.device, dtype=torch.long)
+    if not isinstance(eos, list): eos = [] if eos is None else [eos]
+    eos = torch.tensor(eos, device=input_ids.device, dtype=torch.long)
     if num_beams > 1: return beam_search(model, input_ids, num_beams, eos, **kwargs)
-    pieces, done = [input_ids], torch.zeros(len(input_ids), dtype=torch.bool,
-                                            device=input_ids.device)
+    pieces = [input_ids]
+    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for token in generate_tokens(model, input_ids, **kwargs):
         if len(eos): token = torch.where(done, eos[0], token)
         pieces.append(token[:, None])
@@ -193,7 +222,11 @@ def generate(
     return torch.cat(pieces, 1)
 
 # %% ../../nbs/lm/40_generate.ipynb #141696e9
-def pick(texts:Tensor, rows:Tensor)->Tensor: # (B, k, T), (B, m) -> (B, m, T)
+def pick(
+    texts:Tensor, # (B, k, T)
+    rows:Tensor, # (B, m) int64, numbers below k
+)->Tensor: # (B, m, T)
+    "Pick texts by their numbers, in each row of a batch."
     return texts.gather(1, rows[..., None].expand(-1, -1, texts.shape[-1]))
 
 def extend(
@@ -201,23 +234,97 @@ def extend(
     scores:Tensor, # (B, k), Σ log p of each
     logp:Tensor, # (B·k, V), of its next token
     m:int, # how many to keep
-)->tuple[Tensor,Tensor,Tensor]: # texts (B, m, T + 1); their Σ log p (B, m); which text each goes on from (B, m)
-    "The likeliest texts that are a token longer."
+)->tuple[Tensor,Tensor,Tensor]: # texts (B, m, T + 1), their Σ log p, which text each goes on from
+    "Extend each text by a token, and keep the likeliest."
     total = (logp.view(*scores.shape, -1) + scores[..., None]).flatten(1)
     top, index = total.topk(m)
     origin, token = index // logp.shape[-1], index % logp.shape[-1]
     return torch.cat([pick(texts, origin), token[..., None]], -1), top, origin
 
+# %% ../../nbs/lm/40_generate.ipynb #eef0ab1f
 def keep_best(
-    best:tuple[Tensor,Tensor,Tensor], # texts (B, k, T), scores (B, k), whether it is a text at all (B, k)
+    best:tuple[Tensor,Tensor,Tensor], # texts (B, k, T), scores (B, k), which are texts (B, k)
     new:tuple[Tensor,Tensor,Tensor], # the same of m more
 )->tuple[Tensor,Tensor,Tensor]: # the k best of both
-    "Finished texts, after some more have ended."
+    "Keep the best finished texts, after some more have ended."
     texts, scores, is_text = (torch.cat(both, 1) for both in zip(best, new))
     kept = scores.topk(best[1].shape[1]).indices
     return pick(texts, kept), scores.gather(1, kept), is_text.gather(1, kept)
 
+class FinishedBeams:
+    "Hold the k best texts that have ended, for each row, and who may still get among them."
+    def __init__(self,
+        prompts:Tensor, # (B, k, T) int64
+        room:int, # new tokens at most
+        fill:int, # token after the end of a text
+        length_penalty:float, # score = Σ log p / length^penalty
+    ):
+        self.fill, self.length_penalty = fill, length_penalty
+        texts = F.pad(prompts, (0, room), value=fill)
+        none = torch.zeros(texts.shape[:2], dtype=torch.bool, device=texts.device)
+        self.best = texts, torch.full(none.shape, -1e9, device=texts.device), none
+        self.improving = ~none[:, :1]
+
+# %% ../../nbs/lm/40_generate.ipynb #5c9e5897
+@patch
+def add(self:FinishedBeams,
+    texts:Tensor, # (B, m, T + n) int64, likeliest first
+    total:Tensor, # (B, m), Σ log p
+    ended:Tensor, # (B, m) bool
+    n:int, # new tokens so far
+):
+    "Add the texts that have ended, if they are among the k likeliest."
+    best, scores, _ = self.best
+    counts = ended & (torch.arange(total.shape[1], device=total.device) < scores.shape[1])
+    value = total / n**self.length_penalty - 1e9*(~counts) - 1e9*(~self.improving)
+    texts = F.pad(texts, (0, best.shape[-1] - texts.shape[-1]), value=self.fill)
+    self.best = keep_best(self.best, (texts, value, counts))
+
+@patch
+def compare(self:FinishedBeams,
+    scores:Tensor, # (B, k), Σ log p of the texts that run on, best first
+    n:int, # new tokens so far
+)->bool: # True if a text that runs on can still get among the best
+    "Match the texts that run on with the finished ones."
+    _, best, is_text = self.best
+    worst = torch.where(is_text, best.min(1, keepdim=True).values, -1e9)
+    self.improving &= (scores[:, :1] / n**self.length_penalty > worst).any(1, keepdim=True)
+    return bool(self.improving.any())
+
 # %% ../../nbs/lm/40_generate.ipynb #14fa3db3
+def advance_beams(
+    finished:FinishedBeams, # gets the texts that end
+    running:Tensor, # (B, k, T) int64
+    scores:Tensor, # (B, k), Σ log p of each
+    logp:Tensor, # (B·k, V), of its next token
+    eos:Tensor, # end tokens, may be empty
+    n:int, # new tokens, this one included
+)->tuple: # running texts, their scores, which text each goes on from (B, k), whether to go on
+    "Advance a beam search by one token."
+    # enough to go on with if the first k end
+    m = max(2, 1 + len(eos)) * scores.shape[1]
+    texts, total, origin = extend(running, scores, logp, m)
+    ended = torch.isin(texts[..., -1], eos) | (texts.shape[-1] == finished.best[0].shape[-1])
+    alive = total - 1e9*ended
+    chosen = alive.topk(scores.shape[1]).indices
+    running, scores = pick(texts, chosen), alive.gather(1, chosen)
+    finished.add(texts, total, ended, n)
+    more = finished.compare(scores, n) and not ended.all()
+    return running, scores, origin.gather(1, chosen), more
+
+# %% ../../nbs/lm/40_generate.ipynb #cf92c592
+def check_beams(
+    length:int, # T, tokens of the prompt
+    max_new_tokens:int, # at most so many
+    limit:int, # tokens of the model's context
+):
+    "Refuse texts that do not fit into the context, for beams compare whole texts."
+    if length + max_new_tokens > limit:
+        raise ValueError(
+            f"beams compare whole texts, so prompt and new tokens must fit into {limit}, got "
+            f"{length} + {max_new_tokens}")
+
+# %% ../../nbs/lm/40_generate.ipynb #03ce5d73
 @torch.no_grad()
 def beam_search(
     model, # a causal language model, in eval mode
@@ -229,52 +336,39 @@ def beam_search(
     repetition_penalty:float=1., # above 1: repeat less
     attention_mask:Tensor|None=None, # (B, T), 0 for padding on the left
 )->Tensor: # (B, T + new): the best text of each row
-    "The likeliest continuation that k beams find (Graves, arXiv:1211.3711, algorithm 1)."
+    "Search for the likeliest continuation with k beams (Graves, arXiv:1211.3711, algorithm 1)."
     check_prompt(input_ids, attention_mask)
-    (B, T), k, limit = input_ids.shape, num_beams, model.config.max_position_embeddings
-    if T + max_new_tokens > limit:
-        raise ValueError(
-            f"beams compare whole texts, so prompt and new tokens must fit into {limit}, got {T} + "
-            f"{max_new_tokens}")
+    check_beams(input_ids.shape[1], max_new_tokens, model.config.max_position_embeddings)
+    (B, T), k = input_ids.shape, num_beams
     mask = None if attention_mask is None else attention_mask.repeat_interleave(k, 0)
-    read, new = CachedModel(model, B*k, T + max_new_tokens, mask), input_ids.repeat_interleave(k, 0)
-    running, scores = new.view(B, k, T), torch.tensor([0.] + [-1e9]*(k-1),
-                                                      device=new.device).repeat(B, 1)
-    fill = eos[0].item() if len(eos) else 0
-    best, best_scores, is_text = F.pad(running, (0, max_new_tokens), value=fill), torch.full_like(
-        scores, -1e9), torch.zeros_like(scores, dtype=torch.bool)
-    improving = torch.ones(B, 1, dtype=torch.bool, device=new.device)
+    read = CachedModel(model, B*k, T + max_new_tokens, mask)
+    new = input_ids.repeat_interleave(k, 0)
+    # k copies of a prompt: only the first counts
+    running, copies = new.view(B, k, T), torch.tensor([0.] + [-1e9]*(k-1), device=new.device)
+    scores, fill = copies.repeat(B, 1), eos[0].item() if len(eos) else 0
+    finished = FinishedBeams(running, max_new_tokens, fill, length_penalty)
     for n in range(1, max_new_tokens + 1):
         logp = penalise(read(new).log_softmax(-1), running.flatten(0, 1), repetition_penalty)
-        # enough to go on with if the first k end
-        texts, top, origin = extend(running, scores, logp, max(2, 1 + len(eos)) * k)
-        ended = torch.isin(texts[..., -1], eos) | (n == max_new_tokens)
-        chosen = (top - 1e9*ended).topk(k).indices                                 # these run on,
-        running, scores = pick(texts, chosen), (top - 1e9*ended).gather(1, chosen)
-        # and these are done
-        counts = ended & (torch.arange(top.shape[1], device=top.device) < k)
-        value = top / n**length_penalty - 1e9*(~counts) - 1e9*(~improving)
-        best, best_scores, is_text = keep_best((best, best_scores, is_text),
-                                               (F.pad(texts, (0, max_new_tokens - n), value=fill),
-                                                value, counts))
-        improving &= (scores[:, :1] / n**length_penalty
-                      > torch.where(is_text, best_scores.min(1, keepdim=True).values,
-                                    -1e9)).any(1, keepdim=True)
-        if not improving.any() or ended.all(): break
-        read.take((origin.gather(1, chosen)
-                   + k*torch.arange(B, device=new.device)[:, None]).flatten())
+        running, scores, rows, more = advance_beams(finished, running, scores, logp, eos, n)
+        if not more: break
+        read.take((rows + k*torch.arange(B, device=new.device)[:, None]).flatten())
         new = running[:, :, -1].reshape(-1, 1)
-    return best[:, 0, :T + n]
+    return finished.best[0][:, 0, :T + n]
 
 # %% ../../nbs/lm/40_generate.ipynb #4ec922df
 class StreamingDetokenizer:
     "Turn the tokens of one text into pieces of text."
-    def __init__(self, tokenizer, stop:tuple=()): # stop: strings that end the text
-        self.tokenizer, self.stop, self.tokens, self.shown, self.done = (
-            tokenizer, stop, [], 0, False)
+    def __init__(self,
+        tokenizer, # of the tokens
+        stop:tuple=(), # strings that end the text
+    ):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.tokens, self.shown, self.done = [], 0, False
         self.hold = max(map(len, stop), default=1) - 1
 
-    def add(self, token:int)->str: # what can be shown now, perhaps nothing
+    def add(self,
+        token:int, # its row in the vocabulary
+    )->str: # what can be shown now, perhaps nothing
         "Take one more token."
         if self.done: return ''
         if token == self.tokenizer.eos_token_id: return self.end()
@@ -285,43 +379,71 @@ class StreamingDetokenizer:
         unfinished = min(3, len(text) - len(text.rstrip('\ufffd')))
         return self.show(text, len(text) - max(self.hold, unfinished))
 
-    def show(self, text, upto):
-        upto = max(self.shown, upto)
-        piece, self.shown = text[self.shown:upto], upto
-        return piece
+# %% ../../nbs/lm/40_generate.ipynb #5781b3ea
+@patch
+def show(self:StreamingDetokenizer,
+    text:str, # so far
+    upto:int, # characters of it that are final
+)->str: # the part that was not shown before
+    "Show what has become final."
+    upto = max(self.shown, upto)
+    piece, self.shown = text[self.shown:upto], upto
+    return piece
 
-    def end(self, text=None): # the last piece
-        self.done, text = True, self.tokenizer.decode(self.tokens,
-                                                      skip_special_tokens=True) if text is None else text
-        return self.show(text, len(text))
+@patch
+def end(self:StreamingDetokenizer,
+    text:str|None=None, # as it ends; `None`: what the tokens say
+)->str: # the last piece
+    "End the text."
+    self.done = True
+    if text is None: text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+    return self.show(text, len(text))
+
+# %% ../../nbs/lm/40_generate.ipynb #eca69ef2
+def pad_left(
+    rows:list[list[int]], # the tokens of each text, B lists
+    fill:int, # token of the padding
+    device, # of the result
+)->tuple[Tensor,Tensor]: # tokens and mask, (B, T) int64; the mask is 0 for padding
+    "Pad texts on the left to the length of the longest."
+    longest = max(map(len, rows))
+    ids = [[fill]*(longest - len(row)) + row for row in rows]
+    mask = [[0]*(longest - len(row)) + [1]*len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+# %% ../../nbs/lm/40_generate.ipynb #bfd0eb5e
+def encode_prompts(
+    model, # a causal language model
+    tokenizer, # its tokenizer
+    prompts:list[str], # how the texts begin; an empty one begins with the end-of-text token
+)->tuple[Tensor,Tensor]: # tokens and mask, (B, T) int64, padded on the left
+    "Encode prompts for a model, after checking that the tokenizer is the model's."
+    from enigma_lab.data.text import encode_texts
+    if len(tokenizer) != model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer and model must have the same vocabulary, got {len(tokenizer)} rows and "
+            f"{model.config.vocab_size}")
+    rows = [ids or [tokenizer.eos_token_id] for ids in encode_texts(tokenizer, prompts)]
+    return pad_left(rows, tokenizer.pad_token_id or 0, model.device)
 
 # %% ../../nbs/lm/40_generate.ipynb #0bce3914
 def stream(
     model, # a causal language model
     tokenizer, # its tokenizer
-    prompt:str|list[str], # how the text begins; empty: from the end-of-text token; a list: several texts at once
+    prompt:str|list[str], # how the text begins, see `encode_prompts`; a list: several texts at once
     stop:tuple=(), # strings that end a text
     num_beams:int=1, # only 1: beams change their mind
-    **kwargs # of `generate_tokens`: max_new_tokens, temperature, top_k, top_p, seed, repetition_penalty, precision
-)->Iterator: # pieces whose concatenation is the continuation; for several prompts a list of pieces at a time
+    **kwargs # of `generate_tokens`, such as max_new_tokens, temperature and seed
+)->Iterator: # pieces that make up the continuation; for several prompts a list of pieces at a time
     "Continue a text, piece by piece."
-    from enigma_lab.data.text import encode_texts
     if num_beams != 1:
         raise ValueError(
             f"streaming shows what is final, and beams may replace it, got num_beams={num_beams}; "
             "use generate")
-    if len(tokenizer) != model.config.vocab_size:
-        raise ValueError(
-            f"tokenizer and model must have the same vocabulary, got {len(tokenizer)} rows and "
-            f"{model.config.vocab_size}")
-    rows = [ids or [tokenizer.eos_token_id]
-            for ids in encode_texts(tokenizer, [prompt] if isinstance(prompt, str) else prompt)]
-    longest = max(map(len, rows))
-    ids, mask = (torch.tensor([[fill]*(longest - len(row)) + (row if own else [1]*len(row))
-                               for row in rows], device=model.device)
-                 for fill, own in ((tokenizer.pad_token_id or 0, True), (0, False)))
-    spellers = [StreamingDetokenizer(tokenizer, stop) for _ in rows]
-    give = lambda pieces: pieces[0] if isinstance(prompt, str) else pieces
+    one = isinstance(prompt, str)
+    ids, mask = encode_prompts(model, tokenizer, [prompt] if one else prompt)
+    spellers = [StreamingDetokenizer(tokenizer, stop) for _ in ids]
+    give = lambda pieces: pieces[0] if one else pieces
     for token in generate_tokens(model, ids, attention_mask=mask, **kwargs):
         pieces = [speller.add(t) for speller, t in zip(spellers, token.tolist())]
         if any(pieces): yield give(pieces)
@@ -331,13 +453,13 @@ def stream(
 
 # %% ../../nbs/lm/40_generate.ipynb #c40de895
 class PrefixCache:
-    "What a model has read: the next text goes on from where it agrees with the last."
+    "Remember what a model has read: the next text goes on from where it agrees with the last."
     def __init__(self,
         model, # a causal language model, in eval mode
         precision:str='fp32', # 'auto' | 'fp32' | 'bf16' | 'fp16'
     ):
-        self.model, self.limit, self.ids, self.stepper = (
-            model, model.config.max_position_embeddings, [], None)
+        self.model, self.limit = model, model.config.max_position_embeddings
+        self.ids, self.stepper = [], None
         self.dtype = compute_dtype(model.device, precision)
 
     def __call__(self, ids:list[int])->Tensor: # a whole text -> (V,), the logits after it
@@ -361,32 +483,54 @@ def fit_context(
     limit:int, # tokens of the context
     room:int, # tokens to be kept free for the reply
 )->tuple[list[int],int]: # tokens, ending with the assistant's mark; how many messages were left out
-    "The newest turns that fit."
+    "Choose the newest turns that fit, and encode them."
     from enigma_lab.data.instruct import encode_chat
     if not messages or messages[-1]['role'] != 'user' or not messages[-1]['content'].strip():
         raise ValueError(
             "a reply needs a conversation that ends with a user's turn that says something, got "
             f"{messages[-1:]}")
     first = sum(1 for _ in takewhile(lambda m: m['role'] == 'system', messages))
-    system, turns = encode_chat(tokenizer,
-                                messages[:first])[0], [encode_chat(tokenizer, [m])[0]
-                                                       for m in messages[first:]]
+    system, _ = encode_chat(tokenizer, messages[:first])
+    turns = [encode_chat(tokenizer, [m])[0] for m in messages[first:]]
     mark, begin = encode_chat(tokenizer, [], reply=True)[0], 0
     size = lambda end: len(system) + sum(map(len, turns[begin:end])) + len(mark)
+    asks = lambda i: messages[first + i]['role'] == 'user'
     for end in range(1, len(turns) + 1):
         if size(end) <= limit - room: continue
-        while begin < end - 1 and (size(end) > limit//2 or messages[first + begin]['role']
-                                   != 'user'):
-            begin += 1
+        while begin < end - 1 and (size(end) > limit//2 or not asks(begin)): begin += 1
     ids = [*system, *(t for turn in turns[begin:] for t in turn)]
     return [*ids[-(limit - room - len(mark)):], *mark], begin
+
+# %% ../../nbs/lm/40_generate.ipynb #81f81584
+def reply_tokens(
+    memory:PrefixCache, # reads the conversation and the reply
+    tokenizer, # with tokens for the roles
+    ids:list[int], # the conversation, ending with the assistant's mark
+    max_new_tokens:int, # at most so many
+    repetition_penalty:float, # above 1: repeat less
+    draw, # function of logits (1, V) that returns a token (1, 1)
+    log_probs:list|None=None, # gets (token, log-probability) of each, the last included
+)->Iterator[int]: # up to a token that ends the turn, without it
+    "Draw the tokens of a reply."
+    from enigma_lab.data.instruct import role_tokens
+    ends = {tokenizer.eos_token_id, *role_tokens(tokenizer).values()}
+    for _ in range(min(max_new_tokens, memory.limit - len(ids))):
+        text = torch.tensor([ids], device=memory.model.device)
+        logits = penalise(memory(ids)[None], text, repetition_penalty)
+        token = draw(logits).item()
+        if log_probs is not None:
+            name = tokenizer.convert_ids_to_tokens(token)
+            log_probs.append((name, logits.log_softmax(-1)[0, token].item()))
+        if token in ends: return
+        ids = [*ids, token]
+        yield token
 
 # %% ../../nbs/lm/40_generate.ipynb #71ededa7
 def stream_reply(
     model, # a causal language model, in eval mode
     tokenizer, # its tokenizer, with tokens for the roles
     messages:list[dict], # a conversation that ends with the user's turn
-    memory:PrefixCache|None=None, # of the same model, kept from turn to turn; `None`: read everything
+    memory:PrefixCache|None=None, # of the same model, kept from turn to turn; `None`: a new one
     max_new_tokens:int=200, # at most so many
     temperature:float=.8, # 0: greedy
     top_k:int=0, # 0: all
@@ -395,25 +539,17 @@ def stream_reply(
     seed:int|None=None, # of the draws; `None`: the global generator
     log_probs:list|None=None, # gets (token, log-probability) of each token of the reply
 )->Iterator[str]: # pieces whose concatenation is the reply; to cancel it, stop asking
-    "What the assistant says next."
-    from enigma_lab.data.instruct import role_tokens
+    "Generate what the assistant says next, piece by piece."
     check_sampling(temperature, top_k, top_p, repetition_penalty)
     memory = memory or PrefixCache(model)
     if memory.model is not model:
         raise ValueError(
-            "a memory belongs to one model, got another's; begin with a new Reading(model)")
+            "a memory belongs to one model, got another's; begin with a new PrefixCache(model)")
     ids, _ = fit_context(tokenizer, messages, memory.limit, min(max_new_tokens, memory.limit//2))
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    ends, speller = {tokenizer.eos_token_id,
-                     *role_tokens(tokenizer).values()}, StreamingDetokenizer(tokenizer)
-    for _ in range(min(max_new_tokens, memory.limit - len(ids))):
-        logits = penalise(memory(ids)[None], torch.tensor([ids], device=model.device),
-                          repetition_penalty)
-        token = draw_token(logits, temperature, top_k, top_p, generator)
-        if log_probs is not None:
-            log_probs.append((tokenizer.convert_ids_to_tokens(token.item()),
-                              logits.log_softmax(-1)[0, token.item()].item()))
-        if token.item() in ends: break
-        ids = [*ids, token.item()]
-        if piece := speller.add(token.item()): yield piece
+    draw = lambda logits: draw_token(logits, temperature, top_k, top_p, generator)
+    speller = StreamingDetokenizer(tokenizer)
+    for token in reply_tokens(memory, tokenizer, ids, max_new_tokens, repetition_penalty, draw,
+                              log_probs):
+        if piece := speller.add(token): yield piece
     if piece := speller.end(): yield piece
