@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['machine_places', 'presets', 'EnigmaConfig', 'check_sizes', 'check_streams', 'check_config', 'Linear', 'Dropout',
-           'make_dropout', 'Attention', 'MLP', 'Block', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_features',
-           'short_on_cpu', 'Streams', 'Ends', 'make_machine', 'make_wheels', 'EnigmaModel', 'EnigmaForCausalLM',
-           'parameter_card', 'reached_matrices']
+           'make_dropout', 'AttentionWeights', 'Attention', 'MLP', 'Block', 'OwnMemory', 'EnigmaPreTrainedModel',
+           'token_positions', 'alibi_features', 'short_on_cpu', 'AttentionInputs', 'BlockSteps', 'TwoStreams',
+           'Streams', 'Ends', 'make_machine', 'make_wheels', 'WholeWay', 'EnigmaModel', 'NextToken',
+           'EnigmaForCausalLM', 'parameter_card', 'reached_matrices']
 
 # %% ../../nbs/lm/30_model.ipynb #75251407
 import math
@@ -14,7 +15,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers import PreTrainedModel
@@ -184,10 +184,8 @@ def make_dropout(
     return CounterDropout(p, place) if config.reversible else Dropout(p)
 
 # %% ../../nbs/lm/30_model.ipynb #10ea1a10
-class Attention(nn.Module):
-    "Compute a norm and causal self-attention with ALiBi (arXiv:2108.12409) in widened heads."
-    is_causal = True
-
+class AttentionWeights(nn.Module):
+    "Hold the weights of an attention, and its dropouts."
     def __init__(self,
         config:EnigmaConfig, # shape
         layer_idx:int, # which layer, for the cache
@@ -209,29 +207,32 @@ class Attention(nn.Module):
         counted = p and isinstance(self.drop_weights, CounterDropout)
         return partial(self.drop_weights, key=key) if counted else p
 
-# %% ../../nbs/lm/30_model.ipynb #e83f6e75
-@patch
-def forward(self:Attention,
-    x:Tensor, # (B, T, d)
-    q_front:Tensor|None, # ALiBi's numbers to put before the queries; `None`: they are in the mask
-    k_front:Tensor|None, # the same for the keys
-    mask:Tensor|None=None, # see `causal_attention`
-    key:Tensor|None=None, # of this pass's dropout
-    cache=None, # keys and values of earlier tokens; `None`: there are none
-)->Tensor: # (B, T, d)
-    "Let each token look at those before it and at itself."
-    (B, T, d), x = x.shape, self.norm(x)
-    q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)
-               for proj in (self.q_proj, self.k_proj, self.v_proj))
-    D = q.shape[-1]
-    # (B, H, T, W)
-    if q_front is not None:
-        q, k, v = append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v)
-    if cache is not None: k, v = cache.update(k, v, self.layer_idx)
-    # a static cache that is being filled: the rest of it is empty
-    if mask is None and 1 < T < k.shape[2]: k, v = k[:, :, :T], v[:, :, :T]
-    out = causal_attention(q, k, v, D**-.5, mask, self.weight_dropout(key))[..., :D]
-    return self.dropout(self.o_proj(out.transpose(1, 2).reshape(B, T, d)), key)
+# %% ../../nbs/lm/30_model.ipynb #f442e435
+class Attention(AttentionWeights):
+    "Compute a norm and causal self-attention with ALiBi (arXiv:2108.12409) in widened heads."
+    is_causal = True
+
+    def forward(self,
+        x:Tensor, # (B, T, d)
+        q_front:Tensor|None, # ALiBi's numbers to put before the queries; `None`: the mask has them
+        k_front:Tensor|None, # the same for the keys
+        mask:Tensor|None=None, # see `causal_attention`
+        key:Tensor|None=None, # of this pass's dropout
+        cache=None, # keys and values of earlier tokens; `None`: there are none
+    )->Tensor: # (B, T, d)
+        "Let each token look at those before it and at itself."
+        (B, T, d), x = x.shape, self.norm(x)
+        q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        D = q.shape[-1]
+        # (B, H, T, W)
+        if q_front is not None:
+            q, k, v = append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v)
+        if cache is not None: k, v = cache.update(k, v, self.layer_idx)
+        # a static cache that is being filled: the rest of it is empty
+        if mask is None and 1 < T < k.shape[2]: k, v = k[:, :, :T], v[:, :, :T]
+        out = causal_attention(q, k, v, D**-.5, mask, self.weight_dropout(key))[..., :D]
+        return self.dropout(self.o_proj(out.transpose(1, 2).reshape(B, T, d)), key)
 
 # %% ../../nbs/lm/30_model.ipynb #3d35fd0f
 class MLP(nn.Module):
@@ -264,8 +265,25 @@ class Block(GradientCheckpointingLayer):
         h = h + self.attn(h, *front, mask, key, cache)
         return h + self.mlp(h, key)
 
+# %% ../../nbs/lm/30_model.ipynb #d970420f
+class OwnMemory:
+    """Load models into memory of our own.
+
+    Tensors mapped from a file are aligned otherwise, which changes the last bits of a product.
+    """
+    @classmethod
+    def from_pretrained(cls,
+        *args, # of transformers' `from_pretrained`: a folder or a hub id first
+        **kwargs, # of the same
+    )->PreTrainedModel: # of this class; with output_loading_info a pair, as there
+        "Load a model as transformers does, and copy its weights."
+        loaded = super().from_pretrained(*args, **kwargs)
+        for p in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+            p.data = p.data.clone()
+        return loaded
+
 # %% ../../nbs/lm/30_model.ipynb #937b4dc6
-class EnigmaPreTrainedModel(PreTrainedModel):
+class EnigmaPreTrainedModel(OwnMemory, PreTrainedModel):
     "Provide what the bare model and the language model share."
     config_class = EnigmaConfig
     base_model_prefix = 'model'
@@ -287,21 +305,6 @@ class EnigmaPreTrainedModel(PreTrainedModel):
         if isinstance(module, Linear):
             init.normal_(module.weight, std=module.start)
             init.zeros_(module.bias)
-
-# %% ../../nbs/lm/30_model.ipynb #89ec3341
-@patch(cls_method=True)
-def from_pretrained(cls:EnigmaPreTrainedModel,
-    *args, # of transformers' `from_pretrained`: a folder or a hub id first
-    **kwargs, # of the same
-)->PreTrainedModel: # of this class; with output_loading_info a pair, as there
-    """Load a model into memory of our own.
-
-    Tensors mapped from a file are aligned otherwise, which changes the last bits of a product.
-    """
-    loaded = super(EnigmaPreTrainedModel, cls).from_pretrained(*args, **kwargs)
-    for p in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
-        p.data = p.data.clone()
-    return loaded
 
 # %% ../../nbs/lm/30_model.ipynb #dbef9a6a
 def token_positions(
@@ -340,8 +343,8 @@ def short_on_cpu(
         and not torch.compiler.is_compiling())
 
 # %% ../../nbs/lm/30_model.ipynb #eff14dbc
-class Streams:
-    "Pass a signal through the blocks of an `EnigmaModel`."
+class AttentionInputs:
+    "Prepare what the attentions of an `EnigmaModel` share."
     def attention_inputs(self,
         positions:Tensor, # (B, T)
         dtype:torch.dtype, # of queries and keys
@@ -354,6 +357,24 @@ class Streams:
             return None, None, alibi_mask(T, c.num_heads, c.dim//c.num_heads, positions.device)
         return *alibi_features(c, positions, dtype), mask
 
+# %% ../../nbs/lm/30_model.ipynb #c696bec5
+class BlockSteps:
+    "Write the blocks of an `EnigmaModel` as reversible steps of two streams."
+    def chain(self,
+        positions:Tensor, # (B, T)
+        extras:tuple, # what every attention gets; the last, the key, is for networks, too
+        cache=None, # keys and values of earlier tokens; `None`: there are none
+    ): # an iterator: a list of reversible steps for each block
+        "Write the blocks as reversible steps."
+        grid = self.config.grid if self.config.exact else None
+        for i, layer in enumerate(self.layers):
+            turn = []
+            if i and self.wheels is not None:
+                turn = [BijectionStep(self.wheels[i - 1], positions, ways=self.ways[i - 1])]
+            attn = layer.attn if cache is None else partial(layer.attn, cache=cache)
+            yield [*turn, Coupling(attn, extras, grid=grid),
+                   Coupling(layer.mlp, extras[-1:], grid=grid)]
+
     def read_out(self,
         a:Tensor, # (B, T, d)
         b:Tensor, # (B, T, d)
@@ -361,73 +382,57 @@ class Streams:
         "Combine two streams into what they say."
         return (a + b) / 2
 
-# %% ../../nbs/lm/30_model.ipynb #bb2c0346
-@patch
-def through_layers(self:Streams,
-    h:Tensor, # (B, T, d)
-    positions:Tensor, # (B, T)
-    front, # ALiBi's numbers for queries and for keys
-    mask:Tensor|None, # see `causal_attention`
-    cache=None, # keys and values of earlier tokens; `None`: there are none
-): # an iterator: the stream after each block, (B, T, d)
-    "Run all blocks, in one stream or in two with a wheel between each pair of blocks."
-    c = self.config
-    repeated = self.training and c.reversible and (c.dropout or c.attn_dropout)
-    key = new_key(h.device) if repeated else None
-    if c.reversible: return self.two_streams(h, positions, front, mask, key, cache)
-    return self.one_stream(h, front, mask, key, cache)
+# %% ../../nbs/lm/30_model.ipynb #3af65714
+class TwoStreams(BlockSteps):
+    "Pass two streams through the blocks of an `EnigmaModel`."
+    def two_streams(self,
+        h:Tensor, # (B, T, d)
+        positions:Tensor, # (B, T)
+        front, # ALiBi's numbers for queries and for keys
+        mask:Tensor|None, # see `causal_attention`
+        key:Tensor|None, # of this pass's dropout
+        cache, # keys and values of earlier tokens
+    ): # an iterator: what the streams say after each block, or after the last alone, (B, T, d)
+        "Run all blocks in two streams, which training can undo."
+        exact, grid = self.config.exact, self.config.grid
+        h = h.float() if exact else h
+        # two tensors, whose gradients meet only here
+        a, b = ((snap(h, grid) if exact else h).view_as(h) for _ in range(2))
+        blocks = list(self.chain(positions, (*front, mask, key), cache))
+        if torch.is_grad_enabled() and cache is None and not self.config.output_hidden_states:
+            a, b = reversible([step for block in blocks for step in block], a, b)
+            yield self.read_out(a, b)
+            return
+        for block in blocks:
+            for step in block: a, b = step.plain(a, b)
+            yield self.read_out(a, b)
 
-@patch
-def one_stream(self:Streams,
-    h:Tensor, # (B, T, d)
-    front, # ALiBi's numbers for queries and for keys
-    mask:Tensor|None, # see `causal_attention`
-    key:Tensor|None, # of this pass's dropout
-    cache, # keys and values of earlier tokens
-): # an iterator: the stream after each block, (B, T, d)
-    "Run all blocks in one stream."
-    for layer in self.layers: yield (h := layer(h, front, mask, key, cache))
+# %% ../../nbs/lm/30_model.ipynb #e1ae2ca7
+class Streams(AttentionInputs, TwoStreams):
+    "Pass a signal through the blocks of an `EnigmaModel`."
+    def through_layers(self,
+        h:Tensor, # (B, T, d)
+        positions:Tensor, # (B, T)
+        front, # ALiBi's numbers for queries and for keys
+        mask:Tensor|None, # see `causal_attention`
+        cache=None, # keys and values of earlier tokens; `None`: there are none
+    ): # an iterator: the stream after each block, (B, T, d)
+        "Run all blocks, in one stream or in two with a wheel between each pair of blocks."
+        c = self.config
+        repeated = self.training and c.reversible and (c.dropout or c.attn_dropout)
+        key = new_key(h.device) if repeated else None
+        if c.reversible: return self.two_streams(h, positions, front, mask, key, cache)
+        return self.one_stream(h, front, mask, key, cache)
 
-# %% ../../nbs/lm/30_model.ipynb #414b293a
-@patch
-def two_streams(self:Streams,
-    h:Tensor, # (B, T, d)
-    positions:Tensor, # (B, T)
-    front, # ALiBi's numbers for queries and for keys
-    mask:Tensor|None, # see `causal_attention`
-    key:Tensor|None, # of this pass's dropout
-    cache, # keys and values of earlier tokens
-): # an iterator: what the streams say after each block, or after the last alone, (B, T, d)
-    "Run all blocks in two streams, which training can undo."
-    exact, grid = self.config.exact, self.config.grid
-    h = h.float() if exact else h
-    # two tensors, whose gradients meet only here
-    a, b = ((snap(h, grid) if exact else h).view_as(h) for _ in range(2))
-    blocks = list(self.chain(positions, (*front, mask, key), cache))
-    if torch.is_grad_enabled() and cache is None and not self.config.output_hidden_states:
-        a, b = reversible([step for block in blocks for step in block], a, b)
-        yield self.read_out(a, b)
-        return
-    for block in blocks:
-        for step in block: a, b = step.plain(a, b)
-        yield self.read_out(a, b)
-
-# %% ../../nbs/lm/30_model.ipynb #63a4a966
-@patch
-def chain(self:Streams,
-    positions:Tensor, # (B, T)
-    extras:tuple, # what every attention gets; the last, the key, is for networks, too
-    cache=None, # keys and values of earlier tokens; `None`: there are none
-): # an iterator: a list of reversible steps for each block
-    "Write the blocks as reversible steps."
-    grid = self.config.grid if self.config.exact else None
-    for i, layer in enumerate(self.layers):
-        turn = []
-        if i and self.wheels is not None:
-            turn = [BijectionStep(self.wheels[i - 1], positions, ways=self.ways[i - 1])]
-        attn = layer.attn if cache is None else partial(layer.attn, cache=cache)
-        yield [*turn, Coupling(attn, extras, grid=grid),
-               Coupling(layer.mlp, extras[-1:], grid=grid)]
+    def one_stream(self,
+        h:Tensor, # (B, T, d)
+        front, # ALiBi's numbers for queries and for keys
+        mask:Tensor|None, # see `causal_attention`
+        key:Tensor|None, # of this pass's dropout
+        cache, # keys and values of earlier tokens
+    ): # an iterator: the stream after each block, (B, T, d)
+        "Run all blocks in one stream."
+        for layer in self.layers: yield (h := layer(h, front, mask, key, cache))
 
 # %% ../../nbs/lm/30_model.ipynb #592f4abb
 class Ends:
@@ -473,8 +478,38 @@ def make_wheels(
                                     written, seed=c.machine_seed + i)
                          for i in range(c.num_layers - 1))
 
+# %% ../../nbs/lm/30_model.ipynb #d530a30a
+class WholeWay(Ends, Streams):
+    "Lead tokens through machine and blocks."
+    def forward(self,
+        input_ids:Tensor|None=None, # (B, T) int64
+        attention_mask:Tensor|None=None, # (B, S), 1 for tokens and 0 for padding
+        position_ids:Tensor|None=None, # (B, T) int64; `None`: each row is one text
+        past_key_values=None, # a cache
+        inputs_embeds:Tensor|None=None, # (B, T, d) in place of input_ids
+        use_cache:bool|None=None, # keep keys and values; `None`: as the configuration says
+        output_hidden_states:bool|None=None, # return the stream after each block
+        **kwargs, # not used
+    )->BaseModelOutputWithPast: # features (B, T, d)
+        "Compute the features of tokens, or of their embeddings."
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, got both or neither")
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self.make_cache(past_key_values, use_cache)
+        past = cache.get_seq_length() if cache is not None else 0
+        positions = token_positions(h, attention_mask, position_ids, past)
+        mask = create_causal_mask(self.config, h, attention_mask, cache, position_ids)
+        h = self.encipher(h, positions)
+        ordinary = position_ids is None and cache is None
+        *front, mask = self.attention_inputs(positions, h.dtype, mask, ordinary)
+        states = (h,) if output_hidden_states or self.config.output_hidden_states else None
+        for h in self.through_layers(h, positions, front, mask, cache):
+            if states is not None: states = *states, h
+        return BaseModelOutputWithPast(last_hidden_state=self.decipher(self.norm(h), positions),
+                                       past_key_values=cache, hidden_states=states)
+
 # %% ../../nbs/lm/30_model.ipynb #0d10ecc3
-class EnigmaModel(Ends, Streams, EnigmaPreTrainedModel):
+class EnigmaModel(WholeWay, EnigmaPreTrainedModel):
     "Turn tokens into features, by embedding, machine and blocks."
     def __init__(self,
         config:EnigmaConfig, # shape
@@ -500,38 +535,35 @@ class EnigmaModel(Ends, Streams, EnigmaPreTrainedModel):
         fresh = wanted and cache is None and not self.training
         return DynamicCache(config=self.config) if fresh else cache
 
-# %% ../../nbs/lm/30_model.ipynb #12d6c8c1
-@patch
-def forward(self:EnigmaModel, # noqa: F811
-    input_ids:Tensor|None=None, # (B, T) int64
-    attention_mask:Tensor|None=None, # (B, S), 1 for tokens and 0 for padding
-    position_ids:Tensor|None=None, # (B, T) int64; `None`: each row is one text
-    past_key_values=None, # a cache
-    inputs_embeds:Tensor|None=None, # (B, T, d) in place of input_ids
-    use_cache:bool|None=None, # keep keys and values; `None`: as the configuration says
-    output_hidden_states:bool|None=None, # return the stream after each block
-    **kwargs, # not used
-)->BaseModelOutputWithPast: # features (B, T, d)
-    "Compute the features of tokens, or of their embeddings."
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give either input_ids or inputs_embeds, got both or neither")
-    h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    cache = self.make_cache(past_key_values, use_cache)
-    past = cache.get_seq_length() if cache is not None else 0
-    positions = token_positions(h, attention_mask, position_ids, past)
-    mask = create_causal_mask(self.config, h, attention_mask, cache, position_ids)
-    h = self.encipher(h, positions)
-    ordinary = position_ids is None and cache is None
-    *front, mask = self.attention_inputs(positions, h.dtype, mask, ordinary)
-    keep = output_hidden_states or self.config.output_hidden_states
-    states = (h,) if keep else None
-    for h in self.through_layers(h, positions, front, mask, cache):
-        if keep: states = *states, h
-    return BaseModelOutputWithPast(last_hidden_state=self.decipher(self.norm(h), positions),
-                                   past_key_values=cache, hidden_states=states)
+# %% ../../nbs/lm/30_model.ipynb #60fb0d5c
+class NextToken:
+    "Predict the next token from features."
+    def forward(self,
+        input_ids:Tensor|None=None, # (B, T) int64
+        attention_mask:Tensor|None=None, # (B, S), 1 for tokens and 0 for padding
+        position_ids:Tensor|None=None, # (B, T) int64, from 0 in each text of a packed row
+        past_key_values=None, # a cache
+        inputs_embeds:Tensor|None=None, # (B, T, d) in place of input_ids
+        labels:Tensor|None=None, # (B, T) int64, the same tokens; −100: nothing to learn
+        use_cache:bool|None=None, # keep keys and values; never while training
+        output_hidden_states:bool|None=None, # return the stream after each block
+        logits_to_keep:int=0, # only the last few positions' logits; 0: all
+        **kwargs, # of the loss, such as num_items_in_batch
+    )->CausalLMOutputWithPast: # loss in nats per predicted token; logits (B, T, V)
+        "Compute the logits of the next token at every position."
+        if labels is not None or self.training: use_cache = False
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+                         use_cache, output_hidden_states)
+        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels,
+                                      vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states,
+                                      past_key_values=out.past_key_values)
 
 # %% ../../nbs/lm/30_model.ipynb #61a38d30
-class EnigmaForCausalLM(EnigmaPreTrainedModel, GenerationMixin):
+class EnigmaForCausalLM(NextToken, EnigmaPreTrainedModel, GenerationMixin):
     "Predict the next token, causally: the Enigma language model (github.com/lizixi-0x2F/Enigma)."
     _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}
 
@@ -543,32 +575,6 @@ class EnigmaForCausalLM(EnigmaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_word_embeddings: self._keys_to_ignore_on_save = ['lm_head.weight']
         self.post_init()
-
-# %% ../../nbs/lm/30_model.ipynb #6ce24b05
-@patch
-def forward(self:EnigmaForCausalLM, # noqa: F811
-    input_ids:Tensor|None=None, # (B, T) int64
-    attention_mask:Tensor|None=None, # (B, S), 1 for tokens and 0 for padding
-    position_ids:Tensor|None=None, # (B, T) int64; begins again where a packed row begins a new text
-    past_key_values=None, # a cache
-    inputs_embeds:Tensor|None=None, # (B, T, d) in place of input_ids
-    labels:Tensor|None=None, # (B, T) int64, the same tokens; −100 where nothing is to be learned
-    use_cache:bool|None=None, # keep keys and values; never while training
-    output_hidden_states:bool|None=None, # return the stream after each block
-    logits_to_keep:int=0, # only the last few positions' logits; 0: all
-    **kwargs, # of the loss, such as num_items_in_batch
-)->CausalLMOutputWithPast: # loss in nats per predicted token; logits (B, T, V)
-    "Compute the logits of the next token at every position."
-    if labels is not None or self.training: use_cache = False
-    out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
-                     use_cache, output_hidden_states)
-    logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-    loss = None
-    if labels is not None:
-        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size,
-                                  **kwargs)
-    return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values,
-                                  hidden_states=out.hidden_states)
 
 # %% ../../nbs/lm/30_model.ipynb #66131705
 AutoConfig.register('enigma', EnigmaConfig, exist_ok=True)

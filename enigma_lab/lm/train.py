@@ -10,7 +10,6 @@ __all__ = ['presets', 'settings', 'task', 'TrainConfig', 'make_config', 'TaskDat
 from dataclasses import dataclass, field
 
 import transformers
-from fastcore.basics import patch
 
 from ..data.text import Corpus, Windows, load_text
 from ..lab.config import TrainingConfig, check_precision
@@ -45,19 +44,17 @@ class TrainConfig(TrainingConfig):
         check_precision(self)
         self.model_config()
 
-# %% ../../nbs/lm/50_train.ipynb #2adf5b03
-@patch
-def model_config(self:TrainConfig,
-    tokenizer=None, # gives the rows of the embedding; `None`: as many as the preset says
-)->EnigmaConfig: # checked
-    "Make the model's shape from the preset and what differs from it."
-    own = dict(machine=self.machine, rotor=self.rotor, dropout=self.dropout,
-               attn_dropout=self.attn_dropout)
-    rows = {}
-    if tokenizer is not None:
-        rows = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
-                    bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    return EnigmaConfig.preset(self.preset, **own | self.shape | rows)
+    def model_config(self,
+        tokenizer=None, # gives the rows of the embedding; `None`: as many as the preset says
+    )->EnigmaConfig: # checked
+        "Make the model's shape from the preset and what differs from it."
+        own = dict(machine=self.machine, rotor=self.rotor, dropout=self.dropout,
+                   attn_dropout=self.attn_dropout)
+        rows = {}
+        if tokenizer is not None:
+            rows = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+                        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        return EnigmaConfig.preset(self.preset, **own | self.shape | rows)
 
 # %% ../../nbs/lm/50_train.ipynb #a4369be1
 _brief = dict(optimizer='adamw', machine='input', dropout=.1, warmup_steps=200, decay_share=1.,
