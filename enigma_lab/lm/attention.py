@@ -16,32 +16,38 @@ from torch import Tensor
 torch.set_flush_denormal(True)
 
 # %% ../../nbs/lm/20_attention.ipynb #8399b700
-def alibi_slopes(num_heads:int)->Tensor: # (num_heads,) float32, from large to small
-    "One slope for each head: `2^(-8h/H)` (ALiBi, arXiv:2108.12409, section 3)."
+def alibi_slopes(
+    num_heads:int, # H
+)->Tensor: # (H,) float32, from large to small
+    "Compute a slope for each head, `2^(-8h/H)` (ALiBi, arXiv:2108.12409, section 3)."
     return 2. ** (-8. * torch.arange(1, num_heads+1) / num_heads)
 
 def rounded_slopes(
-    num_heads:int, # μ = slope * D^.5 (H,) float32, exact in bfloat16
-    head_dim:int,
-)->Tensor:
-    "Slopes in units of the unscaled scores."
+    num_heads:int, # H
+    head_dim:int, # D, features of a head
+)->Tensor: # (H,) float32, exact in bfloat16: μ = slope * D^.5
+    "Compute the slopes in units of the unscaled scores."
     return (alibi_slopes(num_heads) * head_dim**.5).bfloat16().float()
 
 ALIBI_DIMS = 3 # numbers appended to each query and key
 
+# %% ../../nbs/lm/20_attention.ipynb #ddb6ca17
 def alibi_dims(
     positions:Tensor, # (B, T) int64, the position of each token in its text
     num_heads:int, # H
     head_dim:int, # D, features of a head
     dtype:torch.dtype=torch.float32, # of queries and keys
 )->tuple[Tensor,Tensor]: # for queries (B, H, T, 3) and for keys (B, 1, T, 3)
-    "What to append to queries and keys so that their dot product, times `D^-0.5`, gains `-slope * (i - j)`."
+    """Compute the numbers that are appended to queries and keys.
+
+    With them their dot product, times `D^-0.5`, gains `-slope * (i - j)`.
+    """
     # (H, 1)
     mu = rounded_slopes(num_heads, head_dim).to(positions.device)[:, None]
     # (B, 1, T)
     i = positions[:, None].float()
-    q = torch.stack([(256*mu).expand(len(i), -1, i.shape[-1]), mu.expand(len(i), -1, i.shape[-1]),
-                     -mu*i], -1)
+    everywhere = lambda x: x.expand(len(i), -1, i.shape[-1])
+    q = torch.stack([everywhere(256*mu), everywhere(mu), -mu*i], -1)
     k = torch.stack([positions // 256, positions % 256, torch.ones_like(positions)], -1)[:, None]
     return q.to(dtype), k.to(dtype)
 
@@ -52,11 +58,11 @@ def alibi_mask(
     head_dim:int, # D, features of a head
     device=None, # of the result
 )->Tensor: # (1, H, T, T) float32: -slope * (i - j), and -inf where j > i
-    "Distances and causality as what is added to the scores (ALiBi, arXiv:2108.12409, figure 3)."
+    "Write distance and causality as terms of the scores (ALiBi, arXiv:2108.12409, figure 3)."
     i = torch.arange(length, device=device)
     distance = (i[:, None] - i).float()
-    return (-rounded_slopes(num_heads, head_dim).to(distance.device)[:, None, None] * head_dim**-.5
-            * distance).masked_fill(distance < 0, -torch.inf)[None]
+    mu = rounded_slopes(num_heads, head_dim).to(distance.device)[:, None, None]
+    return (-mu * head_dim**-.5 * distance).masked_fill(distance < 0, -torch.inf)[None]
 
 # %% ../../nbs/lm/20_attention.ipynb #7ddf50be
 def append_alibi(
@@ -75,10 +81,11 @@ def causal_attention(
     k:Tensor, # (B, H, S, W) keys
     v:Tensor, # (B, H, S, W) values
     scale:float, # factor on the scores
-    mask:Tensor|None=None, # bool (B, 1, T, S), True where a query sees a key, or what is added to the scores; `None`: causal
+    # bool (B, 1, T, S), True where a query sees a key, or floats added to scores; `None`: causal
+    mask:Tensor|None=None,
     dropout=0., # probability of dropping a weight, or a function that drops some of (B, H, T, S)
 )->Tensor: # (B, H, T, W)
-    "Attention that sees no later key, by torch's fused kernels."
+    "Compute attention that sees no later key, by torch's fused kernels."
     T, S = q.shape[-2], k.shape[-2]
     if callable(dropout):
         seen = (torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if mask is None
@@ -100,11 +107,14 @@ def causal_alibi_attention(
     v:Tensor, # (B, H, T, D)
     positions:Tensor, # (B, T) int64
 )->Tensor: # (B, H, T, D)
-    "Causal attention with ALiBi, all in one (the model shares the appended numbers between its layers)."
+    """Compute causal attention with ALiBi, all in one.
+
+    The model shares the appended numbers between its layers.
+    """
     H, D = q.shape[1], q.shape[-1]
     q_front, k_front = alibi_dims(positions, H, D, q.dtype)
-    return causal_attention(append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v),
-                            D**-.5)[..., :D]
+    wide = append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v)
+    return causal_attention(*wide, D**-.5)[..., :D]
 
 # %% ../../nbs/lm/20_attention.ipynb #a8a4282a
 def alibi_weights(
@@ -113,9 +123,12 @@ def alibi_weights(
     positions:Tensor, # (B, T) int64
     causal:bool=True, # False: the original network's mistake, for controls
 )->Tensor: # (B, H, T, T) float64, rows sum to 1
-    "Attention weights by the definition: `softmax(q·k / sqrt(D) - slope |i - j|)` (ALiBi, arXiv:2108.12409, eq. in section 3)."
+    """Compute attention weights by the definition (ALiBi, arXiv:2108.12409, section 3).
+
+    They are `softmax(q·k / sqrt(D) - slope |i - j|)`.
+    """
     distance = (positions[:, :, None] - positions[:, None, :])[:, None].double()
-    scores = q.double() @ k.double().mT * q.shape[-1]**-.5 - alibi_slopes(q.shape[1]).double()[
-        :, None, None] * distance.abs()
+    slopes = alibi_slopes(q.shape[1]).double()[:, None, None]
+    scores = q.double() @ k.double().mT * q.shape[-1]**-.5 - slopes * distance.abs()
     if causal: scores = scores.masked_fill(distance < 0, -torch.inf)
     return scores.softmax(-1)

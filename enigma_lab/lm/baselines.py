@@ -32,19 +32,23 @@ compressors = dict(gzip=lambda data: gzip.compress(data, 9, mtime=0),
 def join_documents(
     documents:list[str], # texts
 )->bytes: # UTF-8, a zero byte after each document
-    "What a compressor reads."
+    "Join documents into what a compressor reads."
     if isinstance(documents, str):
         raise ValueError(
             f"documents must be a list of texts, got one text of {len(documents)} characters; put "
             "it in a list")
     return b''.join(text.encode() + b'\0' for text in documents)
 
+# %% ../../nbs/lm/45_baselines.ipynb #423b9d22
 def compressor_bits(
     train:list[str], # documents that every compressor reads first, as the model did
     test:list[str], # documents to pay for
     names:tuple[str,...]=('gzip', 'bz2', 'xz', 'ppmd5'), # which of `compressors`
 )->dict[str,float]: # name -> bits per character of `test`
-    "Code length of `test` after `train`, by compressors: L(train + test) - L(train) (Shannon 1948; Cleary and Witten 1984 for PPM)."
+    """Measure the code length of `test` after `train`, by compressors.
+
+    It is L(train + test) - L(train) (Shannon 1948; Cleary and Witten 1984 for PPM).
+    """
     if unknown := [name for name in names if name not in compressors]:
         raise ValueError(f"names must be among {list(compressors)}, got {unknown}")
     before, behind = join_documents(train), join_documents(test)

@@ -23,7 +23,7 @@ def token_nll(
     stride:int, # S, predictions that count in each window but the first
     batch_size:int=16, # windows of a forward pass
 )->Tensor: # (N,) nats of each token after the first
-    "Code length of every token, each scored once, in overlapping windows."
+    "Code every token once, in overlapping windows, and return the lengths."
     if not 0 < stride <= window:
         raise ValueError(f"stride must lie in 1 … window={window}, got {stride}")
     N = len(ids) - 1
@@ -48,7 +48,7 @@ def evaluate_text(
     documents:list[str], # unseen
     stride:int|None=None, # predictions that count in each window; `None`: half a window
 )->dict: # bits_per_char, nats_per_token, perplexity, tokens, characters, window, stride
-    "Bits per character of documents, end to end."
+    "Measure the bits per character of documents, end to end."
     window, eos = model.config.max_position_embeddings, tokenizer.eos_token_id
     ids = torch.tensor([eos,
                         *(i for text in encode_texts(tokenizer, documents) for i in [*text, eos])])
@@ -67,7 +67,7 @@ def machine_report(
     model, # an `EnigmaForCausalLM`
     positions:int|None=None, # how many positions to try; `None`: the whole context
 )->dict: # empty without a machine
-    "Reconstruction errors and condition of the machine, on the embeddings that it really enciphers."
+    "Measure how well the machine is undone, on the embeddings that it really enciphers."
     enigma = model.model.enigma
     if enigma is None: return {}
     rows, context = (model.model.embed_tokens.weight.detach().cpu(),

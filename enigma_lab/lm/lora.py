@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROJECTIONS', 'presets', 'settings', 'task', 'EXAMINED', 'untie', 'quiet', 'add_lora', 'merged', 'trainable_card',
-           'fingerprint', 'save_adapter', 'Saving', 'load_adapted', 'TuneConfig', 'make_tune_config', 'TuneTaskData',
-           'prepare_tuning', 'answers', 'grams', 'nearest_answers', 'evaluate_tuning', 'save_tuned', 'load_tuned',
-           'tune', 'exam_table', 'plot_exam']
+           'fingerprint', 'save_adapter', 'Saving', 'read_origin', 'load_base', 'load_adapted', 'TuneConfig',
+           'make_tune_config', 'TuneTaskData', 'prepare_tuning', 'answers', 'grams', 'nearest_answers',
+           'evaluate_tuning', 'save_tuned', 'load_tuned', 'tune', 'exam_table', 'plot_exam']
 
 # %% ../../nbs/lm/60_lora.ipynb #84d7b221
 import copy, hashlib, json, warnings
@@ -27,7 +27,7 @@ from ..lab.runs import Run, find_run, write_json
 from ..lab.settings import Settings, make_settings
 from ..lab.task import Task, best_val_loss, main, run_task, training_report
 from ..lab.trainer import save_model
-from .generate import generate
+from .generate import generate, pad_left
 from .model import EnigmaForCausalLM
 
 # %% ../../nbs/lm/60_lora.ipynb #e36a46a8
@@ -38,8 +38,9 @@ def untie(
 )->EnigmaForCausalLM: # the same
     "Give the head a matrix of its own."
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(),
-                                            requires_grad=model.lm_head.weight.requires_grad)
+        tied = model.lm_head.weight
+        model.lm_head.weight = nn.Parameter(tied.detach().clone(),
+                                            requires_grad=tied.requires_grad)
         model.config.tie_word_embeddings = False
         # it is saved from now on
         model._keys_to_ignore_on_save, model.all_tied_weights_keys = None, {}
@@ -47,7 +48,10 @@ def untie(
 
 @contextmanager
 def quiet():
-    "peft warns of what is decided here: old names of transformers, and a head that it takes for an embedding."
+    """Hide peft's warnings about what is decided here.
+
+    They name old functions of transformers, and a head that peft takes for an embedding.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='peft')
         warnings.filterwarnings('ignore', '.is_gradient_checkpointing. is deprecated',
@@ -58,33 +62,33 @@ def quiet():
 def add_lora(
     model:EnigmaForCausalLM, # the base; its head is untied where it gets an adapter
     r:int=16, # rank of the adapters
-    alpha:int=32, # what they count for, times r
-    dropout:float=0., # of what enters an adapter
-    head:bool=True, # one on the head, too
+    alpha:int=32, # weight of the adapters, times r
+    dropout:float=0., # probability of dropping a feature that enters an adapter
+    head:bool=True, # an adapter on the head, too
     seed:int=0, # of A
-): # a `PeftModel`, only its adapters learn
-    "Adapters beside every projection (arXiv:2106.09685)."
+): # a `PeftModel`, of which only the adapters learn
+    "Add adapters beside every projection (arXiv:2106.09685)."
     import peft
     if r < 1: raise ValueError(f"the rank of an adapter must be at least 1, got {r}")
     if head: untie(model)
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
-        return peft.get_peft_model(model,
-                                   peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
-                                                   target_modules=[*PROJECTIONS, *['lm_head']*head],
-                                                   task_type='CAUSAL_LM'))
+        config = peft.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout,
+                                 target_modules=[*PROJECTIONS, *['lm_head']*head],
+                                 task_type='CAUSAL_LM')
+        return peft.get_peft_model(model, config)
 
 def merged(
     model, # a `PeftModel`, which stays as it is
 )->EnigmaForCausalLM: # in eval mode
-    "A copy of the base with its adapters added in."
+    "Copy the base with its adapters added in."
     return copy.deepcopy(model).merge_and_unload().eval()
 
 # %% ../../nbs/lm/60_lora.ipynb #345d2275
 def trainable_card(
     model, # a `PeftModel`, or any module
 )->dict: # counts, and the share of the base's parameters
-    "What learns, beside what the base has."
+    "Count what learns, and what the base has."
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # a copy of the embedding
     own = sum(p.numel() for name, p in model.named_parameters() if 'lora_' not in name
@@ -95,10 +99,9 @@ def trainable_card(
 def fingerprint(
     model:nn.Module, # any
 )->str: # 16 hexadecimal digits
-    "A digest of every parameter; a tied matrix counts once, whatever it is called."
-    sums = sorted(
-        {hashlib.sha256(p.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
-         for p in model.parameters()})
+    "Hash every parameter; a tied matrix counts once, whatever its name."
+    as_bytes = lambda p: p.detach().float().cpu().contiguous().numpy().tobytes()
+    sums = sorted({hashlib.sha256(as_bytes(p)).hexdigest() for p in model.parameters()})
     return hashlib.sha256(''.join(sums).encode()).hexdigest()[:16]
 
 def save_adapter(
@@ -110,10 +113,19 @@ def save_adapter(
     "Save an adapter and the name of its base, whole or not at all."
     with quiet(): return save_model(run, Saving(model, base), tokenizer)
 
+# %% ../../nbs/lm/60_lora.ipynb #73f1635e
 class Saving:
-    "What `save_model` asks for, for an adapter."
-    def __init__(self, model, base): self.model, self.base = model, base
-    def save_pretrained(self, path):
+    "Present an adapter as the model that `save_model` asks for."
+    def __init__(self,
+        model, # a `PeftModel`
+        base:dict, # 'run' and 'fingerprint' of the base
+    ):
+        self.model, self.base = model, base
+
+    def save_pretrained(self,
+        path:str|Path, # an existing folder
+    ):
+        "Save the adapter, and beside it `base.json`."
         # not where it lay on this machine
         for adapter in self.model.peft_config.values():
             adapter.base_model_name_or_path = self.base['run']
@@ -121,19 +133,10 @@ class Saving:
         write_json(Path(path)/'base.json', self.base)
 
 # %% ../../nbs/lm/60_lora.ipynb #6fabe067
-def load_adapted(
-    run:str|Run='', # the run of a tuning; empty: the newest
-    base:str='', # the base's run; empty: the one the adapter names
-    merge:bool=True, # add the adapters in; False: keep them beside the base
-): # model in eval mode, tokenizer
-    "A tuned model: its base, checked, with its adapter."
-    import peft
-    from transformers import AutoTokenizer
-    run = run if isinstance(run, Run) else find_run(run, 'train_lora')
-    path = run.checkpoint
-    # tuned as a whole, or merged
-    if (path/'config.json').is_file():
-        return EnigmaForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+def read_origin(
+    path:Path, # folder of an adapter
+)->tuple[dict,list]: # 'run' and 'fingerprint' of its base; names of the modules it stands beside
+    "Read where an adapter belongs, after checking that its folder is whole."
     missing = [name for name in ('adapter_config.json', 'adapter_model.safetensors', 'base.json')
                if not (path/name).is_file()]
     if missing:
@@ -141,16 +144,43 @@ def load_adapted(
             f"an adapter's folder must hold {missing}, which are missing in {path}; tune again, or "
             "name another run")
     try:
-        named, targets = json.loads((path/'base.json').read_text()), json.loads(
-            (path/'adapter_config.json').read_text())['target_modules']
+        base = json.loads((path/'base.json').read_text())
+        return base, json.loads((path/'adapter_config.json').read_text())['target_modules']
     except (ValueError, KeyError) as e:
         raise ValueError(
-            f"an adapter's folder must be as it was saved, got {type(e).__name__}: {e} in {path}") from None
-    model = EnigmaForCausalLM.from_pretrained(find_run(base or named['run']).checkpoint).eval()
-    if (own := fingerprint(model)) != named['fingerprint']:
+            f"an adapter's folder must be as it was saved, got {type(e).__name__}: {e} in "
+            f"{path}") from None
+
+# %% ../../nbs/lm/60_lora.ipynb #54b8ec94
+def load_base(
+    origin:dict, # 'run' and 'fingerprint' of the base that an adapter was trained on
+    base:str='', # another run to take it from; empty: the one of `origin`
+)->EnigmaForCausalLM: # in eval mode
+    "Load the base of an adapter, and check that it is the same."
+    name = base or origin['run']
+    model = EnigmaForCausalLM.from_pretrained(find_run(name).checkpoint).eval()
+    if (own := fingerprint(model)) != origin['fingerprint']:
         raise ValueError(
-            f"an adapter belongs to the base it was trained on, {named['run']} with fingerprint "
-            f"{named['fingerprint']}, got {own} of {base or named['run']}")
+            f"an adapter belongs to the base it was trained on, {origin['run']} with fingerprint "
+            f"{origin['fingerprint']}, got {own} of {name}")
+    return model
+
+# %% ../../nbs/lm/60_lora.ipynb #eef3f565
+def load_adapted(
+    run:str|Run='', # the run of a tuning; empty: the newest
+    base:str='', # the base's run; empty: the one the adapter names
+    merge:bool=True, # add the adapters in; False: keep them beside the base
+): # model in eval mode, tokenizer
+    "Load a tuned model: its base, checked, with its adapter."
+    import peft
+    from transformers import AutoTokenizer
+    run = run if isinstance(run, Run) else find_run(run, 'train_lora')
+    path = run.checkpoint
+    # tuned as a whole, or merged
+    if (path/'config.json').is_file():
+        return EnigmaForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    origin, targets = read_origin(path)
+    model = load_base(origin, base)
     if 'lm_head' in targets: untie(model)
     try:
         with quiet(): model = peft.PeftModel.from_pretrained(model, str(path)).eval()
@@ -163,16 +193,16 @@ def load_adapted(
 # %% ../../nbs/lm/60_lora.ipynb #192a1443
 @dataclass(frozen=True)
 class TuneConfig(TrainingConfig):
-    "An instruction tuning: base, data and preset."
+    "Hold what decides an instruction tuning: base, data and preset."
     preset:str = 'cpu' # preset, see `presets`
-    base:str = '' # run of the base model; empty: the newest of train_enigma, else the showcase's that knows the tasks
+    base:str = '' # the base's run; empty: the newest of train_enigma, or the showcase's of tasks
     data:str = 'tasks' # 'tasks', a file, a folder, or a hub id
     max_chats:int = 0 # read no more rows (of the tasks: questions of each family); 0: all, and 400
     window:int = 0 # tokens of a training window; 0: the base's context
     method:str = 'lora' # 'lora' | 'full'
     r:int = 16 # rank of the adapters
-    alpha:int = 32 # what they count for, times r
-    lora_dropout:float = 0. # of what enters an adapter
+    alpha:int = 32 # weight of the adapters, times r
+    lora_dropout:float = 0. # probability of dropping a feature that enters an adapter
     head:bool = True # an adapter on the head, too
 
     def __post_init__(self):
@@ -182,6 +212,7 @@ class TuneConfig(TrainingConfig):
             raise ValueError(f"method must be 'lora' or 'full', got {self.method!r}")
         if self.r < 1: raise ValueError(f"the rank of an adapter must be at least 1, got {self.r}")
 
+# %% ../../nbs/lm/60_lora.ipynb #fc65ef71
 presets = {
     'smoke': dict(max_steps=12, batch_size=4, eval_steps=6, save_steps=6, eval_windows=4,
                   warmup_steps=2, max_chats=8, r=4, alpha=8, learning_rate=1e-2),
@@ -198,13 +229,13 @@ def make_tune_config(
     preset:str='cpu', # a preset's name
     **changes # fields of `TuneConfig`; `None` keeps the preset's value
 )->TuneConfig: # checked
-    "A preset with changes."
+    "Make a config from a preset and changes."
     return make_settings(settings, dict(changes, preset=preset))
 
 # %% ../../nbs/lm/60_lora.ipynb #2be5f7ed
 @dataclass(frozen=True)
 class TuneTaskData:
-    "What a tuning works with."
+    "Hold what a tuning works with."
     base:Run # record of the base
     corpus:ChatCorpus # conversations
     tokenizer:object # the base's
@@ -220,8 +251,8 @@ def prepare_tuning(
     "Load the base, read the conversations, attach what learns."
     from transformers import AutoTokenizer
     base = find_run(config.base, showcase='train_enigma-tasks')
-    model, tokenizer = EnigmaForCausalLM.from_pretrained(
-        base.checkpoint), AutoTokenizer.from_pretrained(base.checkpoint)
+    model = EnigmaForCausalLM.from_pretrained(base.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(base.checkpoint)
     corpus = load_chats(config.data, config.max_chats or None)
     check_characters(tokenizer, corpus.train)
     origin = dict(run=base.name, fingerprint=fingerprint(model))
@@ -247,35 +278,33 @@ def answers(
     max_new_tokens:int=40, # of a reply
     batch_size:int=64, # questions at a time
 )->list[str]: # replies
-    "What a model says to each question."
-    prompts, replies = [encode_chat(tokenizer, chat['messages'][:-1], reply=True)[0]
-                        for chat in chats], {}
+    "Ask a model each question, and return what it says."
+    prompts = [encode_chat(tokenizer, chat['messages'][:-1], reply=True)[0] for chat in chats]
+    replies, eos = {}, tokenizer.eos_token_id
+    # questions of like length together: little padding
     order = sorted(range(len(chats)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        width = max(len(prompts[i]) for i in rows)
-        ids, mask = (
-            torch.tensor([[pad]*(width - len(prompts[i]))
-                          + (prompts[i] if own else [1]*len(prompts[i])) for i in rows],
-                         device=model.device)
-                     for pad, own in ((tokenizer.pad_token_id, True), (0, False)))
+        ids, mask = pad_left([prompts[i] for i in rows], tokenizer.pad_token_id, model.device)
         out = generate(model, ids, attention_mask=mask, temperature=0,
-                       max_new_tokens=max_new_tokens)[:, width:].tolist()
-        for i, said in zip(rows, out):
-            said = (said[:said.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in said
-                    else said)
+                       max_new_tokens=max_new_tokens)
+        for i, said in zip(rows, out[:, ids.shape[1]:].tolist()):
+            if eos in said: said = said[:said.index(eos)]
             replies[i] = tokenizer.decode(said, skip_special_tokens=True)
     return [replies[i] for i in range(len(chats))]
 
 # %% ../../nbs/lm/60_lora.ipynb #89f296ea
-def grams(text:str)->Counter: # characters, pairs and triples
+def grams(
+    text:str, # any
+)->Counter: # characters, pairs and triples
+    "Count the pieces of one to three neighbouring characters."
     return Counter(text[i:i + n] for n in (1, 2, 3) for i in range(len(text) - n + 1))
 
 def nearest_answers(
     train:list[dict], # rows with 'messages'
     chats:list[dict], # to be answered
 )->list[str]: # replies
-    "The answer to the most similar question, by the cosine of character n-grams."
+    "Answer as the most similar question was answered, by the cosine of character n-grams."
     names = {}
     def matrix(rows):
         counts = [grams(question(chat['messages'])) for chat in rows]
@@ -285,10 +314,10 @@ def nearest_answers(
         i, j, n = zip(*index)
         norms = torch.tensor([sum(v*v for v in count.values())**.5 for count in counts])
         return torch.tensor([i, j]), torch.tensor(n, dtype=torch.float)/norms[list(i)], len(rows)
-    (at, values, n), (at2, values2, n2) = matrix(train), matrix(chats)
+    known, asked = matrix(train), matrix(chats)
     sparse = lambda at, values, rows: torch.sparse_coo_tensor(at, values, (rows, len(names)),
                                                               check_invariants=False)
-    best = torch.sparse.mm(sparse(at, values, n), sparse(at2, values2, n2).to_dense().T).argmax(0)
+    best = torch.sparse.mm(sparse(*known), sparse(*asked).to_dense().T).argmax(0)
     return [train[i]['messages'][-1]['content'] for i in best.tolist()]
 
 # %% ../../nbs/lm/60_lora.ipynb #dc022c5e
@@ -297,7 +326,7 @@ def evaluate_tuning(
     parts:TuneTaskData, # with the tuned model
     test:bool=True, # read the test questions; False while a preset is being chosen
 )->dict: # metrics
-    "Exact match on unseen questions: before, after, and by looking up."
+    "Measure exact answers to unseen questions: before, after, and by looking up."
     tuned = merged(parts.model) if hasattr(parts.model, 'merge_and_unload') else parts.model.eval()
     found = dict(parts.corpus.card(), **{f'packed_{k}': v for k, v in parts.train.card().items()},
         **{f'parameters_{k}': v for k, v in trainable_card(parts.model).items()},
@@ -306,30 +335,36 @@ def evaluate_tuning(
     if parts.corpus.source != 'tasks': return found
     chats = parts.corpus.read_test(run) if test else parts.corpus.validation
     before = EnigmaForCausalLM.from_pretrained(parts.base.checkpoint).to(tuned.device).eval()
-    for who, replies in dict(exact=answers(tuned, parts.tokenizer, chats),
-                             before_exact=answers(before, parts.tokenizer, chats),
-                             nearest_exact=nearest_answers(parts.corpus.train, chats)).items():
-        match = exact_match(chats, replies)
-        name = lambda key: f"{'test' if test else 'val'}_{who}_{key}"
-        found |= {name('all'): match['all'],
-                  **{name(tier): share for tier, share in match['tier'].items()},
-                  **{name(f'family_{f}'): share for f, share in match['family'].items()}}
+    replies = dict(exact=answers(tuned, parts.tokenizer, chats),
+                   before_exact=answers(before, parts.tokenizer, chats),
+                   nearest_exact=nearest_answers(parts.corpus.train, chats))
+    for who, said in replies.items():
+        match, name = exact_match(chats, said), f"{'test' if test else 'val'}_{who}"
+        found[f'{name}_all'] = match['all']
+        found |= {f'{name}_{tier}': share for tier, share in match['tier'].items()}
+        found |= {f'{name}_family_{f}': share for f, share in match['family'].items()}
     return found
 
 # %% ../../nbs/lm/60_lora.ipynb #6731f0a3
-def save_tuned(run:Run, parts:TuneTaskData):
-    "The adapter, or the model that was tuned as a whole."
+def save_tuned(
+    run:Run, # an open record
+    parts:TuneTaskData, # with the tuned model
+):
+    "Save the adapter, or the model that was tuned as a whole."
     if hasattr(parts.model, 'peft_config'):
         save_adapter(run, parts.model, parts.tokenizer, parts.origin)
     else: save_model(run, parts.model, parts.tokenizer)
 
-def load_tuned(run:Run, parts:TuneTaskData):
+def load_tuned(
+    run:Run, # of a tuning
+    parts:TuneTaskData, # whose model is changed
+):
     "Take the weights that other processes tuned."
     parts.model.load_state_dict(load_adapted(run, merge=False)[0].state_dict())
 
+# %% ../../nbs/lm/60_lora.ipynb #f37eb39d
 task = Task('enigma_lab.lm.lora:task', 'train_lora', prepare_tuning, save_tuned, load_tuned,
-    evaluate_tuning, within=quiet,
-    settings=settings)
+            evaluate_tuning, within=quiet, settings=settings)
 
 def tune(
     config:TuneConfig, # what to do
@@ -348,7 +383,7 @@ if __name__ == '__main__' and '__file__' in globals(): main(task)
 def exam_table(
     run:Run, # of a tuning on the tasks
 ): # a DataFrame: a line for each family, each tier and all; shares between 0 and 1
-    "Exact answers to unseen questions: before tuning, by looking up, and after."
+    "Present exact answers to unseen questions: before tuning, by looking up, and after."
     import pandas as pd
     part = 'test' if 'test_exact_all' in run.metrics else 'val'
     lines = {**{f: f'family_{f}' for f in FAMILIES},
@@ -362,9 +397,8 @@ EXAMINED = dict(before='before_exact', nearest='nearest_exact', tuned='exact')
 def plot_exam(
     table, # of `exam_table`
 ): # axes
-    "A bar for each family and column."
-    ax = table.loc[list(FAMILIES)].plot.barh(figsize=(6.4, 7), width=.8,
-                                             color=['#999999', '#cccccc', 'C0',
-                                                    'C1'][:table.shape[1]])
+    "Plot a bar for each family and column."
+    colours = ['#999999', '#cccccc', 'C0', 'C1'][:table.shape[1]]
+    ax = table.loc[list(FAMILIES)].plot.barh(figsize=(6.4, 7), width=.8, color=colours)
     ax.set(xlabel='share of exact answers'); ax.invert_yaxis()
     return ax

@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -23,7 +24,7 @@ def rotary_tables(
     length:int, # T, positions
     dim:int, # D, channels of a head, even
 )->tuple[Tensor,Tensor]: # cosines and sines, (T, D/2) each
-    "The rotations of all positions (RoFormer, arXiv:2104.09864, eq. 15)."
+    "Compute the rotations of all positions (RoFormer, arXiv:2104.09864, eq. 15)."
     angles = torch.arange(length)[:, None] * 10_000. ** (-torch.arange(0, dim, 2) / dim)
     return angles.cos(), angles.sin()
 
@@ -38,7 +39,7 @@ def rotate(
 
 # %% ../../nbs/lm/46_peers.ipynb #b18f16d0
 class RotaryBlock(nn.Module):
-    "One pre-norm block with rotary positions."
+    "Compute one pre-norm block with rotary positions."
     def __init__(self,
         c:EnigmaConfig, # shape
     ):
@@ -60,7 +61,10 @@ class RotaryBlock(nn.Module):
 
 # %% ../../nbs/lm/46_peers.ipynb #c1fec84b
 class PlainRotary(nn.Module):
-    "A plain transformer: pre-norm, rotary positions, tied head; for training only, without a cache."
+    """Compute a plain transformer: pre-norm, rotary positions, tied head.
+
+    It is for training only, without a cache.
+    """
     loss_type = 'ForCausalLM' # tells the Trainer that labels are shifted
 
     def __init__(self,
@@ -68,54 +72,58 @@ class PlainRotary(nn.Module):
     ):
         super().__init__()
         self.config = c
-        self.embed_tokens, self.norm = nn.Embedding(c.vocab_size,
-                                                    c.dim), nn.RMSNorm(c.dim, eps=1e-6)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
+        self.norm = nn.RMSNorm(c.dim, eps=1e-6)
         self.layers = nn.ModuleList(RotaryBlock(c) for _ in range(c.num_layers))
         for name, table in zip(('cos', 'sin'), rotary_tables(c.max_len, c.dim//c.num_heads)):
             self.register_buffer(name, table, persistent=False)
-        stds = dict(embed_tokens=.02, o_proj=.02/math.sqrt(2*c.num_layers),
-                    down_proj=.02/math.sqrt(2*c.num_layers))
+        last = .02/math.sqrt(2*c.num_layers)
+        stds = dict(embed_tokens=.02, o_proj=last, down_proj=last)
         for name, p in self.named_parameters():
             if p.ndim == 2: nn.init.normal_(p, std=stds.get(name.split('.')[-2], c.dim**-.5))
             elif name.endswith('bias'): nn.init.zeros_(p)
 
-    def forward(self,
-        input_ids, # (B, T) int64
-        labels=None,
-        num_items_in_batch=None,
-        **kwargs,
-    ): # loss in nats, logits (B, T, V)
-        if input_ids.shape[1] > len(self.cos):
-            raise ValueError(f"a text has at most {len(self.cos)} tokens, got {input_ids.shape[1]}")
-        h = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            h = layer(h, *(table[:h.shape[1]] for table in (self.cos, self.sin)))
-        logits = F.linear(self.norm(h), self.embed_tokens.weight)
-        loss = (None if labels is None
-                else ForCausalLMLoss(logits, labels, self.config.vocab_size, num_items_in_batch))
-        return CausalLMOutput(loss=loss, logits=logits)
+# %% ../../nbs/lm/46_peers.ipynb #62532d7d
+@patch
+def forward(self:PlainRotary,
+    input_ids:Tensor, # (B, T) int64
+    labels:Tensor|None=None, # (B, T) int64, the same tokens; −100 where nothing is to be learned
+    num_items_in_batch:Tensor|int|None=None, # predictions of a whole update; `None`: of these rows
+    **kwargs, # not used
+)->CausalLMOutput: # loss in nats, logits (B, T, V)
+    "Compute the logits of the next token at every position."
+    if input_ids.shape[1] > len(self.cos):
+        raise ValueError(f"a text has at most {len(self.cos)} tokens, got {input_ids.shape[1]}")
+    h = self.embed_tokens(input_ids)
+    cos, sin = (table[:h.shape[1]] for table in (self.cos, self.sin))
+    for layer in self.layers: h = layer(h, cos, sin)
+    logits, loss = F.linear(self.norm(h), self.embed_tokens.weight), None
+    if labels is not None:
+        loss = ForCausalLMLoss(logits, labels, self.config.vocab_size, num_items_in_batch)
+    return CausalLMOutput(loss=loss, logits=logits)
 
 # %% ../../nbs/lm/46_peers.ipynb #4d90a23e
 def gpt2(
     c:EnigmaConfig, # shape
 )->GPT2LMHeadModel: # without end tokens and dropout
-    "transformers' GPT-2 of our shape, as it comes."
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.max_len, n_embd=c.dim,
-        n_layer=c.num_layers, n_head=c.num_heads,
-        n_inner=c.mlp_dim or 4*c.dim, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
-        bos_token_id=None, eos_token_id=None, attn_implementation='sdpa'))
+    "Make transformers' GPT-2 of our shape, as it comes."
+    config = GPT2Config(vocab_size=c.vocab_size, n_positions=c.max_len, n_embd=c.dim,
+                        n_layer=c.num_layers, n_head=c.num_heads, n_inner=c.mlp_dim or 4*c.dim,
+                        resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
+                        bos_token_id=None, eos_token_id=None, attn_implementation='sdpa')
+    model = GPT2LMHeadModel(config)
     model.loss_type = 'ForCausalLM' # the loss that transformers falls back to, with a warning
     return model
 
 def quickened(
     model:GPT2LMHeadModel, # is changed
 )->GPT2LMHeadModel: # the same
-    "GPT-2 with linear layers, which Muon knows, and a fused GELU."
+    "Give GPT-2 linear layers, which Muon knows, and a fused GELU."
     for block in model.transformer.h:
         block.mlp.act = nn.GELU(approximate='tanh')
         for part in (block.attn, block.mlp):
-            for name, old in [(name, m) for name, m in part.named_children()
-                              if isinstance(m, Conv1D)]:
+            for name, old in [*part.named_children()]:
+                if not isinstance(old, Conv1D): continue
                 new = nn.Linear(old.nx, old.nf, device=old.weight.device)
                 new.weight, new.bias = nn.Parameter(old.weight.detach().T.contiguous()), old.bias
                 setattr(part, name, new)

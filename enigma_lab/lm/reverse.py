@@ -17,23 +17,22 @@ from ..machine.reversible import ReversibleSequence
 def chain_of(
     base, # an `EnigmaModel`
     ids:Tensor, # (B, T)
-): # the two streams at the start, and all steps
-    "What the model does to a text, as a reversible chain."
+)->tuple[Tensor,list]: # what both streams are at the start, (B, T, d), and all steps
+    "Write what the model does to a text as a reversible chain."
     if not base.config.reversible:
         raise ValueError("only a model of two streams can be reversed, got reversible=False")
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     h = base.encipher(base.embed_tokens(ids), positions)
     if base.config.exact: h = snapped(h, base.config.grid)
-    steps = [step for block in base.chain(positions, (*base.attention_inputs(positions, h.dtype),
-                                                      None)) for step in block]
-    return h, steps
+    extras = *base.attention_inputs(positions, h.dtype), None
+    return h, [step for block in base.chain(positions, extras) for step in block]
 
 @torch.no_grad()
 def final_streams(
     model, # a reversible `EnigmaForCausalLM`, in eval mode
     ids:Tensor, # (B, T) int64, without padding
 )->tuple[Tensor,Tensor]: # (B, T, d) each
-    "The last pair of streams, before they are added."
+    "Compute the last pair of streams, before they are added."
     h, steps = chain_of(model.model, ids)
     a, b = h, h
     for step in steps: a, b = step.plain(a, b)
@@ -57,7 +56,10 @@ def recover_tokens(
     model, # a reversible `EnigmaForCausalLM`, in eval mode
     streams, # of `final_streams`
 )->Tensor: # (B, T) int64
-    "The text a model has read, from its last pair of streams: the nearest enciphered embedding at each position."
+    """Recover the text that a model has read from its last pair of streams.
+
+    At each position the nearest enciphered embedding is the letter.
+    """
     base, (a, _) = model.model, first_streams(model, streams)
     found, rows = [], base.embed_tokens.weight
     for t in range(a.shape[1]):
@@ -68,7 +70,7 @@ def recover_tokens(
 
 # %% ../../nbs/lm/32_reverse.ipynb #01d61765
 class BlockChain(ReversibleSequence):
-    "The blocks of a reversible language model, as a chain of its two streams side by side."
+    "Join the blocks of a reversible language model, with its two streams side by side."
     def __init__(self,
         model, # a reversible `EnigmaForCausalLM`
     ):
@@ -76,30 +78,33 @@ class BlockChain(ReversibleSequence):
         # in a list: embedding and machine are no part of the chain
         self.model, self.layers, self.wheels = [model.model], model.model.layers, model.model.wheels
 
-    def steps(self, extras, positions): # int64 (B, T)
+    def steps(self,
+        extras, # not used
+        positions:Tensor, # (B, T) int64
+    ): # an iterator of reversible steps
+        "List the steps of all blocks."
         base, = self.model
-        for block in base.chain(positions,
-                                (*base.attention_inputs(positions, base.embed_tokens.weight.dtype),
-                                 None)):
-            yield from block
+        dtype = base.embed_tokens.weight.dtype
+        inputs = *base.attention_inputs(positions, dtype), None
+        for block in base.chain(positions, inputs): yield from block
 
 # %% ../../nbs/lm/32_reverse.ipynb #ccbfe513
 def certify_model(
     model, # an `EnigmaForCausalLM`
     ids:Tensor, # (B, T) int64, a text to try it on, B at least 2
 )->dict[str,Certificate]: # 'machine' and 'blocks', whichever can be undone
-    "Certificates for the parts of a language model that can be undone; a ValueError if there are none."
-    base, c = model.eval().model, model.config
+    "Certify the parts of a language model that can be undone."
+    base, c, found = model.eval().model, model.config, {}
     if base.enigma is None and not c.reversible:
         raise ValueError(
             "a certificate is for what can be undone, and this model has machine='none' and "
             "reversible=False")
     positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     with torch.no_grad():
-        x, h = (v.detach().clone()
-                for v in (base.embed_tokens(ids), base.encipher(base.embed_tokens(ids), positions)))
-    return ({} if base.enigma is None
-            else dict(machine=certify(base.enigma, x.flatten(0, 1),
-                                      positions=positions.flatten()))) | (
-dict(blocks=certify(BlockChain(model), torch.cat([h, h], -1), positions=positions)) if c.reversible
-else {})
+        x = base.embed_tokens(ids)
+        x, h = x.detach().clone(), base.encipher(x, positions).detach().clone()
+    if base.enigma is not None:
+        found['machine'] = certify(base.enigma, x.flatten(0, 1), positions=positions.flatten())
+    if c.reversible:
+        found['blocks'] = certify(BlockChain(model), torch.cat([h, h], -1), positions=positions)
+    return found

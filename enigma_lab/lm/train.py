@@ -25,12 +25,12 @@ from .tokenizer import load_tokenizer
 # %% ../../nbs/lm/50_train.ipynb #bad6320b
 @dataclass(frozen=True)
 class TrainConfig(TrainingConfig):
-    "A language model's training: data, shape and preset."
+    "Hold what decides a language model's training: data, shape and preset."
     preset:str = 'cpu' # shape of the model, see `lm.model.presets`
     data:str = 'auto' # 'auto', 'tasks', a file, a folder, or a hub id
     max_chars:int = 0 # read no more of the data; 0: all
     isolate:bool = False # documents of a window do not see each other
-    tokenizer:str = 'auto' # 'auto' (characters of the training text), a saved tokenizer's folder, or a vocab.txt of BERT's
+    tokenizer:str = 'auto' # 'auto' (characters of the text), a tokenizer's folder, or a vocab.txt
     max_vocab:int = 0 # rows of the vocabulary at most; 0: a row for each character
     machine:str = 'none' # 'none' | 'input' | 'both' | 'between'
     rotor:str = 'table' # 'table' | 'roll' | 'static' | 'permutation' | 'none'
@@ -44,16 +44,17 @@ class TrainConfig(TrainingConfig):
         check_precision(self)
         self.model_config()
 
-    def model_config(self, tokenizer=None):
-        "The model's shape, with the tokenizer's rows."
-        rows = ({} if tokenizer is None else dict(vocab_size=len(tokenizer),
-                                                  pad_token_id=tokenizer.pad_token_id,
-                                                  bos_token_id=tokenizer.bos_token_id,
-                                                  eos_token_id=tokenizer.eos_token_id))
-        return EnigmaConfig.preset(self.preset,
-                                   **dict(machine=self.machine, rotor=self.rotor,
-                                          dropout=self.dropout, attn_dropout=self.attn_dropout)
-                                   | self.shape | rows)
+    def model_config(self,
+        tokenizer=None, # gives the rows of the embedding; `None`: as many as the preset says
+    )->EnigmaConfig: # checked
+        "Make the model's shape from the preset and what differs from it."
+        own = dict(machine=self.machine, rotor=self.rotor, dropout=self.dropout,
+                   attn_dropout=self.attn_dropout)
+        rows = {}
+        if tokenizer is not None:
+            rows = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+                        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        return EnigmaConfig.preset(self.preset, **own | self.shape | rows)
 
 # %% ../../nbs/lm/50_train.ipynb #a4369be1
 _brief = dict(optimizer='adamw', machine='input', dropout=.1, warmup_steps=200, decay_share=1.,
@@ -73,21 +74,23 @@ presets = {
                       save_steps=500, stop_ppl=25., precision='fp16', gradient_checkpointing=True,
                       max_vocab=11_392)}
 
-settings = Settings(TrainConfig, presets, EnigmaConfig, auto=lambda given: 'base'
-    if given.get('gpus') else 'cpu',
+# %% ../../nbs/lm/50_train.ipynb #52b27e23
+settings = Settings(
+    TrainConfig, presets, EnigmaConfig,
+    auto=lambda given: 'base' if given.get('gpus') else 'cpu',
     fixed=('vocab_size', 'pad_token_id', 'bos_token_id', 'eos_token_id', 'use_cache'))
 
 def make_config(
     preset:str='auto', # 'auto' (`cpu`, or `base` with GPUs) or a preset's name
     **changes # fields of `TrainConfig`; `None` keeps the preset's value
 )->TrainConfig: # checked
-    "A preset's config with changes."
+    "Make a config from a preset and changes."
     return make_settings(settings, dict(changes, preset=preset))
 
 # %% ../../nbs/lm/50_train.ipynb #b941194e
 @dataclass(frozen=True)
 class TaskData:
-    "What a training works with."
+    "Hold what a training works with."
     corpus:Corpus # documents
     tokenizer:object # of its training part
     model:EnigmaForCausalLM # untrained
@@ -103,9 +106,9 @@ def prepare(
     shape = config.model_config(tokenizer)
     transformers.set_seed(config.seed)
     model = EnigmaForCausalLM(shape).to(config.device)
-    return TaskData(corpus, tokenizer, model,
-                    *(Windows(docs, tokenizer, shape.max_len, config.isolate)
-                      for docs in (corpus.train, corpus.validation)))
+    windows = [Windows(docs, tokenizer, shape.max_len, config.isolate)
+               for docs in (corpus.train, corpus.validation)]
+    return TaskData(corpus, tokenizer, model, *windows)
 
 # %% ../../nbs/lm/50_train.ipynb #f112cee9
 def evaluate(
@@ -114,8 +117,8 @@ def evaluate(
     test:bool=True, # read the test documents; False while a preset is being chosen
 )->dict: # metrics, units in their names
     "Measure a trained model on validation and, once, on the test documents."
-    validation, card = evaluate_text(parts.model, parts.tokenizer,
-                                     parts.corpus.validation), parameter_card(parts.model)
+    validation = evaluate_text(parts.model, parts.tokenizer, parts.corpus.validation)
+    card = parameter_card(parts.model)
     return dict(val_bits_per_char=validation['bits_per_char'], eval_window=validation['window'],
         eval_stride=validation['stride'],
         **(evaluate_test(run, parts) if test else {}), **machine_report(parts.model),
@@ -123,33 +126,46 @@ def evaluate(
         reachable_parameters=card['reachable'], vocabulary=len(parts.tokenizer),
         **training_report(run))
 
-def evaluate_test(run:Run, parts:TaskData)->dict:
-    "The model and the compressors on the test documents; the read goes on record."
+# %% ../../nbs/lm/50_train.ipynb #4182a623
+def evaluate_test(
+    run:Run, # an open record, whose history gets an entry for the read
+    parts:TaskData, # with the trained model
+)->dict: # metrics, units in their names
+    "Measure the model and the compressors on the test documents."
     documents = parts.corpus.read_test(run)
     test = evaluate_text(parts.model, parts.tokenizer, documents)
     names = tuple(name for name in compressors if name != 'ppmd5' or has_package('pyppmd'))
+    bits = compressor_bits(parts.corpus.train, documents, names)
     return dict(test_bits_per_char=test['bits_per_char'], test_perplexity=test['perplexity'],
-        test_tokens=test['tokens'],
-        **{f'test_{name}_bits_per_char': bits
-           for name, bits in compressor_bits(parts.corpus.train, documents, names).items()})
+                test_tokens=test['tokens'],
+                **{f'test_{name}_bits_per_char': number for name, number in bits.items()})
 
-def has_package(name:str)->bool:
-    "Whether a package can be imported."
+def has_package(
+    name:str, # as it is imported
+)->bool: # True: it is installed
+    "Check whether a package can be imported."
     from importlib.util import find_spec
     return find_spec(name) is not None
 
 # %% ../../nbs/lm/50_train.ipynb #92738eef
-def save(run:Run, parts:TaskData):
-    "The model with its tokenizer, as transformers reads them."
+def save(
+    run:Run, # an open record
+    parts:TaskData, # with the trained model
+):
+    "Save the model with its tokenizer, as transformers reads them."
     save_model(run, parts.model, parts.tokenizer)
 
-def load(run:Run, parts:TaskData):
+def load(
+    run:Run, # with a checkpoint
+    parts:TaskData, # whose model is changed
+):
     "Take the weights that other processes trained."
     parts.model.load_state_dict(EnigmaForCausalLM.from_pretrained(run.checkpoint).state_dict())
 
 task = Task('enigma_lab.lm.train:task', 'train_enigma', prepare, save, load, evaluate,
             settings=settings)
 
+# %% ../../nbs/lm/50_train.ipynb #59cdb29c
 def train(
     config:TrainConfig, # what to do
     parts:TaskData|None=None, # from `prepare`; `None`: prepared here
