@@ -133,7 +133,7 @@ class Wheels(WheelSetting):
 
 # %% ../../nbs/machine/00_history.ipynb #14d0da5f
 class Keyboard:
-    "Type on a machine, which has `positions`, `notches` and a `way` from key to lamp."
+    "Turn keys into lamps, for a machine with `positions`, `notches` and a `way` between."
     def press(self,
         letter:str, # of the key
     )->str: # of the lamp
