@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'HUB', 'as_floats', 'as_pixels', 'stack_images', 'digit_images', 'archive_images', 'folder_images',
-           'rows_images', 'read_images', 'Images', 'first_of_equals', 'split_images', 'load_images', 'show_images']
+           'rows_images', 'hub_images', 'read_images', 'Images', 'first_of_equals', 'split_images', 'load_images',
+           'show_images']
 
 # %% ../../nbs/data/50_images.ipynb #6b5dd526
 import hashlib, io, lzma, re, time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/data/50_images.ipynb #8441849f
@@ -22,22 +24,24 @@ def as_floats(
     top:int=255, # the value of white
 )->Tensor: # (N, C, H, W) float32 in [-1, 1]
     "Convert pixels to numbers around zero, channel first."
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4): raise ValueError(
-        f"pixels must be uint8 of shape (N, H, W) or (N, H, W, C), got {pixels.dtype} "
-        f"{pixels.shape}")
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:3], -1)).permute(0, 3, 1,
-        2).float().div_(top / 2).sub_(1).contiguous()
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+        raise ValueError("pixels must be uint8 of shape (N, H, W) or (N, H, W, C), "
+                         f"got {pixels.dtype} {pixels.shape}")
+    x = torch.from_numpy(pixels.reshape(*pixels.shape[:3], -1)).permute(0, 3, 1, 2)
+    return x.float().div_(top / 2).sub_(1).contiguous()
 
 def as_pixels(
     x:Tensor, # (N, C, H, W) in [-1, 1]; what lies beyond is clipped
 )->np.ndarray: # (N, H, W, C) uint8
     "Convert numbers back to pixels, for files and for eyes."
-    return x.detach().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3,
-        1).numpy()
+    pixels = x.detach().cpu().clamp(-1, 1).add(1).mul(127.5).round().byte()
+    return pixels.permute(0, 2, 3, 1).numpy()
 
 # %% ../../nbs/data/50_images.ipynb #a66365a1
-SPLITS = dict(train='train', training='train', validation='validation', valid='validation',
-    val='validation', dev='validation', test='test', testing='test')
+SPLITS = dict(
+    train='train', training='train',
+    validation='validation', valid='validation', val='validation', dev='validation',
+    test='test', testing='test')
 HUB = dict(cifar10='uoft-cs/cifar10', mnist='ylecun/mnist')
 
 def stack_images(
@@ -49,12 +53,12 @@ def stack_images(
     found = []
     for image in images:
         try: image = image if hasattr(image, 'convert') else Image.open(image)
-        except UnidentifiedImageError as e: raise ValueError(
-            f"{name} must hold images, got {str(e)[:120]}") from None
+        except UnidentifiedImageError as e:
+            raise ValueError(f"{name} must hold images, got {str(e)[:120]}") from None
         found.append(image.convert('L' if image.mode in ('1', 'L') else 'RGB'))
-    if len(sizes := sorted({i.size for i in found})) > 1: raise ValueError(
-        f"all images must have one size, got {sizes[0]} and {sizes[-1]} (width, height) in "
-        f"{name}; resize them first")
+    if len(sizes := sorted({i.size for i in found})) > 1:
+        raise ValueError(f"all images must have one size, got {sizes[0]} and {sizes[-1]} "
+                         f"(width, height) in {name}; resize them first")
     mode = 'L' if all(i.mode == 'L' for i in found) else 'RGB'
     return np.stack([np.atleast_3d(np.asarray(i.convert(mode))) for i in found])
 
@@ -62,8 +66,9 @@ def stack_images(
 def digit_images()->dict: # '' -> pixels (1797, 8, 8) up to 16, labels
     "Load scikit-learn's handwritten digits (UCI, test part of Alpaydin and Kaynak's set)."
     try: from sklearn.datasets import load_digits
-    except ImportError: raise ImportError(
-        "the builtin digits come with scikit-learn: pip install 'enigma_lab[masks]'") from None
+    except ImportError:
+        raise ImportError("the builtin digits come with scikit-learn: "
+                          "pip install 'enigma_lab[masks]'") from None
     found = load_digits()
     return {'': (found.images.astype(np.uint8), found.target.astype(np.int64))}
 
@@ -73,20 +78,21 @@ def archive_images(
 )->dict: # part, or '' -> pixels (N, H, W[, C]), labels (N,) or `None`
     "Read the images of an archive of arrays."
     data = path.read_bytes()
-    arrays = np.load(io.BytesIO(lzma.decompress(data) if path.suffix == '.xz' else data),
-        allow_pickle=False)
-    labels_of = lambda *names: next((np.asarray(arrays[n]).reshape(-1).astype(np.int64)
-        for n in names if n in arrays), None)
+    if path.suffix == '.xz': data = lzma.decompress(data)
+    arrays = np.load(io.BytesIO(data), allow_pickle=False)
+    def labels_of(*names):
+        name = next((name for name in names if name in arrays), None)
+        return None if name is None else np.asarray(arrays[name]).reshape(-1).astype(np.int64)
     if 'jpeg' in arrays and 'offset' in arrays:
         packed, ends = arrays['jpeg'], arrays['offset']
         files = (io.BytesIO(packed[a:b].tobytes()) for a, b in zip(ends, ends[1:]))
         return {'': (stack_images(files, path.name), labels_of('label', 'labels', 'y'))}
     parts = {SPLITS[key[2:]]: (arrays[key], labels_of('y_' + key[2:]))
-        for key in arrays if key[:2] == 'x_' and key[2:] in SPLITS}
+             for key in arrays if key[:2] == 'x_' and key[2:] in SPLITS}
     whole = next((key for key in ('images', 'x') if key in arrays), None)
-    if not parts and whole is None: raise ValueError(
-        "an archive of images needs x_train, or images, or jpeg with offset, got "
-        f"{sorted(arrays)} in {path.name}")
+    if not parts and whole is None:
+        raise ValueError("an archive of images needs x_train, or images, or jpeg with offset, "
+                         f"got {sorted(arrays)} in {path.name}")
     return parts or {'': (arrays[whole], labels_of('labels', 'label', 'y'))}
 
 # %% ../../nbs/data/50_images.ipynb #86926174
@@ -94,20 +100,19 @@ def folder_images(
     path:Path, # of .png, .jpg, in folders or not
 )->dict: # as for `archive_images`; labels count the classes in alphabetical order
     "Read the images of a folder."
-    files = [f for f in sorted(path.rglob('*')) if f.suffix.lower() in ('.png', '.jpg', '.jpeg')
-        and f.is_file()]
-    if not files: raise FileNotFoundError(
-        f"a folder of images must hold .png or .jpg files, got none in {path}; an archive .npz is "
-        "named itself")
+    files = [f for f in sorted(path.rglob('*'))
+             if f.suffix.lower() in ('.png', '.jpg', '.jpeg') and f.is_file()]
+    if not files:
+        raise FileNotFoundError("a folder of images must hold .png or .jpg files, got none in "
+                                f"{path}; an archive .npz is named itself")
     part_of = lambda f: SPLITS.get(f.relative_to(path).parts[0].lower(), '')
     class_of = lambda f: '/'.join(f.relative_to(path).parts[bool(part_of(f)):-1])
     names = sorted({class_of(f) for f in files})
-    found = {}
+    labelled, found = '' not in names and len(names) > 1, {}
     for part in sorted({part_of(f) for f in files}):
         mine = [f for f in files if part_of(f) == part]
-        found[part] = stack_images(mine,
-            path.name), np.array([names.index(class_of(f))
-            for f in mine]) if '' not in names and len(names) > 1 else None
+        labels = np.array([names.index(class_of(f)) for f in mine]) if labelled else None
+        found[part] = stack_images(mine, path.name), labels
     return found
 
 # %% ../../nbs/data/50_images.ipynb #1aab632b
@@ -119,17 +124,33 @@ def rows_images(
     def columns(rows):
         first = rows[0] if len(rows) else {}
         image = next((c for c, v in first.items() if hasattr(v, 'convert')), None)
-        if image is None: raise ValueError(
-            f"a data set of images needs a column of images, got {sorted(first)} in {name}")
-        label = next((c
-            for c in ('label', 'labels', 'fine_label') if isinstance(first.get(c), int)), None)
-        return stack_images((row[image] for row in rows), name), np.array(rows[label],
-            dtype=np.int64) if label else None
-    return {SPLITS[k]: columns(rows)
-        for k, rows in dataset.items() if k in SPLITS} if hasattr(dataset,
-        'items') else {'': columns(dataset)}
+        if image is None:
+            raise ValueError("a data set of images needs a column of images, got "
+                             f"{sorted(first)} in {name}")
+        known = 'label', 'labels', 'fine_label'
+        label = next((c for c in known if isinstance(first.get(c), int)), None)
+        pixels = stack_images((row[image] for row in rows), name)
+        return pixels, np.array(rows[label], dtype=np.int64) if label else None
+    if not hasattr(dataset, 'items'): return {'': columns(dataset)}
+    return {SPLITS[k]: columns(rows) for k, rows in dataset.items() if k in SPLITS}
 
 # %% ../../nbs/data/50_images.ipynb #9049fa35
+def hub_images(
+    data:str, # a folder that datasets saved, a name in `HUB`, or a hub id
+)->dict: # as for `archive_images`
+    "Read the images of a data set by the datasets library."
+    path = Path(data).expanduser()
+    try: from datasets import load_dataset, load_from_disk
+    except ImportError:
+        raise ImportError("data of the hub needs the datasets library: "
+                          "pip install 'enigma_lab[masks]'") from None
+    try: found = load_from_disk(str(path)) if path.is_dir() else load_dataset(HUB.get(data, data))
+    except (OSError, ValueError, RuntimeError) as e:
+        raise ConnectionError("data must be a file, a folder, or a dataset the hub can deliver, "
+                              f"got {data!r}: {type(e).__name__}: {str(e)[:200]}") from e
+    return rows_images(found, data)
+
+# %% ../../nbs/data/50_images.ipynb #64c7339e
 def read_images(
     data:str, # 'digits', 'cifar10', 'mnist', an archive, a folder, or a hub id
 )->dict: # as for `archive_images`
@@ -137,23 +158,14 @@ def read_images(
     path = Path(data).expanduser()
     if data == 'digits': return digit_images()
     if path.is_file() and path.name.endswith(('.npz', '.npz.xz')): return archive_images(path)
-    if path.is_dir() and not any((path/f).is_file()
-        for f in ('dataset_dict.json', 'dataset_info.json')):
-        return folder_images(path)
-    if path.is_file() or not (path.is_dir() or data in HUB
-        or re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', data)):
-        raise FileNotFoundError(
-            "data must be 'digits', 'cifar10', 'mnist', an existing .npz file or folder of "
-            f"images, or a hub id 'owner/name', got {data!r}")
-    try: from datasets import load_dataset, load_from_disk
-    except ImportError: raise ImportError(
-        "data of the hub needs the datasets library: pip install 'enigma_lab[masks]'") from None
-    try: found = load_from_disk(str(path)) if path.is_dir() else load_dataset(HUB.get(data, data))
-    except (OSError, ValueError, RuntimeError) as e:
-        raise ConnectionError(
-            f"data must be a file, a folder, or a dataset the hub can deliver, got {data!r}: "
-            f"{type(e).__name__}: {str(e)[:200]}") from e
-    return rows_images(found, data)
+    saved = any((path/f).is_file() for f in ('dataset_dict.json', 'dataset_info.json'))
+    if path.is_dir(): return hub_images(data) if saved else folder_images(path)
+    named = data in HUB or re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', data)
+    if path.is_file() or not named:
+        raise FileNotFoundError("data must be 'digits', 'cifar10', 'mnist', an existing .npz file "
+                                "or folder of images, or a hub id 'owner/name', "
+                                f"got {data!r}")
+    return hub_images(data)
 
 # %% ../../nbs/data/50_images.ipynb #136d1822
 @dataclass(frozen=True)
@@ -176,21 +188,23 @@ class Images:
             h.update(str(tuple(part.shape)).encode() + part.numpy().tobytes())
         return h.hexdigest()[:16]
 
-    def read_test(self,
-        run, # the `Run` for which it is read; the read is entered in its history
-    )->Tensor: # (N, C, H, W) test images
-        "Hand out the test images, for the record."
-        run.log(test_read=time.strftime('%Y-%m-%dT%H:%M:%S'), data_key=self.key,
-            images=len(self._test))
-        return self._test
+# %% ../../nbs/data/50_images.ipynb #a643f3c7
+@patch
+def read_test(self:Images,
+    run, # the `Run` for which it is read; the read is entered in its history
+)->Tensor: # (N, C, H, W) test images
+    "Hand out the test images, for the record."
+    now = time.strftime('%Y-%m-%dT%H:%M:%S')
+    run.log(test_read=now, data_key=self.key, images=len(self._test))
+    return self._test
 
-    def card(self)->dict: # ready for a record
-        "Describe these images."
-        sizes = {f'{name}_images': len(part)
-            for name, part in dict(train=self.train, validation=self.validation,
-            test=self._test).items()}
-        return dict(data=self.source, data_key=self.key, image_shape=list(self.shape),
-            duplicates_dropped=self.duplicates, **sizes)
+@patch
+def card(self:Images)->dict: # ready for a record
+    "Describe these images."
+    parts = dict(train=self.train, validation=self.validation, test=self._test)
+    sizes = {f'{name}_images': len(part) for name, part in parts.items()}
+    return dict(data=self.source, data_key=self.key, image_shape=list(self.shape),
+                duplicates_dropped=self.duplicates, **sizes)
 
 # %% ../../nbs/data/50_images.ipynb #d054abc5
 def first_of_equals(
@@ -215,14 +229,16 @@ def split_images(
     # what is held out keeps its own
     for name in sorted(parts, key=('test', 'validation', 'train', '').index):
         pixels, labels = parts[name]
-        if labels is not None and len(labels) != len(pixels): raise ValueError(
-            f"every image needs a label, got {len(pixels)} images and {len(labels)} labels")
+        if labels is not None and len(labels) != len(pixels):
+            raise ValueError(f"every image needs a label, got {len(pixels)} images and "
+                             f"{len(labels)} labels")
         keep = first_of_equals(pixels, taken)
         found[name] = pixels[keep], None if labels is None else labels[keep]
-    pixels, labels = found.pop('' if '' in found else 'train',
-        (np.zeros((0, 1, 1), np.uint8), None))
+    nothing = np.zeros((0, 1, 1), np.uint8), None
+    pixels, labels = found.pop('' if '' in found else 'train', nothing)
     order = np.random.RandomState(0).permutation(len(pixels))
-    for name, n in zip(('test', 'validation'), (held_out or (max(1, len(order)//10),)*2)[::-1]):
+    validation, test = held_out or (max(1, len(order)//10),)*2
+    for name, n in (('test', test), ('validation', validation)):
         if name in found: continue
         found[name] = pixels[order[:n]], None if labels is None else labels[order[:n]]
         order = order[n:]
@@ -238,18 +254,19 @@ def load_images(
     if max_images < 0: raise ValueError(f"max_images must be at least 0, got {max_images}")
     found, copies = split_images(read_images(str(data)), (200, 400) if data == 'digits' else None)
     sizes = {name: len(pixels) for name, (pixels, _) in found.items()}
-    if not all(sizes.values()): raise ValueError(
-        f"data must hold images for train, validation and test, got {sizes} in {str(data)!r}; "
-        "give at least three different ones")
-    if len(shapes := {pixels.shape[1:] for pixels, _ in found.values()}) > 1: raise ValueError(
-        f"all parts must hold images of one size, got {sorted(shapes)} in {str(data)!r}")
+    if not all(sizes.values()):
+        raise ValueError("data must hold images for train, validation and test, got "
+                         f"{sizes} in {str(data)!r}; give at least three different ones")
+    if len(shapes := {pixels.shape[1:] for pixels, _ in found.values()}) > 1:
+        raise ValueError("all parts must hold images of one size, got "
+                         f"{sorted(shapes)} in {str(data)!r}")
     found['train'] = tuple(a if a is None else a[:max_images or None] for a in found['train'])
-    x = {name: as_floats(pixels, 16 if data == 'digits' else 255)
-        for name, (pixels, _) in found.items()}
+    top = 16 if data == 'digits' else 255
+    x = {name: as_floats(pixels, top) for name, (pixels, _) in found.items()}
     y = {name: torch.from_numpy(labels)
-        for name, (_, labels) in found.items() if labels is not None}
-    return Images(str(data), x['train'], x['validation'], x['test'], y if len(y) == 3 else None,
-        copies)
+         for name, (_, labels) in found.items() if labels is not None}
+    labels = y if len(y) == 3 else None
+    return Images(str(data), x['train'], x['validation'], x['test'], labels, copies)
 
 # %% ../../nbs/data/50_images.ipynb #af64ca8a
 def show_images(
@@ -267,7 +284,8 @@ def show_images(
         canvas[r*(H + 1):r*(H + 1) + H, c*(W + 1):c*(W + 1) + W] = picture
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(.45*columns, .45*rows + .25*bool(title)))[1]
-    ax.imshow(canvas if C == 3 else canvas[..., 0],
-        **({} if C == 3 else dict(cmap='gray', vmin=0, vmax=255)))
-    ax.set(title=title); ax.set_axis_off()
+    if C == 3: ax.imshow(canvas)
+    else: ax.imshow(canvas[..., 0], cmap='gray', vmin=0, vmax=255)
+    ax.set(title=title)
+    ax.set_axis_off()
     return ax

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'IGNORED', 'as_messages', 'has_answer', 'ChatCorpus', 'question', 'split_chats', 'rows_of', 'load_chats',
-           'role_tokens', 'encode_chat', 'pack', 'ChatWindows', 'check_characters']
+           'role_tokens', 'encode_chat', 'pack', 'fill_window', 'ChatWindows', 'check_characters']
 
 # %% ../../nbs/data/30_instruct.ipynb #33e0a2fb
 import bisect
@@ -28,20 +28,19 @@ def as_messages(
     name:str='', # of the source, for the error
 )->list[dict]: # of 'role' and 'content'
     "Read a row of any usual shape as a conversation."
+    place = f' in {name}' if name else ''
     if 'messages' in row: said = [(m['role'], m['content']) for m in row['messages']]
     elif 'conversations' in row: said = [(m['from'], m['value']) for m in row['conversations']]
     elif {'instruction', 'output'} <= row.keys():
-        said = [('user',
-            '\n'.join(part for part in (row['instruction'], row.get('input')) if part)),
-            ('assistant', row['output'])]
+        asked = [part for part in (row['instruction'], row.get('input')) if part]
+        said = [('user', '\n'.join(asked)), ('assistant', row['output'])]
     elif {'prompt', 'completion'} <= row.keys():
         said = [('user', row['prompt']), ('assistant', row['completion'])]
-    else: raise ValueError(
-        "a row needs the columns instruction and output, prompt and completion, messages, or "
-        f"conversations, got {list(row)} {'in ' + name if name else ''}".rstrip())
-    if unknown := sorted({role for role, _ in said} - set(ROLES)): raise ValueError(
-        f"roles must be among {sorted(ROLES)}, got {unknown} {'in ' + name if name else ''}".rstrip(
-        ))
+    else:
+        raise ValueError("a row needs the columns instruction and output, prompt and completion, "
+                         f"messages, or conversations, got {list(row)}{place}")
+    if unknown := sorted({role for role, _ in said} - set(ROLES)):
+        raise ValueError(f"roles must be among {sorted(ROLES)}, got {unknown}{place}")
     return [dict(role=ROLES[role], content=content or '') for role, content in said]
 
 # %% ../../nbs/data/30_instruct.ipynb #26ef6e44
@@ -49,9 +48,9 @@ def has_answer(
     messages:list[dict], # a conversation
 )->bool:
     "Check that somebody asks, and that the assistant has the last word and says something."
-    return any(m['role'] == 'user' and m['content'].strip()
-        for m in messages) and messages[-1]['role'] == 'assistant' and bool(
-        messages[-1]['content'].strip())
+    asked = any(m['role'] == 'user' and m['content'].strip() for m in messages)
+    last = messages[-1]
+    return asked and last['role'] == 'assistant' and bool(last['content'].strip())
 
 # %% ../../nbs/data/30_instruct.ipynb #3e2f65bd
 @dataclass(frozen=True)
@@ -61,15 +60,16 @@ class ChatCorpus(Corpus):
 
     @property
     def key(self):
-        return hashlib.sha256(json.dumps([self.train, self.validation, self._test],
-            ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+        parts = [self.train, self.validation, self._test]
+        text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def card(self)->dict: # ready for a record
         "Describe what this corpus is made of."
         parts = dict(train=self.train, validation=self.validation, test=self._test)
+        sizes = {f'{name}_chats': len(part) for name, part in parts.items()}
         return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
-            unanswered_dropped=self.unanswered,
-            **{f'{name}_chats': len(part) for name, part in parts.items()})
+                    unanswered_dropped=self.unanswered, **sizes)
 
 def question(
     messages:list[dict], # a conversation
@@ -87,8 +87,9 @@ def split_chats(
     order = sorted(set(of))
     n = max(1, round(held_out*len(order)))
     part = dict.fromkeys(order[:n], 'test') | dict.fromkeys(order[n:2*n], 'validation')
-    return {name: [chat for chat, key in zip(chats, of) if part.get(key, 'train') == name]
-        for name in ('train', 'validation', 'test')}
+    found = dict(train=[], validation=[], test=[])
+    for chat, key in zip(chats, of): found[part.get(key, 'train')].append(chat)
+    return found
 
 # %% ../../nbs/data/30_instruct.ipynb #e8ff6b33
 def rows_of(
@@ -98,11 +99,12 @@ def rows_of(
     path = Path(data).expanduser()
     if path.is_file(): return read_rows(path)
     if path.is_dir():
-        return [row for f in sorted(path.rglob('*')) if f.is_file()
-            and set(f.suffixes) & set(suffixes) for row in read_rows(f)]
+        files = [f for f in sorted(path.rglob('*'))
+                 if f.is_file() and set(f.suffixes) & set(suffixes)]
+        return [row for f in files for row in read_rows(f)]
     if '/' in data and not path.suffix: return hub_rows(data)
-    raise FileNotFoundError(
-        f"data must be 'tasks', an existing file or folder, or a hub id 'owner/name', got {data!r}")
+    raise FileNotFoundError("data must be 'tasks', an existing file or folder, or a hub id "
+                            f"'owner/name', got {data!r}")
 
 # %% ../../nbs/data/30_instruct.ipynb #f5b19369
 def load_chats(
@@ -113,23 +115,25 @@ def load_chats(
     if data == 'tasks':
         from enigma_lab.data.tasks import task_rows
         sizes = dict(train=max_chats or 400, validation=20, test=50)
-        return ChatCorpus(data,
-            *([dict(row, messages=as_messages(row)) for row in task_rows(split, n)]
-            for split, n in sizes.items()))
+        parts = [task_rows(split, n) for split, n in sizes.items()]
+        chats = [[dict(row, messages=as_messages(row)) for row in part] for part in parts]
+        return ChatCorpus(data, *chats)
     chats, unanswered, seen, copies = [], 0, set(), 0
     for row in rows_of(data):
         messages = as_messages(row, data)
         key = json.dumps(messages)
         if not messages or not has_answer(messages): unanswered += 1
         elif key in seen: copies += 1
-        else: seen.add(key); chats.append(dict(row, messages=messages))
+        else:
+            seen.add(key)
+            chats.append(dict(row, messages=messages))
         if max_chats and len(chats) >= max_chats: break
     if len({question(chat['messages']) for chat in chats}) < 3:
-        raise ValueError(
-            f"data must hold at least three different questions with answers, got {len(chats)} "
-            f"conversations ({unanswered} rows without an answer) in {data!r}")
-    parts = split_chats(chats)
-    return ChatCorpus(data, parts['train'], parts['validation'], parts['test'], copies, unanswered)
+        raise ValueError("data must hold at least three different questions with answers, got "
+                         f"{len(chats)} conversations ({unanswered} rows without an answer) in "
+                         f"{data!r}")
+    train, validation, test = split_chats(chats).values()
+    return ChatCorpus(data, train, validation, test, copies, unanswered)
 
 # %% ../../nbs/data/30_instruct.ipynb #a6a62d11
 IGNORED = -100 # what cross-entropy skips
@@ -138,13 +142,12 @@ def role_tokens(
     tokenizer, # of `lm.tokenizer`
 )->dict[str,int]: # role -> row
     "Find the rows that mark who speaks; raise a ValueError if the tokenizer has none."
-    rows = {role: tokenizer.convert_tokens_to_ids(f'<|{role}|>')
-        for role in ('system', 'user', 'assistant')}
-    if missing := [role
-        for role, row in rows.items() if row is None or row == tokenizer.unk_token_id]:
-        raise ValueError(
-            f"a conversation needs a tokenizer with tokens for its roles, got none for {missing}; "
-            "train_char_tokenizer makes them")
+    roles = 'system', 'user', 'assistant'
+    rows = {role: tokenizer.convert_tokens_to_ids(f'<|{role}|>') for role in roles}
+    missing = [role for role, row in rows.items() if row in (None, tokenizer.unk_token_id)]
+    if missing:
+        raise ValueError("a conversation needs a tokenizer with tokens for its roles, got none "
+                         f"for {missing}; train_char_tokenizer makes them")
     return rows
 
 def encode_chat(
@@ -154,9 +157,11 @@ def encode_chat(
 )->tuple[list[int],list[int]]: # tokens; labels, -100 but for answers
     "Encode a conversation, and mark what of it is to be learned."
     marks, ids, labels = role_tokens(tokenizer), [], []
-    for message, text in zip(messages, encode_texts(tokenizer, [m['content'] for m in messages])):
-        text, learned = [*text, tokenizer.eos_token_id], message['role'] == 'assistant'
+    texts = encode_texts(tokenizer, [m['content'] for m in messages])
+    for message, text in zip(messages, texts):
+        text = [*text, tokenizer.eos_token_id]
         ids += [marks[message['role']], *text]
+        learned = message['role'] == 'assistant'
         labels += [IGNORED, *(text if learned else [IGNORED]*len(text))]
     return (ids + [marks['assistant']], labels + [IGNORED]) if reply else (ids, labels)
 
@@ -175,6 +180,19 @@ def pack(
         bisect.insort(room, (left - lengths[i], b))
     return bins
 
+# %% ../../nbs/data/30_instruct.ipynb #4ea47dbc
+def fill_window(
+    chats:list[tuple], # tokens and labels of conversations that fit
+    window:int, # T, tokens
+    pad:int, # the token behind the last of them
+)->dict: # input_ids, labels, position_ids (T,) int64
+    "Lay conversations side by side, each with positions of its own."
+    rest = window - sum(len(ids) for ids, _ in chats)
+    chats = [*chats, ([pad]*rest, [IGNORED]*rest)]
+    join = lambda part: torch.tensor([x for chat in chats for x in chat[part]])
+    positions = torch.cat([torch.arange(len(ids)) for ids, _ in chats])
+    return dict(input_ids=join(0), labels=join(1), position_ids=positions)
+
 # %% ../../nbs/data/30_instruct.ipynb #94e20fe9
 class ChatWindows(Dataset):
     "Pack conversations into training windows."
@@ -187,28 +205,24 @@ class ChatWindows(Dataset):
         encoded = [encode_chat(tokenizer, chat['messages']) for chat in chats]
         self.chats = [pair for pair in encoded if len(pair[0]) <= window]
         self.too_long = len(encoded) - len(self.chats) # left out
-        if not self.chats: raise ValueError(
-            f"at least one conversation must fit into a window of {window} tokens, got "
-            f"{len(encoded)}, the shortest of {min((len(e[0]) for e in encoded), default=0)}")
+        if not self.chats:
+            shortest = min((len(ids) for ids, _ in encoded), default=0)
+            raise ValueError("at least one conversation must fit into a window of "
+                             f"{window} tokens, got {len(encoded)}, the shortest of {shortest}")
         self.bins = pack([len(ids) for ids, _ in self.chats], window)
 
     def __len__(self): return len(self.bins)
 
     def __getitem__(self, i): # input_ids, labels, position_ids (T,) int64
         if not 0 <= i < len(self): raise IndexError(f"window must be in [0, {len(self)}), got {i}")
-        chats = [self.chats[j] for j in self.bins[i]]
-        chats.append(([self.pad]*(n := self.window - sum(len(ids) for ids, _ in chats)),
-            [IGNORED]*n))
-        join = lambda part: torch.tensor([x for chat in chats for x in chat[part]])
-        return dict(input_ids=join(0), labels=join(1),
-            position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in chats]))
+        return fill_window([self.chats[j] for j in self.bins[i]], self.window, self.pad)
 
     def card(self)->dict: # ready for a record
         "Describe how full the windows are."
         tokens = sum(len(ids) for ids, _ in self.chats)
         learned = sum(label != IGNORED for _, labels in self.chats for label in labels)
         return dict(windows=len(self), chats=len(self.chats), too_long_dropped=self.too_long,
-            tokens=tokens, answer_tokens=learned, filled=tokens/(len(self)*self.window))
+                    tokens=tokens, answer_tokens=learned, filled=tokens/(len(self)*self.window))
 
 # %% ../../nbs/data/30_instruct.ipynb #85873a0c
 def check_characters(
@@ -217,14 +231,13 @@ def check_characters(
     limit:float=.001, # share of characters that may be missing
 )->float: # the share that is
     "Raise a ValueError, with the list, where the vocabulary lacks too many of the characters."
-    counts = Counter(c for chat in chats for message in chat['messages']
-        for c in message['content'])
+    texts = (message['content'] for chat in chats for message in chat['messages'])
+    counts = Counter(c for text in texts for c in text)
     vocabulary = tokenizer.get_vocab()
     missing = {c: n for c, n in counts.most_common() if c not in vocabulary}
     share = sum(missing.values()) / max(1, counts.total())
     if share > limit:
-        raise ValueError(
-            f"the base's vocabulary must hold {1 - limit:.1%} of the conversations' characters, "
-            f"got {1 - share:.1%}; missing are {''.join(missing)[:200]!r}: pretrain the base with "
-            "them in its text")
+        raise ValueError(f"the base's vocabulary must hold {1 - limit:.1%} of the conversations' "
+                         f"characters, got {1 - share:.1%}; missing are "
+                         f"{''.join(missing)[:200]!r}: pretrain the base with them in its text")
     return share

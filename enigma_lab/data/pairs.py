@@ -42,21 +42,24 @@ def split_pairs(
     order = sorted(set(of), key=lambda name: hashlib.sha256(name.encode()).digest())
     n = max(1, round(held_out*len(order)))
     part = dict.fromkeys(order[:n], 'test') | dict.fromkeys(order[n:2*n], 'validation')
-    return {name: [pair for pair, key in zip(pairs, of) if part.get(key, 'train') == name]
-        for name in ('train', 'validation', 'test')}
+    found = dict(train=[], validation=[], test=[])
+    for pair, key in zip(pairs, of): found[part.get(key, 'train')].append(pair)
+    return found
 
 # %% ../../nbs/data/40_pairs.ipynb #00b289a2
-COLUMNS = ('sentence1', 'sentence2'), ('question1', 'question2'), ('source', 'target'), ('src',
-    'trg'), ('anchor', 'positive'), ('input', 'output'), ('complex', 'simple')
+COLUMNS = (
+    ('sentence1', 'sentence2'), ('question1', 'question2'), ('source', 'target'),
+    ('src', 'trg'), ('anchor', 'positive'), ('input', 'output'), ('complex', 'simple'))
 
 def as_pair(
     row:dict, # of any source
 )->tuple[str,str]|None: # two texts; `None`: they are not said to mean the same
     "Read the two sides of a row."
     names = next(((a, b) for a, b in COLUMNS if a in row and b in row), None)
-    if names is None: raise ValueError(
-        f"a pair needs two columns, one of {COLUMNS}, got {sorted(row)}")
-    if str(row.get('is_duplicate', row.get('label', 1))).lower() in ('0', 'false'): return None
+    if names is None:
+        raise ValueError(f"a pair needs two columns, one of {COLUMNS}, got {sorted(row)}")
+    same = row.get('is_duplicate', row.get('label', 1))
+    if str(same).lower() in ('0', 'false'): return None
     # WikiSplit's sign between two sentences
     a, b = (' '.join(str(row[name] or '').replace('<::::>', ' ').split()) for name in names)
     return (a, b) if a and b and a != b else None
@@ -69,14 +72,15 @@ class PairCorpus(Corpus):
 
     @property
     def key(self):
-        return hashlib.sha256(
-            json.dumps([self.train, self.validation, self._test]).encode()).hexdigest()[:16]
+        text = json.dumps([self.train, self.validation, self._test])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def card(self)->dict: # ready for a record
         "Describe what this corpus is made of."
         parts = dict(train=self.train, validation=self.validation, test=self._test)
+        sizes = {f'{name}_pairs': len(part) for name, part in parts.items()}
         return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
-            left_out=self.left_out, **{f'{name}_pairs': len(part) for name, part in parts.items()})
+                    left_out=self.left_out, **sizes)
 
 # %% ../../nbs/data/40_pairs.ipynb #8370d485
 def load_pairs(
@@ -88,9 +92,9 @@ def load_pairs(
         sizes = dict(train=min(12_000, max_pairs or 12_000), validation=300, test=500)
         return PairCorpus(data, *(paraphrase_pairs(split, n) for split, n in sizes.items()))
     try: rows = rows_of(data)
-    except FileNotFoundError: raise FileNotFoundError(
-        "data must be 'paraphrase', an existing file or folder with pairs, or a hub id "
-        f"'owner/name', got {data!r}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError("data must be 'paraphrase', an existing file or folder with "
+                                f"pairs, or a hub id 'owner/name', got {data!r}") from None
     seen, left_out, copies = {}, 0, 0
     for row in rows:
         pair = as_pair(row)
@@ -98,20 +102,20 @@ def load_pairs(
         elif pair in seen or pair[::-1] in seen: copies += 1
         else: seen[pair] = None
     parts = split_pairs(list(seen)) if seen else {}
-    if not parts or not all(parts.values()): raise ValueError(
-        f"data must hold pairs of three components at least, got {len(seen)} pairs in {data!r} "
-        f"({left_out} rows left out)")
-    return PairCorpus(data, parts['train'][:max_pairs or None], parts['validation'], parts['test'],
-        copies, left_out)
+    if not parts or not all(parts.values()):
+        raise ValueError("data must hold pairs of three components at least, got "
+                         f"{len(seen)} pairs in {data!r} ({left_out} rows left out)")
+    train = parts['train'][:max_pairs or None]
+    return PairCorpus(data, train, parts['validation'], parts['test'], copies, left_out)
 
 # %% ../../nbs/data/40_pairs.ipynb #15e907cf
 def both_sides(
     corpus:PairCorpus, # pairs in three parts
 )->Corpus: # sentences in the same parts, each once
     "Collect every sentence of the pairs of a part."
-    return Corpus(corpus.source,
-        *([*dict.fromkeys(text for pair in part for text in pair)]
-        for part in (corpus.train, corpus.validation, corpus._test)), corpus.duplicates)
+    once = lambda part: [*dict.fromkeys(text for pair in part for text in pair)]
+    parts = map(once, (corpus.train, corpus.validation, corpus._test))
+    return Corpus(corpus.source, *parts, corpus.duplicates)
 
 # %% ../../nbs/data/40_pairs.ipynb #d78016ff
 class WikipediaDataset(Dataset):
@@ -122,16 +126,19 @@ class WikipediaDataset(Dataset):
         max_length:int=64, # tokens of a row
         min_length:int=3, # tokens that make a text long enough
     ):
-        if max_length < min_length: raise ValueError(
-            f"max_length must be at least min_length={min_length}, got {max_length}")
-        rows = [row for row in tokenizer(list(texts))['input_ids']
-            if len(row) >= min_length] if texts else []
-        if not rows: raise ValueError(
-            f"texts must hold one of {min_length} tokens at least, got {len(texts)} shorter ones")
+        if max_length < min_length:
+            raise ValueError(f"max_length must be at least min_length={min_length}, "
+                             f"got {max_length}")
+        rows = tokenizer(list(texts))['input_ids'] if texts else []
+        rows = [row[:max_length] for row in rows if len(row) >= min_length]
+        if not rows:
+            raise ValueError(f"texts must hold one of {min_length} tokens at least, "
+                             f"got {len(texts)} shorter ones")
         self.tokens = torch.full((len(rows), max_length), tokenizer.pad_token_id)
-        for i, row in enumerate(rows): self.tokens[i, :len(row)] = torch.tensor(row[:max_length])
-        self.mask = torch.tensor([[1]*min(len(row), max_length) + [0]*(max_length - len(row))
-            for row in rows])
+        self.mask = torch.zeros_like(self.tokens)
+        for i, row in enumerate(rows):
+            self.tokens[i, :len(row)] = torch.tensor(row)
+            self.mask[i, :len(row)] = 1
 
     def __len__(self): return len(self.tokens)
 
@@ -146,16 +153,17 @@ class QQPDataset(Dataset):
         tokenizer, # of transformers, with a padding token
         max_length:int=64, # tokens of a row
     ):
-        self.sources, self.targets = (WikipediaDataset([pair[side] for pair in pairs], tokenizer,
-            max_length, 1) for side in (0, 1))
+        self.sources, self.targets = (
+            WikipediaDataset([pair[side] for pair in pairs], tokenizer, max_length, 1)
+            for side in (0, 1))
 
     def __len__(self): return len(self.sources)
 
     def __getitem__(self, i):
         # input_ids, attention_mask of the source; labels (-100 beyond the end) of the target
         target = self.targets[i]
-        return dict(self.sources[i],
-            labels=target['input_ids'].masked_fill(target['attention_mask'] == 0, -100))
+        labels = target['input_ids'].masked_fill(target['attention_mask'] == 0, -100)
+        return dict(self.sources[i], labels=labels)
 
 def get_dataloader(
     dataset:Dataset, # of either kind

@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+from fastcore.basics import patch
+
 # %% ../../nbs/data/35_sentences.ipynb #e4350576
 @dataclass(frozen=True)
 class Grammar:
@@ -28,28 +30,32 @@ class Grammar:
 
     @cached_property
     def bits(self): # of a sentence, for each template: the choice of the template counts
-        return [math.log2(len(self.templates))
-            + sum(math.log2(len(self.words[slot])) for slot in slots) for slots in self.slots]
+        choice = math.log2(len(self.templates))
+        bits_of = lambda slots: sum(math.log2(len(self.words[slot])) for slot in slots)
+        return [choice + bits_of(slots) for slots in self.slots]
 
     @cached_property
     def patterns(self): # for each template, the regular expression of its sentences
-        return [re.compile(re.sub(r'{(\w+)}', lambda m: '(' + '|'.join(self.words[m[1]]) + ')',
-            template)) for template in self.templates]
+        words_of = lambda slot: '(' + '|'.join(self.words[slot[1]]) + ')'
+        return [re.compile(re.sub(r'{(\w+)}', words_of, t)) for t in self.templates]
 
-    def fill(self,
-        template:int, # its number
-        words, # one for each slot
-    )->str: # a sentence
-        "Make the sentence of a template and its words."
-        words = iter(words)
-        return re.sub(r'{\w+}', lambda _: next(words), self.templates[template])
+# %% ../../nbs/data/35_sentences.ipynb #d55c6acf
+@patch
+def fill(self:Grammar,
+    template:int, # its number
+    words, # one for each slot
+)->str: # a sentence
+    "Make the sentence of a template and its words."
+    words = iter(words)
+    return re.sub(r'{\w+}', lambda _: next(words), self.templates[template])
 
-    def parse(self,
-        text:str, # perhaps a sentence
-    )->tuple[int,tuple]|None: # template and words; `None`: not a sentence of this grammar
-        "Invert `fill`."
-        return next(((k, m.groups())
-            for k, pattern in enumerate(self.patterns) if (m := pattern.fullmatch(text))), None)
+@patch
+def parse(self:Grammar,
+    text:str, # perhaps a sentence
+)->tuple[int,tuple]|None: # template and words; `None`: not a sentence of this grammar
+    "Invert `fill`."
+    for k, pattern in enumerate(self.patterns):
+        if m := pattern.fullmatch(text): return k, m.groups()
 
 # %% ../../nbs/data/35_sentences.ipynb #54684ea1
 SPLITS = 'train', 'validation', 'test'
@@ -86,15 +92,17 @@ def draw_sentences(
 )->list[str]: # without repeats
     "Draw sentences of one part; another seed draws others of the same part."
     if split not in SPLITS: raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    rng, found, tries = random.Random(f'{grammar.name} {split} {seed}'), {}, 0
+    rng = random.Random(f'{grammar.name} {split} {seed}')
+    found, tries = {}, 0
     while len(found) < n:
         k = rng.randrange(len(grammar.templates))
         words = tuple(rng.choice(grammar.words[slot]) for slot in grammar.slots[k])
-        if part_of(grammar.templates[k], words) == split: found.setdefault(grammar.fill(k, words))
+        if part_of(grammar.templates[k], words) == split:
+            found.setdefault(grammar.fill(k, words))
         tries += 1
-        if tries > 100*n + 10_000: raise ValueError(
-            f"a grammar must have {n} different sentences in its part {split!r}, found "
-            f"{len(found)} of {grammar.name}")
+        if tries > 100*n + 10_000:
+            raise ValueError(f"a grammar must have {n} different sentences in its part "
+                             f"{split!r}, found {len(found)} of {grammar.name}")
     return list(found)
 
 # %% ../../nbs/data/35_sentences.ipynb #7488587f
@@ -140,9 +148,10 @@ paraphrase = Grammar('paraphrase', (
     {slot: hard.words[slot][:16] for slot in ('trait', 'person', 'look', 'thing', 'place')},
     where=hard.words['where'],
     # past tense = participle
-    verb=('found sold cleaned dropped painted carried burned opened bought repaired borrowed '
-        'admired moved washed examined guarded').split()))
+    verb='found sold cleaned dropped painted carried burned opened bought repaired borrowed '
+    'admired moved washed examined guarded'.split()))
 
+# %% ../../nbs/data/35_sentences.ipynb #0acfb733
 def meaning(
     text:str, # perhaps a sentence of `grammar`
     grammar:Grammar=paraphrase, # with forms of the same slots
@@ -157,10 +166,10 @@ def forms(
 )->list[str]: # every way to say it, itself among them
     "List all paraphrases of a sentence."
     said = meaning(text, grammar)
-    if said is None: raise ValueError(
-        f"a sentence must belong to the grammar {grammar.name!r}, got {text!r}")
-    return [grammar.fill(k, [said[slot] for slot in slots])
-        for k, slots in enumerate(grammar.slots)]
+    if said is None:
+        raise ValueError(f"a sentence must belong to the grammar {grammar.name!r}, got {text!r}")
+    words = [[said[slot] for slot in slots] for slots in grammar.slots]
+    return [grammar.fill(k, row) for k, row in enumerate(words)]
 
 # %% ../../nbs/data/35_sentences.ipynb #7726ccc7
 def paraphrase_pairs(
@@ -172,12 +181,12 @@ def paraphrase_pairs(
     rng, found = random.Random(f'paraphrase pairs {split} {seed}'), []
     for text in draw_sentences(paraphrase, split, 4*n + 100, seed):
         ways = forms(text)
-        if all(part_of(paraphrase.templates[k], paraphrase.parse(way)[1]) == split
-            for k, way in enumerate(ways)):
-            found.append((text, rng.choice([way for way in ways if way != text])))
+        parts = {part_of(template, paraphrase.parse(way)[1])
+                 for template, way in zip(paraphrase.templates, ways)}
+        if parts == {split}: found.append((text, rng.choice([w for w in ways if w != text])))
         if len(found) == n: return found
-    raise ValueError(
-        f"the paraphrase grammar must have {n} pairs in its part {split!r}, found {len(found)}")
+    raise ValueError(f"the paraphrase grammar must have {n} pairs in its part {split!r}, "
+                     f"found {len(found)}")
 
 # %% ../../nbs/data/35_sentences.ipynb #6fdb89b1
 def prose(
@@ -185,10 +194,9 @@ def prose(
     words:tuple=(3, 12), # how many, least and most
 )->list[str]: # in lower case, each once
     "Collect the plain sentences of some documents."
-    pieces = (' '.join(piece.split()) for d in documents
-        for piece in re.split(r'(?<=[.!?])\s+|\n\s*\n', d))
-    plain = (p[:-1].lower()
-        for p in pieces if re.fullmatch(r"[A-Z][a-z]*( [A-Za-z][a-z']*,?)+\.", p))
+    end, sentence = r'(?<=[.!?])\s+|\n\s*\n', r"[A-Z][a-z]*( [A-Za-z][a-z']*,?)+\."
+    pieces = (' '.join(piece.split()) for d in documents for piece in re.split(end, d))
+    plain = (p[:-1].lower() for p in pieces if re.fullmatch(sentence, p))
     return [s for s in dict.fromkeys(plain) if words[0] <= len(s.split()) <= words[1]]
 
 # %% ../../nbs/data/35_sentences.ipynb #7dc33b09
@@ -206,18 +214,17 @@ def load_sentences(
     if data in GRAMMARS:
         train, validation, test = SIZES[data]
         sizes = dict(zip(SPLITS, (min(train, max_sentences or train), validation, test)))
-        return Corpus(data,
-            *(draw_sentences(GRAMMARS[data], split, n) for split, n in sizes.items()))
+        parts = [draw_sentences(GRAMMARS[data], split, n) for split, n in sizes.items()]
+        return Corpus(data, *parts)
     corpus = load_text('auto' if data == 'docs' else data)
-    train, validation, test = (prose(part, words)
-        for part in (corpus.train, corpus.validation, corpus._test))
+    parts = corpus.train, corpus.validation, corpus._test
+    train, validation, test = (prose(part, words) for part in parts)
     held = {*validation, *test}
     train = [s for s in train if s not in held][:max_sentences or None]
     validation = [s for s in validation if s not in set(test)]
     if not (train and validation and test):
-        raise ValueError(
-            f"data must hold sentences of {words[0]} to {words[1]} words for each part, got "
-            f"{len(train)}, {len(validation)}, {len(test)} from {data!r}")
+        raise ValueError(f"data must hold sentences of {words[0]} to {words[1]} words for each "
+                         f"part, got {len(train)}, {len(validation)}, {len(test)} from {data!r}")
     return Corpus(data, train, validation, test, corpus.duplicates)
 
 # %% ../../nbs/data/35_sentences.ipynb #ddf459f6
@@ -227,9 +234,9 @@ def grammar_digest(
     name:str, # of `GRAMMARS`
 )->str: # 16 hexadecimal digits
     "Compute a hash of a grammar's first thousand sentences of each part, and their paraphrases."
-    text = '\n'.join(s for split, n in zip(SPLITS, (1000, 300, 300))
-        for s in draw_sentences(GRAMMARS[name], split, n))
+    sizes = zip(SPLITS, (1000, 300, 300))
+    text = '\n'.join(s for split, n in sizes for s in draw_sentences(GRAMMARS[name], split, n))
     if name == 'paraphrase':
-        text += '\n'.join(' = '.join(pair) for split in SPLITS
-            for pair in paraphrase_pairs(split, 200))
+        both = (pair for split in SPLITS for pair in paraphrase_pairs(split, 200))
+        text += '\n'.join(map(' = '.join, both))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -23,14 +23,15 @@ def split_of(
     argument, # anything JSON can hold
 )->str: # 'train', 'validation' or 'test'
     "Tell where a question belongs: a property of its argument alone."
-    digit = hashlib.sha256(json.dumps(argument, ensure_ascii=False,
-        sort_keys=True).encode()).digest()[0]
+    text = json.dumps(argument, ensure_ascii=False, sort_keys=True)
+    digit = hashlib.sha256(text.encode()).digest()[0]
     return 'train' if digit < 230 else 'validation' if digit < 243 else 'test'
 
 # %% ../../nbs/data/28_tasks.ipynb #13a01d19
 HANZI = ('天地人山水火木金土日月星风云雨雪花草树鸟鱼马牛羊狗猫虎龙'
     '春夏秋冬东西南北上下左右前后大小多少红黄蓝白黑')
-DAYS = dict(en='Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split(),
+DAYS = dict(
+    en='Monday Tuesday Wednesday Thursday Friday Saturday Sunday'.split(),
     zh='星期一 星期二 星期三 星期四 星期五 星期六 星期日'.split())
 DIGITS = '零一二三四五六七八九'
 
@@ -364,9 +365,9 @@ def caesar(
 
 @questions('hard',
     ('Encipher with the Enigma, wheels I II III, reflector B, positions {start}.',
-    'Enigma I II III, B, start {start}.'),
+     'Enigma I II III, B, start {start}.'),
     ('用恩尼格玛加密，转子 I II III，反射器 B，起始位置 {start}。',
-    '恩尼格玛 I II III，B，起始 {start}。'))
+     '恩尼格玛 I II III，B，起始 {start}。'))
 def enigma(
     rng:random.Random, # of the draw
     n:int, # length of the word
@@ -391,7 +392,7 @@ def draw_one(
     say = lambda t: t[language] if isinstance(t, dict) else t
     instruction = rng.choice(kind.wordings[language]).format(**(fields[0] if fields else {}))
     return dict(instruction=instruction, input=say(text), output=say(answer), family=kind.name,
-        tier=kind.tier, language=language)
+                tier=kind.tier, language=language)
 
 # %% ../../nbs/data/28_tasks.ipynb #8ebe5fc6
 def task_rows(
@@ -403,11 +404,11 @@ def task_rows(
     "Draw questions and their answers."
     if split not in SPLITS: raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
     names = list(FAMILIES if families is None else families)
-    if unknown := set(names) - set(FAMILIES): raise ValueError(
-        f"families must be among {list(FAMILIES)}, got {sorted(unknown)}")
+    if unknown := set(names) - set(FAMILIES):
+        raise ValueError(f"families must be among {list(FAMILIES)}, got {sorted(unknown)}")
     streams = {name: random.Random(f'{seed} {split} {name}') for name in names}
-    return [draw_one(FAMILIES[name], rng, split) for _ in range(per_family)
-        for name, rng in streams.items()]
+    return [draw_one(FAMILIES[name], rng, split)
+            for _ in range(per_family) for name, rng in streams.items()]
 
 # %% ../../nbs/data/28_tasks.ipynb #e274976d
 def exact_match(
@@ -415,20 +416,21 @@ def exact_match(
     replies:list[str], # what a model said to each
 )->dict: # {'family': {...}, 'tier': {...}, 'all': share}, shares between 0 and 1
     "Compute the share of replies that are the answer, blanks at their ends aside."
-    if len(rows) != len(replies): raise ValueError(
-        f"each question has one reply, got {len(replies)} for {len(rows)} questions")
+    if len(rows) != len(replies):
+        raise ValueError(f"each question has one reply, got {len(replies)} for {len(rows)} "
+                         "questions")
     found = {'family': {}, 'tier': {}, 'all': {'': []}}
     for row, reply in zip(rows, replies):
         right = reply.strip() == row['output']
         for group, key in (('family', row['family']), ('tier', row['tier']), ('all', '')):
             found[group].setdefault(key, []).append(right)
     share = lambda group: {key: sum(right)/len(right) for key, right in found[group].items()}
-    return dict(family=share('family'), tier=share('tier'),
-        all=share('all').get('') if rows else None)
+    whole = share('all').get('') if rows else None
+    return dict(family=share('family'), tier=share('tier'), all=whole)
 
 # %% ../../nbs/data/28_tasks.ipynb #d5ad090f
 def tasks_digest()->str: # 16 hexadecimal digits
     "Compute a digest of what is drawn, in all splits."
     rows = [task_rows(split, 20, seed) for split in SPLITS for seed in (0, 1)]
-    return hashlib.sha256(json.dumps(rows, ensure_ascii=False,
-        sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(rows, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['readers', 'suffixes', 'docstrings', 'builtin_documents', 'read_bytes', 'as_text', 'text_column', 'pick_text',
-           'parquet_rows', 'json_rows', 'tsv_rows', 'read_rows', 'read_file', 'hub_rows', 'hub_documents',
+           'parquet_rows', 'json_rows', 'tsv_rows', 'jsonl_rows', 'read_rows', 'read_file', 'hub_rows', 'hub_documents',
            'task_documents', 'disk_documents', 'read_source', 'digest', 'drop_duplicates', 'split_text',
            'split_documents', 'Corpus', 'up_to', 'load_text', 'keep_splits', 'encode_texts', 'cache_dir',
            'encode_documents', 'Windows', 'restarting_positions']
@@ -26,8 +26,8 @@ def docstrings(
 )->list[str]: # in the order of a walk through the tree
     "Collect the docstrings of a module, its classes and its functions."
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    found = [ast.get_docstring(node)
-        for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    found = map(ast.get_docstring, nodes)
     return [text for text in found if text]
 
 @lru_cache
@@ -52,23 +52,27 @@ def read_bytes(
     suffix, data = path.suffix.lower(), path.read_bytes()
     if suffix == '.zst':
         try: import zstandard
-        except ImportError: raise ImportError(
-            "reading .zst needs zstandard: pip install 'enigma_lab[lm]'") from None
+        except ImportError:
+            raise ImportError("reading .zst needs zstandard: "
+                              "pip install 'enigma_lab[lm]'") from None
         data = zstandard.ZstdDecompressor().stream_reader(data).read()
     unpack = {'.gz': gzip.decompress, '.bz2': bz2.decompress, '.xz': lzma.decompress}.get(suffix)
     if unpack: data = unpack(data)
     return data, Path(path.stem).suffix.lower() if unpack or suffix == '.zst' else suffix
 
+# %% ../../nbs/data/10_text.ipynb #a60d2d82
 def as_text(
     data:bytes, # of a text file
     name:str, # for the error
 )->str: # decoded
     "Decode UTF-8, or say where it is none."
     try: text = data.decode('utf-8-sig')
-    except UnicodeDecodeError as e: raise ValueError(
-        f"text must be UTF-8, got byte 0x{data[e.start]:02x} at {e.start} of {name}") from None
-    if '\0' in text: raise ValueError(
-        f"text must not be binary, got a zero byte at {text.index(chr(0))} of {name}")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"text must be UTF-8, got byte 0x{data[e.start]:02x} at {e.start} "
+                         f"of {name}") from None
+    if '\0' in text:
+        raise ValueError("text must not be binary, got a zero byte at "
+                         f"{text.index(chr(0))} of {name}")
     return text.replace('\r\n', '\n')
 
 # %% ../../nbs/data/10_text.ipynb #2fa60625
@@ -79,9 +83,9 @@ def text_column(
     "Find the column `text`, else the only one that holds strings."
     strings = [c for c, value in row.items() if isinstance(value, str)]
     if 'text' in row: return 'text'
-    if len(strings) != 1: raise ValueError(
-        f"a table needs a column 'text' or exactly one column of strings, got {list(row)} in "
-        f"{name}")
+    if len(strings) != 1:
+        raise ValueError("a table needs a column 'text' or exactly one column of strings, "
+                         f"got {list(row)} in {name}")
     return strings[0]
 
 def pick_text(
@@ -101,8 +105,9 @@ def parquet_rows(
 )->list[dict]: # column -> value
     "Read the rows of a parquet file."
     try: import pyarrow.parquet as pq
-    except ImportError: raise ImportError(
-        "reading .parquet needs pyarrow: pip install 'enigma_lab[lm]'") from None
+    except ImportError:
+        raise ImportError("reading .parquet needs pyarrow: "
+                          "pip install 'enigma_lab[lm]'") from None
     return pq.read_table(io.BytesIO(data)).to_pylist()
 
 def json_rows(
@@ -111,8 +116,8 @@ def json_rows(
 )->list[dict]: # key -> value
     "Read the rows of JSON: a list of objects, or of strings."
     rows = json.loads(as_text(data, name))
-    return [row if isinstance(row, dict) else dict(text=row)
-        for row in (rows if isinstance(rows, list) else [rows])]
+    if not isinstance(rows, list): rows = [rows]
+    return [row if isinstance(row, dict) else dict(text=row) for row in rows]
 
 # %% ../../nbs/data/10_text.ipynb #d62d8394
 def tsv_rows(
@@ -121,22 +126,29 @@ def tsv_rows(
 )->list[dict]: # column -> text
     "Read the rows of a table with tabs; one or two columns may be without names."
     text = as_text(data, name)
-    head, *_ = rows = [line.split('\t') for line in text.split('\n') if line.strip()] or [['text']]
+    rows = [line.split('\t') for line in text.split('\n') if line.strip()] or [['text']]
+    head = rows[0]
     if all(cell.isidentifier() for cell in head):
         return list(csv.DictReader(io.StringIO(text), delimiter='\t'))
     names = ('text',) if len(head) == 1 else ('source', 'target')
     if odd := next((row for row in rows if len(row) != len(names)), None):
-        raise ValueError(
-            f"a table without names of columns must have one or two in each row, got {len(odd)} "
-            f"in {name}: {odd[0][:40]!r} …")
+        raise ValueError("a table without names of columns must have one or two in each row, "
+                         f"got {len(odd)} in {name}: {odd[0][:40]!r} …")
     return [dict(zip(names, row)) for row in rows]
+
+# %% ../../nbs/data/10_text.ipynb #f38991b1
+def jsonl_rows(
+    data:bytes, # of a file
+    name:str, # of the file, for errors
+)->list[dict]: # key -> value
+    "Read the rows of a file with JSON in each line."
+    lines = [line for line in as_text(data, name).split('\n') if line.strip()]
+    return [row for line in lines for row in json_rows(line.encode(), name)]
 
 readers = {
     '.txt': lambda data, name: [dict(text=as_text(data, name))],
-    '.jsonl': lambda data, name: [row for line in as_text(data, name).split('\n') if line.strip()
-    for row in json_rows(line.encode(), name)],
-    '.json': json_rows, '.parquet': parquet_rows, '.tsv': tsv_rows,
-    '.csv': lambda data, name: list(csv.DictReader(io.StringIO(as_text(data, name))))}
+    '.csv': lambda data, name: list(csv.DictReader(io.StringIO(as_text(data, name)))),
+    '.jsonl': jsonl_rows, '.json': json_rows, '.parquet': parquet_rows, '.tsv': tsv_rows}
 suffixes = sorted(readers)
 
 # %% ../../nbs/data/10_text.ipynb #1cfa0857
@@ -145,11 +157,13 @@ def read_rows(
 )->list[dict]: # the whole .txt as one row, each row of the others
     "Read the rows of one file."
     data, suffix = read_bytes(Path(path))
-    if suffix not in readers: raise ValueError(
-        f"a data file must end in one of {suffixes}, perhaps compressed, got {Path(path).name}")
-    try: return readers[suffix](data, Path(path).name)
-    except json.JSONDecodeError as e: raise ValueError(
-        f"{Path(path).name} must hold JSON, got {e}") from None
+    name = Path(path).name
+    if suffix not in readers:
+        raise ValueError(f"a data file must end in one of {suffixes}, perhaps compressed, "
+                         f"got {name}")
+    try: return readers[suffix](data, name)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{name} must hold JSON, got {e}") from None
 
 def read_file(
     path:str|Path, # as for `read_rows`
@@ -164,14 +178,15 @@ def hub_rows(
 )->Iterator[dict]: # one at a time
     "Stream the rows of a dataset on the hub."
     try: from datasets import load_dataset
-    except ImportError: raise ImportError(
-        "hub data needs the datasets library: pip install 'enigma_lab[lm]'") from None
+    except ImportError:
+        raise ImportError("hub data needs the datasets library: "
+                          "pip install 'enigma_lab[lm]'") from None
     dataset, _, config = name.partition(':')
     try: yield from load_dataset(dataset, config or None, split=split, streaming=True)
     except (OSError, ValueError, RuntimeError) as e:
-        raise ConnectionError(
-            "data must be 'auto', 'tasks', a file, a folder, or a dataset the hub can deliver, "
-            f"got {name!r}: {type(e).__name__}: {str(e)[:200]}") from e
+        raise ConnectionError("data must be 'auto', 'tasks', a file, a folder, or a dataset the "
+                              f"hub can deliver, got {name!r}: {type(e).__name__}: "
+                              f"{str(e)[:200]}") from e
 
 def hub_documents(
     name:str, # as for `hub_rows`
@@ -184,22 +199,24 @@ def task_documents()->dict[str,list[str]]: # split -> documents
     "Gather the built-in documents, and every question of the tasks with its answer."
     from enigma_lab.data.tasks import task_rows
     parts = split_documents(drop_duplicates(builtin_documents())[0])
-    tasks = {split: ['\n'.join((row['instruction'], row['input'], row['output']))
-        for row in task_rows(split, 3000 if split == 'train' else 40)] for split in parts}
-    # mixed, in an order that means nothing
-    return {split: sorted(documents + tasks[split], key=digest)
-        for split, documents in parts.items()}
+    for split, documents in parts.items():
+        rows = task_rows(split, 3000 if split == 'train' else 40)
+        tasks = ['\n'.join((row['instruction'], row['input'], row['output'])) for row in rows]
+        # mixed, in an order that means nothing
+        parts[split] = sorted(documents + tasks, key=digest)
+    return parts
 
 def disk_documents(
     path:Path, # a folder made by datasets' save_to_disk
 )->dict[str,list[str]]: # split -> documents; '' when it has none
     "Read the documents of a saved dataset, in its own splits."
     try: from datasets import load_from_disk
-    except ImportError: raise ImportError(
-        "a saved dataset needs the datasets library: pip install 'enigma_lab[lm]'") from None
+    except ImportError:
+        raise ImportError("a saved dataset needs the datasets library: "
+                          "pip install 'enigma_lab[lm]'") from None
     saved = load_from_disk(str(path))
-    return {split: list(pick_text(rows, path.name))
-        for split, rows in (saved.items() if hasattr(saved, 'items') else [('', saved)])}
+    parts = dict(saved.items()) if hasattr(saved, 'items') else {'': saved}
+    return {split: list(pick_text(rows, path.name)) for split, rows in parts.items()}
 
 # %% ../../nbs/data/10_text.ipynb #6565f40b
 def read_source(
@@ -213,17 +230,17 @@ def read_source(
     if (path/'dataset_dict.json').is_file() or (path/'dataset_info.json').is_file():
         return disk_documents(path)
     if path.is_dir():
-        files = [f for f in sorted(path.rglob('*')) if f.is_file()
-            and set(f.suffixes) & set(suffixes)]
-        if not files: raise FileNotFoundError(
-            f"a data folder must hold files ending in one of {suffixes}, got none in {path}")
+        files = [f for f in sorted(path.rglob('*'))
+                 if f.is_file() and set(f.suffixes) & set(suffixes)]
+        if not files:
+            raise FileNotFoundError("a data folder must hold files ending in one of "
+                                    f"{suffixes}, got none in {path}")
         return {'': [document for f in files for document in read_file(f)]}
-    if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?',
-        data) and not set(path.suffixes) & {*suffixes, '.gz', '.xz', '.zst', '.bz2'}:
+    ends_as_file = set(path.suffixes) & {*suffixes, '.gz', '.xz', '.zst', '.bz2'}
+    if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?', data) and not ends_as_file:
         return {'': hub_documents(data)}
-    raise FileNotFoundError(
-        "data must be 'auto', 'tasks', an existing file or folder, or a hub id 'owner/name', got "
-        f"{data!r}")
+    raise FileNotFoundError("data must be 'auto', 'tasks', an existing file or folder, or a hub "
+                            f"id 'owner/name', got {data!r}")
 
 # %% ../../nbs/data/10_text.ipynb #fdbd2329
 def digest(
@@ -245,10 +262,11 @@ def split_text(
     held_out:float=.05, # share of validation and of test
 )->dict[str,list[str]]: # 'train', 'validation', 'test', one piece each
     "Cut a text at paragraph ends: the beginning to train, the end to test."
-    ends = [m.end() for m in re.finditer(r'\n\s*\n', text)] or [m.end()
-        for m in re.finditer(r'\s', text)]
-    a, b = (min(ends, key=lambda e: abs(e - share*len(text)), default=0)
-        for share in (1 - 2*held_out, 1 - held_out))
+    paragraphs, words = r'\n\s*\n', r'\s'
+    ends = ([m.end() for m in re.finditer(paragraphs, text)]
+            or [m.end() for m in re.finditer(words, text)])
+    nearest = lambda share: min(ends, key=lambda e: abs(e - share*len(text)), default=0)
+    a, b = nearest(1 - 2*held_out), nearest(1 - held_out)
     return dict(train=[text[:a]], validation=[text[a:b]], test=[text[b:]])
 
 # %% ../../nbs/data/10_text.ipynb #54dd8a74
@@ -261,8 +279,9 @@ def split_documents(
     order = sorted(range(len(documents)), key=lambda i: digest(documents[i]))
     n = max(1, round(held_out*len(documents)))
     part = {i: 'test' for i in order[:n]} | {i: 'validation' for i in order[n:2*n]}
-    return {name: [d for i, d in enumerate(documents) if part.get(i, 'train') == name]
-        for name in ('train', 'validation', 'test')}
+    found = dict(train=[], validation=[], test=[])
+    for i, document in enumerate(documents): found[part.get(i, 'train')].append(document)
+    return found
 
 # %% ../../nbs/data/10_text.ipynb #495071cd
 @dataclass(frozen=True)
@@ -276,24 +295,25 @@ class Corpus:
 
     @property
     def key(self):
-        return digest('\0'.join(digest('\0'.join(part))
-            for part in (self.train, self.validation, self._test)))[:16]
+        parts = self.train, self.validation, self._test
+        return digest('\0'.join(digest('\0'.join(part)) for part in parts))[:16]
 
     def read_test(self,
         run, # the `Run` for which it is read; the read is entered in its history
     )->list[str]: # test documents
         "Hand out the test documents, for the record."
-        run.log(test_read=time.strftime('%Y-%m-%dT%H:%M:%S'), data_key=self.key,
-            documents=len(self._test))
+        now = time.strftime('%Y-%m-%dT%H:%M:%S')
+        run.log(test_read=now, data_key=self.key, documents=len(self._test))
         return self._test
 
     def card(self)->dict: # ready for a record
         "Describe what this corpus is made of."
-        parts = dict(train=self.train, validation=self.validation, test=self._test)
-        sizes = {f'{name}_{what}': n for name, part in parts.items()
-            for what, n in dict(documents=len(part), characters=sum(map(len, part))).items()}
+        sizes, parts = {}, dict(train=self.train, validation=self.validation, test=self._test)
+        for name, part in parts.items():
+            sizes[f'{name}_documents'] = len(part)
+            sizes[f'{name}_characters'] = sum(map(len, part))
         return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
-            python=sys.version.split()[0], **sizes)
+                    python=sys.version.split()[0], **sizes)
 
 # %% ../../nbs/data/10_text.ipynb #86cb61fa
 def up_to(
@@ -307,6 +327,7 @@ def up_to(
         total += len(document)
         if max_chars and total >= max_chars: return
 
+# %% ../../nbs/data/10_text.ipynb #3fb70e82
 def load_text(
     data:str='auto', # 'auto', 'tasks', a file, a folder, or a hub id
     max_chars:int|None=None, # the most to read; `None`: all (of a hub stream 200 million)
@@ -319,10 +340,10 @@ def load_text(
         parts = split_documents(documents) if documents else {}
     else: parts, dropped = keep_splits(parts, limit)
     if not parts or not all(parts.values()) or not all(map(len, map(''.join, parts.values()))):
-        raise ValueError(
-            "data must hold text for train, validation and test, got "
-            f"{({k: len(v) for k, v in parts.items()})} documents in {str(data)!r}; "
-            "give a longer text or at least three documents")
+        sizes = {k: len(v) for k, v in parts.items()}
+        raise ValueError("data must hold text for train, validation and test, got "
+                         f"{sizes} documents in {str(data)!r}; "
+                         "give a longer text or at least three documents")
     return Corpus(str(data), parts['train'], parts['validation'], parts['test'], dropped)
 
 # %% ../../nbs/data/10_text.ipynb #76ad6d7a
@@ -331,16 +352,16 @@ def keep_splits(
     limit:int|None, # characters of each
 )->tuple[dict[str,list[str]],int]: # 'train', 'validation', 'test'; copies dropped
     "Keep a dataset's splits, cut missing ones from train, drop from train what the others hold."
-    names = dict(train='train', validation='validation', valid='validation', val='validation',
-        dev='validation', test='test')
+    names = dict.fromkeys(('validation', 'valid', 'val', 'dev'), 'validation')
+    names = dict(train='train', **names, test='test')
     parts = {names[k]: drop_duplicates(up_to(v, limit)) for k, v in parts.items() if k in names}
-    if 'train' not in parts: raise ValueError(
-        f"a dataset with splits needs one called 'train', got {sorted(parts)}")
+    if 'train' not in parts:
+        raise ValueError(f"a dataset with splits needs one called 'train', got {sorted(parts)}")
     dropped = sum(n for _, n in parts.values())
     parts = {k: v for k, (v, _) in parts.items()}
     if len(parts) < 3:
-        parts = {**split_documents(parts['train']),
-            **{k: v for k, v in parts.items() if k != 'train'}}
+        own = {k: v for k, v in parts.items() if k != 'train'}
+        parts = split_documents(parts['train']) | own
     kept_back = {*parts['validation'], *parts['test']}
     train = [d for d in parts['train'] if d not in kept_back]
     return dict(parts, train=train), dropped + len(parts['train']) - len(train)
@@ -352,8 +373,8 @@ def encode_texts(
 )->list[list[int]]: # one list of rows for each
     "Encode plain text: no special token is added, and none is read out of the text."
     if not texts: return []
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True,
-        return_attention_mask=False).input_ids
+    plain = dict(add_special_tokens=False, split_special_tokens=True)
+    return tokenizer(texts, return_attention_mask=False, **plain).input_ids
 
 def cache_dir()->Path: # it need not exist
     "Name the folder of encoded texts: `$ENIGMA_CACHE`, else `~/.cache/enigma_lab`."
@@ -366,11 +387,12 @@ def encode_documents(
     window:int, # T, part of the key
 )->np.ndarray: # (N,) int32, memory-mapped: each document, then the end-of-text token
     "Encode documents once; the second time read the cache."
-    if tokenizer.eos_token_id is None: raise ValueError(
-        "documents need an end-of-text token between them, got a tokenizer without eos_token")
-    key = digest(
-        json.dumps([digest('\0'.join(documents)), len(documents),
-        digest(tokenizer.backend_tokenizer.to_str()), window]))[:24]
+    if tokenizer.eos_token_id is None:
+        raise ValueError("documents need an end-of-text token between them, got a tokenizer "
+                         "without eos_token")
+    coding = digest(tokenizer.backend_tokenizer.to_str())
+    what = [digest('\0'.join(documents)), len(documents), coding, window]
+    key = digest(json.dumps(what))[:24]
     path = cache_dir()/'tokens'/f'{key}.i32'
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -394,18 +416,17 @@ class Windows(Dataset):
         self.window, self.isolate, self.eos = window, isolate, tokenizer.eos_token_id
         self.tokens = encode_documents(documents, tokenizer, window)
         if len(self.tokens) < window:
-            raise ValueError(
-                f"a split must fill at least one window of {window} tokens, got "
-                f"{len(self.tokens)} tokens; give more text or a shorter window")
+            raise ValueError(f"a split must fill at least one window of {window} tokens, got "
+                             f"{len(self.tokens)} tokens; give more text or a shorter window")
 
     def __len__(self): return len(self.tokens) // self.window
 
     def __getitem__(self, i): # input_ids and labels (T,) int64; position_ids when isolated
         if not 0 <= i < len(self): raise IndexError(f"window must be in [0, {len(self)}), got {i}")
         ids = torch.from_numpy(self.tokens[i*self.window:(i+1)*self.window].astype(np.int64))
-        return dict(input_ids=ids,
-            labels=ids.clone()) | (dict(position_ids=restarting_positions(ids, self.eos))
-            if self.isolate else {})
+        found = dict(input_ids=ids, labels=ids.clone())
+        if self.isolate: found['position_ids'] = restarting_positions(ids, self.eos)
+        return found
 
 # %% ../../nbs/data/10_text.ipynb #ce01abda
 def restarting_positions(
