@@ -19,11 +19,11 @@ from .model import sample_images
 
 # %% ../../nbs/ddpm/30_metrics.ipynb #62c2acb9
 class DigitFeatures(nn.Module):
-    "A small classifier; as a module of features it gives what stands before its last layer."
+    "Tell digits apart; as a module of features, give what stands before the last layer."
     num_features = 32 # what torchmetrics asks for
     def __init__(self,
         shape:tuple=(1, 8, 8), # (C, H, W)
-        classes:int=10,
+        classes:int=10, # number of classes
     ):
         super().__init__()
         C, H, W = shape
@@ -34,7 +34,10 @@ class DigitFeatures(nn.Module):
         # so that a feature's mean square is 1
         self.register_buffer('scale', torch.ones(()))
 
-    def logits(self, x:Tensor)->Tensor: # (N, C, H, W) -> (N, classes)
+    def logits(self,
+        x:Tensor, # (N, C, H, W) in [-1, 1]
+    )->Tensor: # (N, classes)
+        "Score the classes."
         return self.head(self.body(x))
 
     def forward(self, x:Tensor)->Tensor: # (N, C, H, W) in [-1, 1] -> (N, 32)
@@ -44,7 +47,7 @@ class DigitFeatures(nn.Module):
 def train_features(
     images:Images, # with labels
     steps:int=300, # updates
-    seed:int=0,
+    seed:int=0, # seed of weights and batches
 )->DigitFeatures: # in eval mode, on the CPU
     "Learn to tell digits apart, for the sake of the features."
     if images.labels is None:
@@ -68,11 +71,11 @@ def train_features(
 # %% ../../nbs/ddpm/30_metrics.ipynb #6cb273e5
 @torch.no_grad()
 def accuracy(
-    model:DigitFeatures,
+    model:DigitFeatures, # trained classifier
     x:Tensor, # (N, C, H, W)
     y:Tensor, # (N,) classes
 )->float: # share that is told right
-    "How well the classes are told apart."
+    "Measure how well the classes are told apart."
     return (model.logits(x).argmax(1) == y).double().mean().item()
 
 # %% ../../nbs/ddpm/30_metrics.ipynb #b4f05c6c
@@ -82,7 +85,7 @@ def image_features(
     x:Tensor, # (N, C, H, W) in [-1, 1]
     batch_size:int=500, # images at once
 )->Tensor: # (N, d) float64, on the CPU
-    "What a network sees in images."
+    "Compute what a network sees in images."
     device = next((p.device for p in features.parameters()), torch.device('cpu'))
     return torch.cat([features(part.to(device)).double().cpu() for part in x.split(batch_size)])
 
@@ -112,7 +115,7 @@ def frechet_distance(
     real:Tensor, # (N, d) features
     fake:Tensor, # (M, d)
 )->float: # 0: the same mean and covariance
-    "Fréchet distance of features (arXiv:1706.08500, eq. 6), by torchmetrics."
+    "Compute the Fréchet distance of features (arXiv:1706.08500, eq. 6), by torchmetrics."
     from torchmetrics.image.fid import FrechetInceptionDistance
     return _measure(FrechetInceptionDistance, real, fake).item()
 
@@ -122,7 +125,7 @@ def kernel_distance(
     subsets:int=50, # draws of half the smaller set
     seed:int=0, # of the draws
 )->float: # may be a little below 0: it has no bias
-    "Kernel distance of features (arXiv:1801.01401, section 4), by torchmetrics: the mean over the draws."
+    "Compute the kernel distance of features by torchmetrics (arXiv:1801.01401, section 4)."
     from torchmetrics.image.kid import KernelInceptionDistance
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -131,15 +134,14 @@ def kernel_distance(
 
 # %% ../../nbs/ddpm/30_metrics.ipynb #1af369da
 class InceptionFeatures(nn.Module):
-    "Inception's features for images in [-1, 1], as torch-fidelity has them."
+    "Compute Inception's features, as torch-fidelity has them."
     num_features = 2048
     def __init__(self,
         weights:str='', # file of weights; empty: where torch-fidelity keeps it
     ):
         super().__init__()
-        path = Path(weights
-                    or Path(
-                        torch.hub.get_dir())/'checkpoints'/'weights-inception-2015-12-05-6726825d.pth')
+        usual = Path(torch.hub.get_dir())/'checkpoints'
+        path = Path(weights or usual/'weights-inception-2015-12-05-6726825d.pth')
         if not path.is_file():
             raise FileNotFoundError(
                 f"Inception needs its weights, got no file {path}; fetch them once with "
@@ -150,9 +152,9 @@ class InceptionFeatures(nn.Module):
                 "Inception's features come with torch-fidelity, which needs torchvision: pip "
                 f"install torch-fidelity ({e})") from None
         torch.load(path, weights_only=True)                # raises where the file would run code
-        self.net = FeatureExtractorInceptionV3('inception', ['2048'],
-                                               feature_extractor_weights_path=str(
-                                                   path)).eval().requires_grad_(False)
+        net = FeatureExtractorInceptionV3('inception', ['2048'],
+                                          feature_extractor_weights_path=str(path))
+        self.net = net.eval().requires_grad_(False)
 
     def forward(self, x:Tensor)->Tensor: # (N, C, H, W) in [-1, 1] -> (N, 2048)
         pixels = x.clamp(-1, 1).add(1).mul(127.5).round().byte()
@@ -164,7 +166,7 @@ def wasserstein_1d(
     b:Tensor, # (M, K)
     p:float=2., # power of the distance
 )->Tensor: # (K,) W_p to the power p
-    "What it costs to move one set of numbers onto another."
+    "Compute what it costs to move one set of numbers onto another."
     n, m = len(a), len(b)
     ends = torch.cat([torch.arange(1, n + 1, dtype=torch.float64)/n,
                       torch.arange(1, m + 1, dtype=torch.float64)/m]).sort().values
@@ -182,11 +184,11 @@ def sliced_wasserstein(
     p:float=2., # power of the distance
     seed:int=0, # of the directions
 )->float: # in the unit of the images
-    "Distance of two sets by random projections (Rabin et al. 2012)."
+    "Compute the distance of two sets by random projections (Rabin et al. 2012)."
     a, b = (x.detach().cpu().double().flatten(1) for x in (a, b))
     if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"both sets must have the same size of image, got {a.shape[1]} and {b.shape[1]} numbers")
+        raise ValueError("both sets must have the same size of image, got "
+                         f"{a.shape[1]} and {b.shape[1]} numbers")
     directions = torch.randn(a.shape[1], projections, dtype=torch.float64,
                              generator=torch.Generator().manual_seed(seed))
     directions /= directions.norm(dim=0)
@@ -197,7 +199,7 @@ def compare_samples(
     samples:dict, # name -> (N, C, H, W), made of the same noise
     columns:int=12, # images of each
 ): # the figure
-    "A row of images for each model."
+    "Plot a row of images for each model."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(len(samples), 1, figsize=(.45*columns + .8, .5*len(samples)),
                              squeeze=False)
@@ -215,8 +217,8 @@ def distance_report(
     features:nn.Module, # of `train_features`, or any
     steps:int=25, # of the sampler
     seed:int=7, # of its noise
-)->tuple[dict,dict]: # '<name>_frechet', '_kernel', '_sliced' -> distance to `real`; name -> as many samples as are held out
-    "Distances of what is generated, with the floor of what is real."
+)->tuple[dict,dict]: # '<name>_frechet', '_kernel', '_sliced' -> distance; name -> M samples
+    "Measure how far generated images are from real ones, beside the floor of real ones."
     samples = {name: sample_images(model, scheduler, len(held_out), steps, seed)
                for name, model in models.items()}
     known, found = image_features(features, real), {}

@@ -18,44 +18,48 @@ def make_scheduler(
     num_steps:int=200, # T
     schedule:str='squaredcos_cap_v2', # or 'linear', that of DDPM
 ): # diffusers' DDPMScheduler, which predicts noise
-    "The noise schedule (arXiv:2102.09672, eq. 17)."
+    "Make the noise schedule (arXiv:2102.09672, eq. 17)."
     from diffusers import DDPMScheduler
     if num_steps < 2: raise ValueError(f"num_steps must be at least 2, got {num_steps}")
     return DDPMScheduler(num_train_timesteps=num_steps, beta_schedule=schedule)
 
 class Noised(NamedTuple):
-    "A batch for the loss: the images, and what is to be done to them."
+    "Hold a batch for the loss: the images, and what is to be done to them."
     x:Tensor # (B, C, H, W) clean, in [-1, 1]
     t:Tensor # (B,) int64 timesteps, 0 … T - 1
     noise:Tensor # (B, C, H, W) standard normal
 
-    def to(self, device): return Noised(*(a.to(device) for a in self))
+    def to(self,
+        device, # device to compute on
+    )->'Noised': # the same batch there
+        "Move the batch to a device."
+        return Noised(*(a.to(device) for a in self))
 
 # %% ../../nbs/ddpm/10_model.ipynb #317f4954
 class DenoisingLoss:
-    "The squared error of the predicted noise (DDPM, arXiv:2006.11239, eq. 14)."
+    "Measure the squared error of the predicted noise (DDPM, arXiv:2006.11239, eq. 14)."
     def __init__(self,
         scheduler, # of diffusers
     ):
         kind = scheduler.config.prediction_type
         if kind != 'epsilon':
-            raise ValueError(
-                f"the model must predict the noise: prediction_type must be 'epsilon', got {kind!r}")
+            raise ValueError("the model must predict the noise: prediction_type must be "
+                             f"'epsilon', got {kind!r}")
         self.alpha_bar = scheduler.alphas_cumprod   # (T,)
 
     def q_sample(self,
-        batch:Noised,
+        batch:Noised, # clean images, times and noise
     )->Tensor: # (B, C, H, W) x_t
-        "Images with their noise (eq. 4)."
+        "Mix images with their noise (eq. 4)."
         self.alpha_bar = self.alpha_bar.to(batch.x.device)   # once
         a = self.alpha_bar[batch.t].view(-1, *[1]*(batch.x.ndim - 1))
         return a.sqrt()*batch.x + (1 - a).sqrt()*batch.noise
 
     def each(self,
         model, # from x_t and t to the noise, as a tensor or as `.sample`
-        batch:Noised,
+        batch:Noised, # clean images, times and noise
     )->Tensor: # (B,)
-        "The loss of every image."
+        "Return the loss of every image."
         out = model(self.q_sample(batch), batch.t)
         return (getattr(out, 'sample', out) - batch.noise).square().flatten(1).mean(1)
 
@@ -80,7 +84,7 @@ def make_unet(
     preset:str='digits', # 'tiny', 'digits' or 'cifar10'
     shape:tuple|None=None, # (C, H, W) of the images; `None`: the preset's
 ): # diffusers' UNet2DModel, with new weights
-    "A network that predicts noise."
+    "Make a network that predicts noise."
     from diffusers import UNet2DModel
     if preset not in UNETS:
         raise ValueError(f"preset must be one of {sorted(UNETS)}, got {preset!r}")
@@ -101,7 +105,7 @@ def stratified_times(
     generator:torch.Generator|None=None, # on the CPU
     repeats:int=1, # R: each row is moved on by 1/R of the schedule
 )->Tensor: # (R, B) int64: each row covers the schedule evenly, and so does each column
-    "Timesteps without luck."
+    "Draw timesteps that cover the schedule evenly."
     place = torch.randperm(size, generator=generator) + torch.rand(
         size, generator=generator, dtype=torch.float64)
     turned = (place + size*torch.arange(repeats, dtype=torch.float64)[:, None]/repeats) % size
@@ -113,7 +117,7 @@ def draw_batch(
     num_steps:int=200, # T
     generator:torch.Generator|None=None, # on the CPU
 )->Noised: # on the images' device
-    "Some images with noise and stratified timesteps."
+    "Draw some images with noise and stratified timesteps."
     x = images[torch.randint(len(images), (size,), generator=generator).to(images.device)]
     return Noised(x, stratified_times(size, num_steps, generator)[0],
                   torch.randn(x.shape, generator=generator)).to(images.device)
@@ -126,7 +130,7 @@ def fixed_batches(
     num_steps:int=200, # T
     seed:int=123, # of times and noise
 )->list[Noised]: # the same for every model; pass after pass, each in the images' order
-    "Batches to judge by, paired across models."
+    "Draw batches to judge by, paired across models."
     if min(repeats, size) < 1:
         raise ValueError(f"repeats and size must be at least 1, got {repeats} and {size}")
     g = torch.Generator().manual_seed(seed)
@@ -138,8 +142,10 @@ def fixed_batches(
 
 # %% ../../nbs/ddpm/10_model.ipynb #1ec05b50
 @contextmanager
-def evaluating(model): # a module, or any function
-    "Eval mode for a while."
+def evaluating(
+    model, # a module, or any function
+): # the model, in eval mode
+    "Set eval mode for a while."
     state = getattr(model, 'training', False)
     if state: model.eval()
     try: yield model
@@ -156,7 +162,7 @@ def sample_images(
     seed:int=7, # of the noise
     batch_size:int=500, # images at once
 )->Tensor: # (N, C, H, W) in [-1, 1], on the CPU
-    "Images from noise by DDIM (arXiv:2010.02502)."
+    "Sample images from noise by DDIM (arXiv:2010.02502)."
     from diffusers import DDIMScheduler
     T = scheduler.config.num_train_timesteps
     if not 1 <= steps <= T:
@@ -168,8 +174,8 @@ def sample_images(
                                              else (side, side))
     found = []
     with evaluating(model):
-        for x in torch.randn(shape,
-                             generator=torch.Generator().manual_seed(seed)).split(batch_size):
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for x in noise.split(batch_size):
             x = x.to(model.device)
             for t in ddim.timesteps: x = ddim.step(model(x, t).sample, t, x).prev_sample
             found.append(x.clamp(-1, 1).cpu())

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #3250b72c
 class RotaryEmbedding(nn.Module):
-    "Positions as rotations of coordinate pairs (RoFormer, arXiv:2104.09864, eq. 34)."
+    "Encode positions as rotations of coordinate pairs (RoFormer, arXiv:2104.09864, eq. 34)."
     def __init__(self,
-        dim:int, # of a head, even
-        max_len:int=64, # positions
-        base:float=10_000., # of the wavelengths
+        dim:int, # width of a head, even
+        max_len:int=64, # number of positions
+        base:float=10_000., # base of the wavelengths
     ):
         super().__init__()
         if dim % 2:
@@ -32,35 +32,37 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self,
         x:Tensor, # (..., T, dim), at positions 0 … T-1
-    )->Tensor: # the same shape
+    )->Tensor: # x, rotated
         a, b = x.chunk(2, -1)
         T = x.shape[-2]
         return x*self.cos[:T] + torch.cat([-b, a], -1)*self.sin[:T]
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #504760d4
 class SinusoidalTimeEmbedding(nn.Module):
-    "A time as sines and cosines (arXiv:1706.03762, section 3.5; arXiv:2006.11239)."
+    "Encode a time as sines and cosines (arXiv:1706.03762, section 3.5; arXiv:2006.11239)."
     def __init__(self,
-        dim:int, # even
-        num_steps:int=1000, # in which the time is counted
+        dim:int, # width, even
+        num_steps:int=1000, # steps in which time is counted
     ):
         super().__init__()
         if dim % 2: raise ValueError(f"sines and cosines need an even width, got {dim}")
         self.num_steps = num_steps
-        self.register_buffer('frequencies',
-                             torch.exp(-math.log(10_000)*torch.arange(dim//2)/(dim//2 - 1)),
-                             persistent=False)
+        frequencies = torch.exp(-math.log(10_000)*torch.arange(dim//2)/(dim//2 - 1))
+        self.register_buffer('frequencies', frequencies, persistent=False)
 
     def forward(self,
-        u:Tensor, # (B,) in [0, 1]
+        u:Tensor, # (B,) times in [0, 1]
     )->Tensor: # (B, dim)
         angles = self.num_steps*u[:, None]*self.frequencies
         return torch.cat([angles.sin(), angles.cos()], -1)
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #b2e3bc8d
 class Attention(nn.Module):
-    "Multi-head attention of all places to all, or to a memory."
-    def __init__(self, dim, num_heads):
+    "Mix features of all places, or of a memory, by multi-head attention."
+    def __init__(self,
+        dim:int, # C
+        num_heads:int, # H, divides dim
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim) for _ in range(4))
@@ -79,65 +81,76 @@ class Attention(nn.Module):
         heads = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(source)), heads(self.v_proj(source))
         if rope: q, k = rope(q), rope(k)
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(
-            1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #84c40140
 CONDITIONINGS, POSITIONS = ('cross', 'memory', 'adaln'), ('both', 'rope', 'absolute', 'none')
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #42bdb1bc
 class DecoderLayer(nn.Module):
-    "Attention without a causal mask, the sentence's vector, and an MLP (DiT, arXiv:2212.09748, figure 3)."
+    "Mix all places, the sentence's vector and an MLP (DiT, arXiv:2212.09748, figure 3)."
     def __init__(self,
         dim:int, # C
         num_heads:int, # divides dim
         ffn_dim:int, # width of the MLP
         conditioning:str='adaln', # 'cross' | 'memory' | 'adaln'
-        norm:str='pre', # 'pre' | 'post' (the sum is normed, as originally described)
-        dropout:float=0., # of what is added
+        norm:str='pre', # 'pre' | 'post': the sum is normed, as originally described
+        dropout:float=0., # share that is dropped of what is added
     ):
         super().__init__()
         self.norm, self.dropout = norm, nn.Dropout(dropout)
-        self.attention, self.mlp = Attention(dim, num_heads), nn.Sequential(
-            nn.Linear(dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, dim))
+        self.attention = Attention(dim, num_heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(), nn.Linear(ffn_dim, dim))
         self.cross = Attention(dim, num_heads) if conditioning != 'adaln' else None
         self.modulation = nn.Linear(dim, 6*dim) if conditioning == 'adaln' else None
         affine = conditioning != 'adaln'
         self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=affine)
                                    for _ in range(2 + affine))
         if self.modulation:
-            nn.init.zeros_(self.modulation.weight); nn.init.zeros_(self.modulation.bias)
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
 
-    def forward(self,
-        x:Tensor, # (B, T, C)
-        condition:Tensor, # (B, M, C) of 'cross' and 'memory', (B, C) of 'adaln'
-        mask:Tensor|None=None, # (B, 1, 1, T) True where there is a token
-        rope:RotaryEmbedding|None=None, # relative positions
-    )->Tensor: # (B, T, C)
-        attend = lambda h: self.attention(h, mask=mask, rope=rope)
-        if self.modulation:
-            a1, b1, g1, a2, b2, g2 = self.modulation(condition)[:, None].chunk(6, -1)
-            x = x + self.dropout(g1*attend((1 + a1)*self.norms[0](x) + b1))
-            return x + self.dropout(g2*self.mlp((1 + a2)*self.norms[1](x) + b2))
-        for norm, part in zip(self.norms, (attend, lambda h: self.cross(h, condition), self.mlp)):
-            x = (x + self.dropout(part(norm(x))) if self.norm == 'pre'
-                 else norm(x + self.dropout(part(x))))
-        return x
+# %% ../../nbs/sgdd/30_decoder.ipynb #0a399e59
+@patch
+def forward(self:DecoderLayer,
+    x:Tensor, # (B, T, C)
+    condition:Tensor, # (B, M, C) of 'cross' and 'memory', (B, C) of 'adaln'
+    mask:Tensor|None=None, # (B, 1, 1, T) True where there is a token
+    rope:RotaryEmbedding|None=None, # relative positions
+)->Tensor: # (B, T, C)
+    "Add what attention, the vector and the MLP say."
+    attend = lambda h: self.attention(h, mask=mask, rope=rope)
+    if self.modulation:
+        a1, b1, g1, a2, b2, g2 = self.modulation(condition)[:, None].chunk(6, -1)
+        x = x + self.dropout(g1*attend((1 + a1)*self.norms[0](x) + b1))
+        return x + self.dropout(g2*self.mlp((1 + a2)*self.norms[1](x) + b2))
+    for norm, part in zip(self.norms, (attend, lambda h: self.cross(h, condition), self.mlp)):
+        x = (x + self.dropout(part(norm(x))) if self.norm == 'pre'
+             else norm(x + self.dropout(part(x))))
+    return x
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #61368ca4
 def make_condition(
     conditioning:str, # 'cross' | 'memory' | 'adaln'
-    cond_dim:int, # numbers of the vector
+    cond_dim:int, # width of the vector
     dim:int, # C
     num_memory:int, # M
 )->nn.Module: # (B, cond_dim) -> (B, C); of 'memory' (B, M·C)
-    "From a sentence's vector to the condition of all layers."
+    "Make the map from a sentence's vector to the condition of all layers."
     if conditioning == 'cross': return nn.Identity()
     if conditioning == 'adaln': return nn.Sequential(nn.Linear(cond_dim, dim), nn.SiLU())
     return nn.Sequential(nn.Linear(cond_dim, 4*dim), nn.GELU(), nn.Linear(4*dim, num_memory*dim))
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #c219ecbd
-def check_decoder(dim, num_heads, cond_dim, conditioning, positions, norm):
+def check_decoder(
+    dim:int, # C
+    num_heads:int, # H
+    cond_dim:int, # width of the vector
+    conditioning:str, # one of `CONDITIONINGS`
+    positions:str, # one of `POSITIONS`
+    norm:str, # 'pre' | 'post'
+):
     "Refuse a decoder that cannot be built."
     for name, value, known in (('conditioning', conditioning, CONDITIONINGS),
                                ('positions', positions, POSITIONS),
@@ -154,13 +167,13 @@ def check_decoder(dim, num_heads, cond_dim, conditioning, positions, norm):
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #89c34abe
 class DiffusionDecoder(nn.Module):
-    "What stands behind the masks, given the rest and a vector."
+    "Predict what stands behind the masks, given the rest and a vector."
     def __init__(self,
         vocab_size:int, # V
-        cond_dim:int, # numbers of the vector
+        cond_dim:int, # width of the vector
         dim:int=128, # C
-        num_layers:int=3, # layers
-        num_heads:int=8, # divides dim
+        num_layers:int=3, # number of layers
+        num_heads:int=8, # H, divides dim
         ffn_dim:int|None=None, # width of the MLPs; `None`: 4 C
         max_len:int=64, # places of a canvas
         conditioning:str='adaln', # 'cross' | 'memory' | 'adaln'
@@ -168,31 +181,44 @@ class DiffusionDecoder(nn.Module):
         norm:str='pre', # 'pre' | 'post'
         time:bool=False, # tell the decoder how much is hidden, by a sinusoid
         num_memory:int=8, # M, memory tokens
-        dropout:float=0.,
+        dropout:float=0., # share that is dropped
     ):
         super().__init__()
         check_decoder(dim, num_heads, cond_dim, conditioning, positions, norm)
-        self.dim, self.max_len, self.conditioning, self.num_memory = (
-            dim, max_len, conditioning, num_memory)
-        self.embed = nn.Embedding(vocab_size, dim)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
-        self.place = (nn.Parameter(torch.empty(max_len, dim)) if positions in ('both', 'absolute')
-                      else None)
-        self.rope = (RotaryEmbedding(dim//num_heads, max_len) if positions in ('both', 'rope')
-                     else None)
-        self.time = SinusoidalTimeEmbedding(dim) if time else None
-        self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, ffn_dim or 4*dim, conditioning,
-                                                 norm, dropout) for _ in range(num_layers))
+        self.dim, self.max_len = dim, max_len
+        self.conditioning, self.num_memory = conditioning, num_memory
+        self._embed(vocab_size, positions, num_heads, time)
+        layer = lambda: DecoderLayer(dim, num_heads, ffn_dim or 4*dim, conditioning, norm, dropout)
+        self.layers = nn.ModuleList(layer() for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim) if norm == 'pre' else None
         self.condition = make_condition(conditioning, cond_dim, dim, num_memory)
-        nn.init.normal_(self.embed.weight, std=.02)
-        if self.place is not None: nn.init.normal_(self.place, std=.02)
+        self._draw_tables()
 
-    def logits(self, h:Tensor)->Tensor: # (..., C) -> (..., V)
-        return F.linear(h, self.embed.weight, self.bias)
-
-    def forward(self, x_t, z, u=None, content=None)->Tensor: # (B, T, V)
+    def forward(self, x_t, z, u=None, content=None)->Tensor: # (B, T, V), arguments of `hidden`
         return self.logits(self.hidden(x_t, z, u, content))
+
+# %% ../../nbs/sgdd/30_decoder.ipynb #a265b19b
+@patch
+def _embed(self:DiffusionDecoder, vocab_size, positions, num_heads, time):
+    self.embed = nn.Embedding(vocab_size, self.dim)
+    self.bias = nn.Parameter(torch.zeros(vocab_size))
+    absolute, rotary = positions in ('both', 'absolute'), positions in ('both', 'rope')
+    self.place = nn.Parameter(torch.empty(self.max_len, self.dim)) if absolute else None
+    self.rope = RotaryEmbedding(self.dim//num_heads, self.max_len) if rotary else None
+    self.time = SinusoidalTimeEmbedding(self.dim) if time else None
+
+@patch
+def _draw_tables(self:DiffusionDecoder):
+    nn.init.normal_(self.embed.weight, std=.02)
+    if self.place is not None: nn.init.normal_(self.place, std=.02)
+
+# %% ../../nbs/sgdd/30_decoder.ipynb #61a98481
+@patch
+def logits(self:DiffusionDecoder,
+    h:Tensor, # (..., C) states
+)->Tensor: # (..., V)
+    "Score all tokens by the table that embeds them."
+    return F.linear(h, self.embed.weight, self.bias)
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #9945895f
 @patch
@@ -202,7 +228,7 @@ def hidden(self:DiffusionDecoder,
     u:Tensor|None=None, # (B,) share that is hidden, for a decoder with `time`
     content:Tensor|None=None, # (B, T) True where there is a token; `None`: everywhere
 )->Tensor: # (B, T, C)
-    "The states of all places."
+    "Compute the states of all places."
     if x_t.shape[1] > self.max_len:
         raise ValueError(
             f"a canvas must have at most max_len={self.max_len} places, got {x_t.shape[1]}")
@@ -220,11 +246,11 @@ def hidden(self:DiffusionDecoder,
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #9afa1bc2
 def svd_embedding(
-    table:Tensor, # (V, width) of another model
-    dim:int, # C, at most its width
-    std:float=.02, # of the result's entries
+    table:Tensor, # (V, width) embedding of another model
+    dim:int, # C, at most the table's width
+    std:float=.02, # standard deviation of the result
 )->Tensor: # (V, C)
-    "The best table of rank C, up to a rotation and its scale."
+    "Find the best table of rank C, up to a rotation and its scale."
     if dim > min(table.shape):
         raise ValueError(
             f"dim must be at most {min(table.shape)}, the rank of the table, got {dim}")

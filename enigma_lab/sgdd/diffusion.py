@@ -12,13 +12,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/sgdd/20_diffusion.ipynb #c07fa4b7
 class NoiseSchedule(nn.Module):
-    "The share of tokens that is still visible, as a function of time."
+    "Give the share of tokens that is still visible, as a function of time."
     def __init__(self,
-        num_steps:int=1000, # in which time is counted
+        num_steps:int=1000, # steps in which time is counted
     ):
         super().__init__()
         if num_steps < 1: raise ValueError(f"num_steps must be at least 1, got {num_steps}")
@@ -26,8 +27,8 @@ class NoiseSchedule(nn.Module):
 
     def get_alpha_bar(self,
         t:Tensor, # steps, 0 … num_steps
-    )->Tensor: # the same shape
-        "Share of visible tokens after `t` steps."
+    )->Tensor: # shares, shape of `t`
+        "Return the share of visible tokens after `t` steps."
         t = torch.as_tensor(t)
         if ((t < 0) | (t > self.num_steps)).any():
             raise ValueError(
@@ -36,36 +37,51 @@ class NoiseSchedule(nn.Module):
 
     def get_beta(self,
         t:Tensor, # steps, 1 … num_steps
-    )->Tensor: # the same shape
-        "Share of the visible tokens that step `t` hides: `1 - alpha_bar(t)/alpha_bar(t-1)`."
+    )->Tensor: # shares of the visible tokens, shape of `t`
+        "Return the share that step `t` hides: `1 - alpha_bar(t)/alpha_bar(t-1)`."
         return 1 - self.get_alpha_bar(t)/self.get_alpha_bar(torch.as_tensor(t) - 1)
 
 # %% ../../nbs/sgdd/20_diffusion.ipynb #44e0e307
 class CosineNoiseSchedule(NoiseSchedule):
-    "Nichol and Dhariwal, arXiv:2102.09672, eq. 17."
+    "Hide tokens along a cosine (Nichol and Dhariwal, arXiv:2102.09672, eq. 17)."
     s = .008
 
-    def alpha_bar(self, u:Tensor)->Tensor: # share of visible tokens
+    def alpha_bar(self,
+        u:Tensor, # times in [0, 1]
+    )->Tensor: # shares, shape of `u`
+        "Return the share of visible tokens."
         f = lambda u: torch.cos(math.pi/2 * (u + self.s)/(1 + self.s))**2
         return f(u)/f(torch.zeros_like(u))
 
-    def rate(self, u:Tensor)->Tensor: # -d alpha_bar/du
+    def rate(self,
+        u:Tensor, # times in [0, 1]
+    )->Tensor: # -d alpha_bar/du, shape of `u`
+        "Return the rate at which tokens disappear."
         c = math.pi/(1 + self.s)
         return c/2 * torch.sin(c*(u + self.s))/math.cos(c/2*self.s)**2
 
+# %% ../../nbs/sgdd/20_diffusion.ipynb #81beb382
 class LinearNoiseSchedule(NoiseSchedule):
-    "Every token disappears at a uniformly drawn time."
-    def alpha_bar(self, u:Tensor)->Tensor: return 1 - u # share of visible tokens
+    "Hide every token at a uniformly drawn time."
+    def alpha_bar(self,
+        u:Tensor, # times in [0, 1]
+    )->Tensor: # shares, shape of `u`
+        "Return the share of visible tokens."
+        return 1 - u
 
-    def rate(self, u:Tensor)->Tensor: return torch.ones_like(u) # -d alpha_bar/du
+    def rate(self,
+        u:Tensor, # times in [0, 1]
+    )->Tensor: # -d alpha_bar/du, shape of `u`
+        "Return the rate at which tokens disappear."
+        return torch.ones_like(u)
 
 # %% ../../nbs/sgdd/20_diffusion.ipynb #9df8b40a
 class DiscreteDiffusion(nn.Module):
-    "Tokens disappear independently of each other (D3PM, arXiv:2107.03006; MDLM, arXiv:2406.07524)."
+    "Hide tokens independently of each other (arXiv:2107.03006; arXiv:2406.07524)."
     def __init__(self,
         vocab_size:int, # V
-        mask_id:int, # the token that hides
-        schedule:NoiseSchedule|None=None, # `None`: linear
+        mask_id:int, # token that hides
+        schedule:NoiseSchedule|None=None, # noise schedule; `None`: linear
         kind:str='absorbing', # 'absorbing' (a mask) | 'uniform' (any token)
     ):
         super().__init__()
@@ -76,60 +92,70 @@ class DiscreteDiffusion(nn.Module):
         self.vocab_size, self.mask_id, self.kind = vocab_size, mask_id, kind
         self.schedule = schedule or LinearNoiseSchedule()
 
-    def q_sample(self,
-        x_0:Tensor, # (B, T) tokens
-        u:Tensor, # (B,) times in [0, 1]
-        content:Tensor|None=None, # (B, T) True where there is a token; `None`: everywhere
-        at_least_one:bool=False, # hide one token of a row that would lose none
-        generator:torch.Generator|None=None, # of the noise
-    )->tuple[Tensor,Tensor]: # x_t (B, T); hidden (B, T), bool
-        "Draw from q(x_t | x_0)."
-        content = torch.ones_like(x_0, dtype=torch.bool) if content is None else content.bool()
-        noise = torch.rand(x_0.shape, generator=generator,
-                           device=x_0.device).masked_fill(~content, 2.)
-        hidden = noise < 1 - self.schedule.alpha_bar(u)[:, None]
-        if at_least_one:
-            hidden |= (noise
-                       == noise.amin(1, keepdim=True)) & content & ~hidden.any(1, keepdim=True)
-        if self.kind == 'absorbing': return x_0.masked_fill(hidden, self.mask_id), hidden
-        return torch.where(hidden, torch.randint(self.vocab_size, x_0.shape, generator=generator,
-                                                 device=x_0.device), x_0), hidden
+    def get_loss_weights(self,
+        u:Tensor, # (B,) times in (0, 1]
+    )->Tensor: # (B,) weights
+        """Weigh a hidden token's cross-entropy as the bound does (MDLM, arXiv:2406.07524).
 
-    def get_loss_weights(self, u:Tensor)->Tensor: # (B,)
-        "What a hidden token's cross-entropy counts in the bound: `-alpha_bar'(u)/(1 - alpha_bar(u))` (MDLM, arXiv:2406.07524)."
+        The weight is `-alpha_bar'(u)/(1 - alpha_bar(u))`."""
         return self.schedule.rate(u)/(1 - self.schedule.alpha_bar(u))
+
+# %% ../../nbs/sgdd/20_diffusion.ipynb #9cef4a2a
+@patch
+def q_sample(self:DiscreteDiffusion,
+    x_0:Tensor, # (B, T) tokens
+    u:Tensor, # (B,) times in [0, 1]
+    content:Tensor|None=None, # (B, T) True where there is a token; `None`: everywhere
+    at_least_one:bool=False, # hide one token of a row that would lose none
+    generator:torch.Generator|None=None, # source of the noise; `None`: torch's own
+)->tuple[Tensor,Tensor]: # x_t (B, T); hidden (B, T), bool
+    "Draw from q(x_t | x_0)."
+    content = torch.ones_like(x_0, dtype=torch.bool) if content is None else content.bool()
+    noise = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+    noise = noise.masked_fill(~content, 2.)
+    hidden = noise < 1 - self.schedule.alpha_bar(u)[:, None]
+    if at_least_one:
+        lowest = (noise == noise.amin(1, keepdim=True)) & content
+        hidden |= lowest & ~hidden.any(1, keepdim=True)
+    if self.kind == 'absorbing': return x_0.masked_fill(hidden, self.mask_id), hidden
+    other = torch.randint(self.vocab_size, x_0.shape, generator=generator, device=x_0.device)
+    return torch.where(hidden, other, x_0), hidden
 
 # %% ../../nbs/sgdd/20_diffusion.ipynb #da7a3c55
 def even_times(
-    n:int, # rows
-    device=None, # of the result
-    generator:torch.Generator|None=None, # of offset and order
-)->Tensor: # (n,) in (0, 1]
-    "Evenly spaced times with one random offset, in random order."
+    n:int, # number of rows
+    device=None, # device of the result
+    generator:torch.Generator|None=None, # source of offset and order; `None`: torch's own
+)->Tensor: # (n,) times in (0, 1]
+    "Draw evenly spaced times with one random offset, in random order."
     offset = torch.rand(1, device=device, generator=generator)
     return 1 - (offset + torch.randperm(n, device=device, generator=generator)/n) % 1
 
 # %% ../../nbs/sgdd/20_diffusion.ipynb #05c2f1f4
 def nelbo(
-    log_probs:Callable, # x_t (B, T), rows -> (B, T, V) log-probabilities; `rows`: which row of `x_0` each belongs to
+    log_probs:Callable, # x_t (B, T), numbers of the rows of `x_0` -> (B, T, V)
     x_0:Tensor, # (B, T) tokens
     content:Tensor, # (B, T) True where there is a token
-    mask_id:int, # the token that hides
+    mask_id:int, # token that hides
     samples:int=8, # numbers of hidden tokens tried for each row
-    generator:torch.Generator|None=None, # of the masks
+    generator:torch.Generator|None=None, # source of the masks; `None`: torch's own
 )->Tensor: # (B,) nats, an unbiased estimate
-    "An upper bound on the negative log-likelihood of each row (LLaDA, arXiv:2502.09992, with even numbers)."
+    """Estimate an upper bound on each row's negative log-likelihood (LLaDA, arXiv:2502.09992).
+
+    The numbers of hidden tokens are spread evenly over the samples."""
     B, content = len(x_0), content.bool()
-    length, total = content.sum(1), torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
+    length = content.sum(1)
+    total = torch.zeros(B, dtype=torch.float64, device=x_0.device)
     offset = torch.rand(B, generator=generator, device=x_0.device)
     for k in range(samples):
         # 1 … T, evenly over the samples
         n = ((k + offset)/samples * length).long() + 1
-        noise = torch.rand(x_0.shape, generator=generator,
-                           device=x_0.device).masked_fill(~content, 2.)
+        noise = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+        noise = noise.masked_fill(~content, 2.)
         hidden = noise.argsort(1).argsort(1) < n[:, None]
         logs = log_probs(x_0.masked_fill(hidden, mask_id), torch.arange(B, device=x_0.device))
-        lost = -logs.double().gather(-1, x_0[..., None])[..., 0].masked_fill(~hidden, 0.).sum(1)
+        right = logs.double().gather(-1, x_0[..., None])[..., 0]
+        lost = -right.masked_fill(~hidden, 0.).sum(1)
         total += lost * length/n
     return total/samples
 
@@ -137,10 +163,10 @@ def nelbo(
 def compute_masked_loss(
     logits:Tensor, # (N, V) at the hidden places, in the order of `hidden`
     x_0:Tensor, # (B, T) tokens
-    hidden:Tensor, # (B, T), bool
-    weights:Tensor|None=None, # (B,) of each row; `None`: flat
-)->Tensor: # nats, a mean over the hidden tokens; with weights the bound's estimate for each token
-    "Cross-entropy of the hidden tokens (MaskGIT, arXiv:2202.04200, eq. 1)."
+    hidden:Tensor, # (B, T) bool, hidden tokens
+    weights:Tensor|None=None, # (B,) weights of the rows; `None`: flat
+)->Tensor: # nats a hidden token; with weights the bound, nats a token
+    "Average the cross-entropy of the hidden tokens (MaskGIT, arXiv:2202.04200, eq. 1)."
     losses = F.cross_entropy(logits.float(), x_0[hidden], reduction='none')
     if weights is None: return losses.sum()/hidden.sum().clamp(min=1)
     return (losses * weights[:, None].expand_as(hidden)[hidden]).sum()/x_0.numel()

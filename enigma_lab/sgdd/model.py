@@ -26,10 +26,10 @@ from .encoder import SemanticEncoder, check_encoder, fingerprint
 
 # %% ../../nbs/sgdd/40_model.ipynb #dc1dc01f
 def make_tokenizer(
-    texts:list[str], # of training
-    encoder:SemanticEncoder, # whose pieces are used, if it has any
+    texts:list[str], # training texts
+    encoder:SemanticEncoder, # encoder with the word pieces, if it has any
 ): # a fast tokenizer with pad, unk and mask
-    "The encoder's word pieces that occur in a text, and every single character of ASCII."
+    "Make a tokenizer of the encoder's word pieces that occur, and all ASCII characters."
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     special = dict(pad_token='[PAD]', unk_token='[UNK]', mask_token='[MASK]')
@@ -55,7 +55,7 @@ def make_tokenizer(
 # %% ../../nbs/sgdd/40_model.ipynb #58ed6a9c
 @dataclass
 class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's config
-    "What a model is made of."
+    "Describe what a model is made of."
     vocab_size:int # V, rows of the embedding
     mask_id:int # the token that hides
     pad_id:int # the token beyond a sentence's end
@@ -80,13 +80,15 @@ class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's
     weights:str='flat' # 'flat' | 'bound', of the hidden tokens in the loss
     null_share:float=.1 # of the sentences are learned without their vector
     learned_null:bool=True # False: zeros stand for no vector
-    length_head:bool=True # the length is told by the vector; False: a full canvas with padding, as originally described
+    length_head:bool=True # the vector gives the length; False: a full canvas with padding
     pad_weight:float=.1 # of padding in the loss of a full canvas
 
     def __post_init__(self): check_config(self)
 
 # %% ../../nbs/sgdd/40_model.ipynb #f0d21f34
-def check_config(c):
+def check_config(
+    c:SGDDConfig, # any configuration
+):
     "Refuse a configuration that no model can have."
     for name, known in dict(schedule=('linear', 'cosine'), weights=('flat', 'bound')).items():
         if getattr(c, name) not in known:
@@ -106,21 +108,21 @@ presets = dict(
 
 @patch(cls_method=True)
 def preset(cls:SGDDConfig,
-    name:str, # of `presets`
+    name:str, # one of `presets`
     **changes # fields; vocabulary and mask are the tokenizer's
 ):
-    "A named size with changes."
+    "Return a named size with changes."
     if name not in presets:
         raise ValueError(f"preset must be one of {sorted(presets)}, got {name!r}")
     return cls(**{**presets[name], **changes})
 
 # %% ../../nbs/sgdd/40_model.ipynb #cfe1216f
 class SGDDModel(nn.Module):
-    "A sentence from its vector, by masked diffusion."
+    "Write a sentence from its vector, by masked diffusion."
     def __init__(self,
         config:SGDDConfig, # sizes and choices
-        encoder:SemanticEncoder|None=None, # `None`: vectors are given
-        tokenizer=None, # of the decoder's tokens; `None`: tokens are given
+        encoder:SemanticEncoder|None=None, # frozen encoder; `None`: vectors are given
+        tokenizer=None, # tokenizer of the sentences; `None`: tokens are given
     ):
         super().__init__()
         c = self.config = config
@@ -137,22 +139,24 @@ class SGDDModel(nn.Module):
         self.length = nn.Linear(cond_dim, c.max_len) if c.length_head else None
         schedule = dict(linear=LinearNoiseSchedule, cosine=CosineNoiseSchedule)[c.schedule]()
         self.diffusion = DiscreteDiffusion(c.vocab_size, c.mask_id, schedule, c.noise)
-        self.decoder = DiffusionDecoder(c.vocab_size, cond_dim, c.dim, c.num_layers, c.num_heads,
-            c.ffn_dim, c.max_len,
+        self.decoder = DiffusionDecoder(
+            c.vocab_size, cond_dim, c.dim, c.num_layers, c.num_heads, c.ffn_dim, c.max_len,
             c.conditioning, c.positions, c.norm, c.time, c.num_memory, c.dropout)
 
     @property
     def device(self): return self.decoder.embed.weight.device
 
-    def vector(self,
-        z:Tensor, # (B, encoder_dim) as the encoder gives it
-    )->Tensor: # (B, cond_dim)
-        "Standardised and projected."
-        if z.shape[-1] != self.config.encoder_dim:
-            raise ValueError(
-                f"a vector must have {self.config.encoder_dim} numbers, as the encoder's, got "
-                f"{z.shape[-1]}")
-        return self.projection((z.to(self.device) - self.z_mean)/self.z_std)
+# %% ../../nbs/sgdd/40_model.ipynb #0ac0c0d3
+@patch
+def vector(self:SGDDModel,
+    z:Tensor, # (B, encoder_dim) as the encoder gives it
+)->Tensor: # (B, cond_dim)
+    "Standardise and project a vector."
+    if z.shape[-1] != self.config.encoder_dim:
+        raise ValueError(
+            f"a vector must have {self.config.encoder_dim} numbers, as the encoder's, got "
+            f"{z.shape[-1]}")
+    return self.projection((z.to(self.device) - self.z_mean)/self.z_std)
 
 # %% ../../nbs/sgdd/40_model.ipynb #c3f5bca7
 @patch
@@ -162,25 +166,25 @@ def log_probs(self:SGDDModel,
     content:Tensor|None=None, # (B, T) True where there is a token
     hidden:Tensor|None=None, # (B, T) places that are asked; `None`: all
 )->Tensor: # (N, V) of the places asked, or (B, T, V)
-    "What stands at a place; never the mask (SUBS, arXiv:2406.07524, section 3)."
+    "Predict what stands at a place, never the mask (SUBS, arXiv:2406.07524, section 3)."
     masked = x_t == self.config.mask_id
     share = masked.float().sum(1)/(x_t.shape[1] if content is None else content.sum(1))
     h = self.decoder.hidden(x_t, c, share, content)
     logits = self.decoder.logits(h if hidden is None else h[hidden]).float()
-    return logits.index_fill(-1, torch.tensor(self.config.mask_id, device=logits.device),
-                             -torch.inf).log_softmax(-1)
+    never = torch.tensor(self.config.mask_id, device=logits.device)
+    return logits.index_fill(-1, never, -torch.inf).log_softmax(-1)
 
 # %% ../../nbs/sgdd/40_model.ipynb #76e7d230
 @dataclass
 class SGDDOutput(ModelOutput):
-    "What the trainer asks for."
-    loss:Tensor = None
+    "Hold what the trainer asks for."
+    loss:Tensor = None # mean over the batch, nats
 
 def noise_source(
-    key:Tensor|None, # (B,) int64, a number of each row; `None`: torch's own randomness
-    device,
-)->torch.Generator|None:
-    "A generator that belongs to a batch."
+    key:Tensor|None, # (B,) int64, numbers of the rows; `None`: torch's own randomness
+    device, # device of the batch
+)->torch.Generator|None: # seeded by the keys
+    "Make the source of randomness that belongs to a batch."
     return (None if key is None
             else torch.Generator(device).manual_seed(int(key.sum()) & (2**63 - 1)))
 
@@ -192,7 +196,7 @@ def compute_loss(self:SGDDModel,
     content:Tensor|None=None, # (B, T) True where there is a token; `None`: everywhere
     key:Tensor|None=None, # (B,) int64, what the noise depends on
 )->dict[str,Tensor]: # loss; mean cross-entropy of hidden tokens and of the length, nats
-    "Hide, restore, compare."
+    "Compute the loss: hide, restore, compare."
     c, g = self.config, noise_source(key, x_0.device)
     content = torch.ones_like(x_0, dtype=torch.bool) if content is None else content.bool()
     canvas = content if self.length is not None else torch.ones_like(content)
@@ -204,8 +208,8 @@ def compute_loss(self:SGDDModel,
     # what is hidden on average, as in sampling
     h = self.decoder.hidden(x_t, torch.where(dropped, self.null, cond),
                             1 - self.diffusion.schedule.alpha_bar(u), canvas)
-    logits = self.decoder.logits(h[hidden]).index_fill(-1, torch.tensor(c.mask_id, device=h.device),
-                                                       -torch.inf)
+    never = torch.tensor(c.mask_id, device=h.device)
+    logits = self.decoder.logits(h[hidden]).index_fill(-1, never, -torch.inf)
     tokens = self._token_loss(logits, x_0, hidden, content, u)
     length = (F.cross_entropy(self.length(cond), content.sum(1) - 1) if self.length
               else tokens.new_zeros(()))
@@ -215,13 +219,13 @@ def compute_loss(self:SGDDModel,
 @patch
 def _token_loss(self:SGDDModel, logits, x_0, hidden, content, u):
     if self.config.weights == 'bound':
-        return compute_masked_loss(logits, x_0, hidden,
-                                   self.diffusion.get_loss_weights(u.clamp(min=1e-3)))
+        weights = self.diffusion.get_loss_weights(u.clamp(min=1e-3))
+        return compute_masked_loss(logits, x_0, hidden, weights)
     if self.length is not None: return compute_masked_loss(logits, x_0, hidden)
     # padding counts less, and is never reported
     weight = torch.where(content, 1., self.config.pad_weight)[hidden]
-    return (F.cross_entropy(logits.float(), x_0[hidden],
-                            reduction='none')*weight).sum()/weight.sum()
+    losses = F.cross_entropy(logits.float(), x_0[hidden], reduction='none')
+    return (losses*weight).sum()/weight.sum()
 
 # %% ../../nbs/sgdd/40_model.ipynb #40dbd345
 @patch
@@ -231,50 +235,62 @@ def forward(self:SGDDModel,
     z:Tensor, # (B, encoder_dim) vectors
     key:Tensor|None=None, # (B,) int64, what the noise depends on
 )->SGDDOutput: # with the loss, nats
-    "The loss as the trainer asks for it."
+    "Compute the loss as the trainer asks for it."
     content = labels != -100
     if self.training: return SGDDOutput(loss=self.compute_loss(input_ids, z, content, key)['loss'])
     hidden = (input_ids == self.config.mask_id) & content
-    logs = self.log_probs(input_ids, self.vector(z), content if self.length is not None else None,
-                          hidden)
+    canvas = content if self.length is not None else None
+    logs = self.log_probs(input_ids, self.vector(z), canvas, hidden)
     return SGDDOutput(loss=F.nll_loss(logs, labels[hidden]))
 
 # %% ../../nbs/sgdd/40_model.ipynb #36802ca5
 class SentenceVectors(Dataset):
-    "Target sentences as tokens, each with the vector it is to be written from."
+    "Pair target sentences, as tokens, with the vectors they are to be written from."
     def __init__(self,
-        tokens:list[list[int]], # of the targets
+        tokens:list[list[int]], # target sentences
         z:Tensor, # (N, encoder_dim) vectors of the sources
         config:SGDDConfig, # mask, pad, places
-        seed:int=0, # of the training noise
+        seed:int=0, # seed of the training noise
         hidden:bool=False, # hide tokens once and for all: validation
     ):
-        if len(tokens) != len(z):
-            raise ValueError(
-                f"every sentence needs a vector, got {len(tokens)} sentences and {len(z)} vectors")
-        if long := [i for i, row in enumerate(tokens) if not 1 <= len(row) <= config.max_len]:
-            raise ValueError(
-                f"a sentence must have 1 to max_len={config.max_len} tokens, got "
-                f"{len(tokens[long[0]])} in number {long[0]}")
+        self._check(tokens, z, config.max_len)
         self.z, self.seed, self.epoch, self.fixed = z, seed, 0, hidden
         T = max(map(len, tokens)) if config.length_head else config.max_len
         self.labels = torch.tensor([row + [-100]*(T - len(row)) for row in tokens])
         self.tokens = self.labels.masked_fill(self.labels == -100, config.pad_id)
-        if hidden:
-            u = torch.tensor([.25, .5, .75, 1.])[torch.arange(len(tokens)) % 4]
-            diffusion = DiscreteDiffusion(config.vocab_size, config.mask_id)
-            canvas = self.labels != -100 if config.length_head else None
-            self.tokens = diffusion.q_sample(self.tokens, u, canvas, at_least_one=True,
-                                             generator=torch.Generator().manual_seed(0))[0]
+        if hidden: self._hide(config)
 
-    def set_epoch(self, epoch:int): self.epoch = epoch # by accelerate, at each pass
+    def set_epoch(self,
+        epoch:int, # number of the pass
+    ):
+        "Set the pass, which the noise depends on; accelerate calls it."
+        self.epoch = epoch
 
     def __len__(self): return len(self.labels)
 
     def __getitem__(self, i): # input_ids, labels (T,); z (encoder_dim,); in training key
         row = dict(input_ids=self.tokens[i], labels=self.labels[i], z=self.z[i])
-        return (row if self.fixed
-                else dict(row, key=torch.tensor(hash((self.seed, self.epoch, i)) & (2**48 - 1))))
+        if self.fixed: return row
+        return dict(row, key=torch.tensor(hash((self.seed, self.epoch, i)) & (2**48 - 1)))
+
+# %% ../../nbs/sgdd/40_model.ipynb #07c16528
+@patch
+def _check(self:SentenceVectors, tokens, z, max_len):
+    if len(tokens) != len(z):
+        raise ValueError(
+            f"every sentence needs a vector, got {len(tokens)} sentences and {len(z)} vectors")
+    if long := [i for i, row in enumerate(tokens) if not 1 <= len(row) <= max_len]:
+        raise ValueError(
+            f"a sentence must have 1 to max_len={max_len} tokens, got "
+            f"{len(tokens[long[0]])} in number {long[0]}")
+
+@patch
+def _hide(self:SentenceVectors, config):
+    u = torch.tensor([.25, .5, .75, 1.])[torch.arange(len(self.tokens)) % 4]
+    canvas = self.labels != -100 if config.length_head else None
+    diffusion = DiscreteDiffusion(config.vocab_size, config.mask_id)
+    self.tokens, _ = diffusion.q_sample(self.tokens, u, canvas, at_least_one=True,
+                                        generator=torch.Generator().manual_seed(0))
 
 # %% ../../nbs/sgdd/40_model.ipynb #24e0e3ad
 @patch
@@ -282,10 +298,11 @@ def fit_statistics(self:SGDDModel,
     z:Tensor, # (N, encoder_dim) vectors of the training set
     lengths:Tensor|None=None, # (N,) tokens of its sentences, for `fit_lengths`
 ):
-    "Mean and deviation of every coordinate."
+    "Store mean and deviation of every coordinate."
     if len(z) < 2: raise ValueError(f"statistics need two vectors at least, got {len(z)}")
     if self.config.standardise:
-        self.z_mean.copy_(z.mean(0)); self.z_std.copy_(z.std(0).clamp(min=1e-6))
+        self.z_mean.copy_(z.mean(0))
+        self.z_std.copy_(z.std(0).clamp(min=1e-6))
     if lengths is not None: self.fit_lengths(lengths)
 
 @patch
@@ -364,7 +381,7 @@ def infill(self:SGDDModel,
 def parameter_card(self:SGDDModel,
     encoder:nn.Module|None=None, # counted as the frozen part; `None`: the model's own
 )->dict[str,int]: # parameters by part
-    "What there is, and what learns."
+    "Count the parameters, and those that learn."
     encoder = encoder if encoder is not None else getattr(self.encoder, 'model', None)
     count = lambda *modules: sum(p.numel() for module in modules if isinstance(module, nn.Module)
                                  for p in module.parameters())
@@ -380,16 +397,17 @@ def save_pretrained(self:SGDDModel,
     path:str|Path, # a new folder
 ):
     "Save all but the encoder."
-    path = Path(path); path.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path/'model.safetensors')
-    (path/'config.json').write_text(json.dumps(dict(asdict(self.config), origin=self.origin),
-                                               indent=1))
+    stored = dict(asdict(self.config), origin=self.origin)
+    (path/'config.json').write_text(json.dumps(stored, indent=1))
     if self.tokenizer is not None: self.tokenizer.save_pretrained(path)
 
 # %% ../../nbs/sgdd/40_model.ipynb #26f0823f
 @patch(cls_method=True)
 def from_pretrained(cls:SGDDModel,
-    path:str|Path, # of `save_pretrained`
+    path:str|Path, # folder of `save_pretrained`
     encoder:SemanticEncoder|None=None, # at hand; `None`: the one that is named is opened
 ): # the model in eval mode
     "Load a model and make sure of its encoder."
@@ -400,8 +418,8 @@ def from_pretrained(cls:SGDDModel,
     if missing:
         raise FileNotFoundError(
             f"a model's folder must hold {missing}, which are missing in {path}")
-    stored, weights = json.loads((path/'config.json').read_text()), load_file(
-        path/'model.safetensors')
+    stored = json.loads((path/'config.json').read_text())
+    weights = load_file(path/'model.safetensors')
     origin = stored.pop('origin')
     if lost := {'z_mean', 'z_std'} - weights.keys():
         raise ValueError(
@@ -434,8 +452,8 @@ def save_best_model(
     return loss
 
 def load_best_model(
-    path:str|Path, # of `save_best_model`
+    path:str|Path, # folder of `save_best_model`
     encoder:SemanticEncoder|None=None, # at hand; `None`: the one that is named is opened
 )->SGDDModel: # in eval mode
-    "The model that was kept."
+    "Load the model that was kept."
     return SGDDModel.from_pretrained(path, encoder)

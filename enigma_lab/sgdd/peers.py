@@ -19,12 +19,12 @@ from .model import SGDDConfig, SGDDModel, SGDDOutput
 
 # %% ../../nbs/sgdd/65_peers.ipynb #4adcf0d9
 class CausalDecoder(SGDDModel):
-    "A sentence from its vector, from left to right, by the layers of SGDD."
+    "Write a sentence from its vector, from left to right, by the layers of SGDD."
     def hidden(self,
-        seen:Tensor, # (B, T) the start and the tokens before
+        seen:Tensor, # (B, T) start and tokens
         c:Tensor, # (B, cond_dim) from `vector`
     )->Tensor: # (B, T, C)
-        "The states of all places, each of itself and those before it."
+        "Compute the states of all places, each from itself and those before it."
         d, T = self.decoder, seen.shape[1]
         if T > d.max_len:
             raise ValueError(
@@ -34,32 +34,36 @@ class CausalDecoder(SGDDModel):
         for layer in d.layers: h = layer(h, condition, before, d.rope)
         return d.norm(h)
 
-    def logits(self, h:Tensor)->Tensor: # (..., C) -> (..., V), never the start
-        return self.decoder.logits(h).index_fill(-1,
-                                                 torch.tensor(self.config.mask_id, device=h.device),
-                                                 -torch.inf)
+    def logits(self,
+        h:Tensor, # (..., C) states
+    )->Tensor: # (..., V)
+        "Score all tokens, never the start."
+        start = torch.tensor(self.config.mask_id, device=h.device)
+        return self.decoder.logits(h).index_fill(-1, start, -torch.inf)
 
-    def forward(self,
-        input_ids:Tensor, # (B, T) not looked at: what is seen follows from what is wanted
-        labels:Tensor, # (B, T) tokens, -100 beyond the end
-        z:Tensor, # (B, encoder_dim) vectors
-        key:Tensor|None=None, # of noise, which there is none of
-    )->SGDDOutput: # with the mean cross-entropy of a token or an end, nats
-        "Every token from those before it, all at once (teacher forcing)."
-        n = (labels != -100).sum(1, keepdim=True)
-        # the end after the last
-        wanted = F.pad(labels, (0, 1), value=-100).scatter(1, n, self.config.pad_id)
-        # the start before the first
-        seen = F.pad(labels.clamp(min=0), (1, 0), value=self.config.mask_id)
-        asked = wanted != -100
-        return SGDDOutput(loss=F.cross_entropy(
-            self.logits(self.hidden(seen, self.vector(z))[asked]), wanted[asked]))
+# %% ../../nbs/sgdd/65_peers.ipynb #5774d033
+@patch
+def forward(self:CausalDecoder,
+    input_ids:Tensor, # (B, T) not looked at: what is seen follows from what is wanted
+    labels:Tensor, # (B, T) tokens, -100 beyond the end
+    z:Tensor, # (B, encoder_dim) vectors
+    key:Tensor|None=None, # of noise, which there is none of
+)->SGDDOutput: # with the mean cross-entropy of a token or an end, nats
+    "Predict every token from those before it, all at once (teacher forcing)."
+    n = (labels != -100).sum(1, keepdim=True)
+    # the end after the last
+    wanted = F.pad(labels, (0, 1), value=-100).scatter(1, n, self.config.pad_id)
+    # the start before the first
+    seen = F.pad(labels.clamp(min=0), (1, 0), value=self.config.mask_id)
+    asked = wanted != -100
+    logits = self.logits(self.hidden(seen, self.vector(z))[asked])
+    return SGDDOutput(loss=F.cross_entropy(logits, wanted[asked]))
 
 # %% ../../nbs/sgdd/65_peers.ipynb #ef156f47
 class Cache:
-    "What is kept of the places before."
+    "Keep the keys and values of the places before."
     def __init__(self,
-        decoder:DiffusionDecoder, # with 'adaln'
+        decoder:DiffusionDecoder, # decoder with 'adaln'
         c:Tensor, # (B, cond_dim)
     ):
         condition, H = decoder.condition(c), decoder.layers[0].attention.num_heads
@@ -68,40 +72,54 @@ class Cache:
         # keys and values (B, H, t, D)
         self.past = [(c.new_zeros(len(c), H, 0, decoder.dim//H),)*2 for _ in decoder.layers]
 
-    def step(self,
-        token:Tensor, # (B,) at place t
-    )->Tensor: # (B, C) its state
-        "One more place."
-        d, t = self.decoder, self.t
-        h = (d.embed(token) + d.place[t])[:, None]*d.dim**.5
-        for i, (layer, (a1, b1, g1, a2, b2, g2)) in enumerate(zip(d.layers, self.gates)):
-            x, a = (1 + a1)*layer.norms[0](h) + b1, layer.attention
-            q, k, v = (p(x).unflatten(-1, (a.num_heads, -1)).transpose(1, 2)
-                       for p in (a.q_proj, a.k_proj, a.v_proj))
-            k, v = self.past[i] = tuple(torch.cat(pair, 2)
-                                        for pair in zip(self.past[i], (turn(d.rope, k, t), v)))
-            h = h + g1*a.o_proj(F.scaled_dot_product_attention(turn(d.rope, q, t), k, v).transpose(
-                1, 2).flatten(2))
-            h = h + g2*layer.mlp((1 + a2)*layer.norms[1](h) + b2)
-        self.t += 1
-        return d.norm(h)[:, 0]
-
-    def keep(self, rows:Tensor): # (B,) True for the sentences that go on
+    def keep(self,
+        rows:Tensor, # (B,) True for the sentences that go on
+    ):
+        "Drop the sentences that have ended."
         self.gates = [[gate[rows] for gate in gates] for gates in self.gates]
         self.past = [(k[rows], v[rows]) for k, v in self.past]
 
+# %% ../../nbs/sgdd/65_peers.ipynb #ef532c44
+@patch
+def attend(self:Cache,
+    i:int, # number of a layer
+    x:Tensor, # (B, 1, C) normed and modulated states at place t
+)->Tensor: # (B, 1, C)
+    "Mix in all places so far, and remember this one."
+    a, rope = self.decoder.layers[i].attention, self.decoder.rope
+    q, k, v = (p(x).unflatten(-1, (a.num_heads, -1)).transpose(1, 2)
+               for p in (a.q_proj, a.k_proj, a.v_proj))
+    new = turn(rope, k, self.t), v
+    k, v = self.past[i] = tuple(torch.cat(pair, 2) for pair in zip(self.past[i], new))
+    mixed = F.scaled_dot_product_attention(turn(rope, q, self.t), k, v)
+    return a.o_proj(mixed.transpose(1, 2).flatten(2))
+
+@patch
+def step(self:Cache,
+    token:Tensor, # (B,) at place t
+)->Tensor: # (B, C) its state
+    "Compute the state of one more place."
+    d = self.decoder
+    h = (d.embed(token) + d.place[self.t])[:, None]*d.dim**.5
+    for i, (layer, (a1, b1, g1, a2, b2, g2)) in enumerate(zip(d.layers, self.gates)):
+        h = h + g1*self.attend(i, (1 + a1)*layer.norms[0](h) + b1)
+        h = h + g2*layer.mlp((1 + a2)*layer.norms[1](h) + b2)
+    self.t += 1
+    return d.norm(h)[:, 0]
+
 # %% ../../nbs/sgdd/65_peers.ipynb #a9705638
 def turn(
-    rope, # of the decoder
-    x:Tensor, # (B, H, 1, D)
-    t:int, # a place
-)->Tensor: # x, rotated as at that place
+    rope, # `RotaryEmbedding` of the decoder
+    x:Tensor, # (B, H, 1, D) queries or keys
+    t:int, # number of the place, from 0
+)->Tensor: # (B, H, 1, D)
+    "Rotate queries or keys as at one place."
     a, b = x.chunk(2, -1)
     return x*rope.cos[t] + torch.cat([-b, a], -1)*rope.sin[t]
 
 # %% ../../nbs/sgdd/65_peers.ipynb #556e3efe
 class Written(NamedTuple):
-    "Sentences from left to right."
+    "Hold sentences that were written from left to right."
     tokens:Tensor # (B, T) closed by padding
     evaluations:int # sentences × calls of the decoder
 
@@ -110,15 +128,15 @@ class Written(NamedTuple):
 def write(self:CausalDecoder,
     z:Tensor, # (B, encoder_dim) vectors
     cached:bool=True, # False: every call computes all places anew
-)->Written:
-    "The likeliest token at every place, until the end."
+)->Written: # tokens and costs
+    "Write the likeliest token at every place, until the end."
     end, c, rows = self.config.pad_id, self.vector(z), torch.arange(len(z))
     tokens, evaluations = torch.full((len(z), self.config.max_len), end), 0
-    seen, cache = torch.full((len(z), 1),
-                             self.config.mask_id), Cache(self.decoder, c) if cached else None
+    seen = torch.full((len(z), 1), self.config.mask_id)
+    cache = Cache(self.decoder, c) if cached else None
     for t in range(self.config.max_len):
-        token = self.logits(cache.step(seen[:, -1])
-                            if cached else self.hidden(seen, c)[:, -1]).argmax(-1)
+        state = cache.step(seen[:, -1]) if cached else self.hidden(seen, c)[:, -1]
+        token = self.logits(state).argmax(-1)
         tokens[rows, t] = token
         evaluations += len(rows)
         on = token != end
@@ -133,9 +151,9 @@ def write(self:CausalDecoder,
 KINDS = 'diffusion', 'causal'
 
 def peer_config(
-    c:SGDDConfig, # of SGDD
-)->SGDDConfig: # of a `CausalDecoder` as large
-    "The same shape, without length head and null vector, and with wider MLPs instead."
+    c:SGDDConfig, # config of SGDD
+)->SGDDConfig: # config of a `CausalDecoder` as large
+    "Return the same shape with wider MLPs in place of length head and null vector."
     own = dict(length_head=False, learned_null=False, null_share=0.)
     count = lambda c: SGDDModel(c).parameter_card()['trainable']
     with torch.device('meta'): excess = count(c) - count(replace(c, **own))
@@ -143,9 +161,9 @@ def peer_config(
 
 def reached(
     model:SGDDModel, # of either kind
-    batch:dict[str,Tensor], # of training
+    batch:dict[str,Tensor], # training batch
 )->int: # parameters
-    "Entries of the parameters that a gradient reaches, at random weights of the same shape."
+    "Count the parameters that a gradient reaches, at random weights of the same shape."
     with torch.random.fork_rng():
         torch.manual_seed(0)
         other = type(model)(model.config).train()

@@ -10,6 +10,7 @@ __all__ = ['PROVED', 'PROBABLE', 'distance', 'verdict_of', 'Verdict', 'Search', 
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .encoder import SemanticEncoder
@@ -21,21 +22,22 @@ PROVED, PROBABLE = 1e-4, .1 # relative distances
 
 def distance(
     a:Tensor, # (B, dim) vectors
-    b:Tensor, # (B, dim) or (1, dim)
-)->Tensor: # (B,)
-    "Relative to the length of `b`."
+    b:Tensor, # (B, dim) or (1, dim) vectors that were wanted
+)->Tensor: # (B,) relative distances
+    "Return the distance between `a` and `b`, divided by the norm of `b`."
     return (a - b).norm(dim=-1)/b.norm(dim=-1)
 
 def verdict_of(
-    far:float, # relative distance of a text's vector
+    relative_distance:float, # distance, relative, of a text's vector
 )->str: # 'proved', 'probable' or 'failed'
-    "What a distance says about a text."
-    return 'proved' if far < PROVED else 'probable' if far < PROBABLE else 'failed'
+    "Judge a text by its distance."
+    if relative_distance < PROVED: return 'proved'
+    return 'probable' if relative_distance < PROBABLE else 'failed'
 
 @dataclass
 class Verdict:
-    "A text that was read from a vector."
-    text:str # the nearest that was found
+    "Hold a text that was read from a vector."
+    text:str # nearest text that was tried
     distance:float # of its vector, relative
     verdict:str # 'proved', 'probable' or 'failed'
     num_encoded:int # different texts that were encoded
@@ -43,61 +45,67 @@ class Verdict:
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #4b47f1af
 class Search:
-    "The nearest texts to some vectors, as far as they were tried."
+    "Hold the nearest texts to some vectors, as far as they were tried."
     def __init__(self,
-        model:SGDDModel, # with its encoder
+        model:SGDDModel, # model with its encoder
         z:Tensor, # (B, dim) vectors
     ):
         self.model, self.z = model, z
-        self.tokens, self.distances, self.tried, self.best_round = [None]*len(z), [
-            float('inf')]*len(z), [set() for _ in z], [0]*len(z)
-
-    def offer(self,
-        rows:list[int], # which vector a draft is for
-        tokens:list[list[int]], # drafts
-        round:int, # counted from 0
-    ):
-        "Encode what is new, and keep what is nearer."
-        fresh = {}
-        for i, ids in zip(rows, tokens):
-            text = self.model.tokenizer.decode(ids)
-            if text.strip() and text not in self.tried[i]:
-                self.tried[i].add(text); fresh[i, text] = ids
-        if not fresh: return
-        texts = list(dict.fromkeys(text for _, text in fresh))
-        vector = dict(zip(texts, self.model.encoder.encode(texts)))
-        for (i, text), ids in fresh.items():
-            far = distance(vector[text], self.z[i]).item()
-            if far < self.distances[i]:
-                self.tokens[i], self.distances[i], self.best_round[i] = ids, far, round
+        self.tokens = [None]*len(z)
+        self.distances = [float('inf')]*len(z)
+        self.tried = [set() for _ in z]
+        self.best_round = [0]*len(z)
 
     @property
     def open(self): # numbers of the vectors that are not proved
-        return [i for i, far in enumerate(self.distances) if far >= PROVED]
+        return [i for i, nearest in enumerate(self.distances) if nearest >= PROVED]
+
+# %% ../../nbs/sgdd/55_reconstruct.ipynb #f2d3d0e9
+@patch
+def offer(self:Search,
+    rows:list[int], # numbers of the vectors that the drafts are for
+    tokens:list[list[int]], # drafts
+    round:int, # counted from 0
+):
+    "Encode what is new, and keep what is nearer."
+    fresh = {}
+    for i, ids in zip(rows, tokens):
+        text = self.model.tokenizer.decode(ids)
+        if text.strip() and text not in self.tried[i]:
+            self.tried[i].add(text)
+            fresh[i, text] = ids
+    if not fresh: return
+    texts = list(dict.fromkeys(text for _, text in fresh))
+    vector = dict(zip(texts, self.model.encoder.encode(texts)))
+    for (i, text), ids in fresh.items():
+        reached = distance(vector[text], self.z[i]).item()
+        if reached < self.distances[i]:
+            self.tokens[i], self.distances[i], self.best_round[i] = ids, reached, round
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #c52ed915
 def candidates(
-    search:Search, # to be added to
-    rows:list[int], # which vectors
+    search:Search, # search that takes the drafts
+    rows:list[int], # numbers of the vectors
     n:int, # drafts for each; the first is greedy
-    generator:torch.Generator|None=None,
-    batch_size:int=512,
+    generator:torch.Generator|None=None, # source of randomness; `None`: torch's own
+    batch_size:int=512, # sentences of a pass
 ):
-    "First drafts, of the two likeliest lengths."
+    "Offer first drafts, of the two likeliest lengths."
     m = search.model
     lengths = m.lengths(search.z[rows], min(2, m.config.max_len))
     for k in range(n):
         length = lengths[:, 1 if k % 4 == 3 and lengths.shape[1] > 1 else 0]
         for part in torch.arange(len(rows)).split(batch_size):
             z = search.z[[rows[i] for i in part]]
-            t = unmask(m, z, *empty_canvas(length[part], m.config.mask_id, m.config.pad_id),
-                       steps=16 if k else 1, temperature=float(k > 0), generator=generator)
+            canvas, content = empty_canvas(length[part], m.config.mask_id, m.config.pad_id)
+            t = unmask(m, z, canvas, content, steps=16 if k else 1,
+                       temperature=float(k > 0), generator=generator)
             search.offer([rows[i] for i in part],
                          [row[keep].tolist() for row, keep in zip(t.tokens, t.content)], 0)
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #943872f9
 def occlusion(
-    encoder:SemanticEncoder, # the judge
+    encoder:SemanticEncoder, # judge
     words:list[str], # pieces of a text
     z:Tensor, # (dim,) the vector it should have
     join, # pieces -> text
@@ -110,26 +118,27 @@ def occlusion(
 
 def occlusion_scores(
     search:Search, # with drafts
-    rows:list[int], # which vectors
+    rows:list[int], # numbers of the vectors
 )->list[Tensor]: # for each, (T,) suspicion
-    "Occlusion for many drafts in one pass of the encoder."
+    "Score the words of many drafts by occlusion, in one pass of the encoder."
     tokenizer, texts, owners = search.model.tokenizer, [], []
     for i in rows:
         ids = search.tokens[i]
         for k in range(len(ids)):
             text = tokenizer.decode(ids[:k] + ids[k + 1:])
-            texts.append(text if text.strip() else '.'); owners.append(i)
-    far = distance(search.model.encoder.encode(texts), search.z[owners])
-    return [search.distances[i] - part
-            for i, part in zip(rows, far.split([len(search.tokens[i]) for i in rows]))]
+            texts.append(text if text.strip() else '.')
+            owners.append(i)
+    without = distance(search.model.encoder.encode(texts), search.z[owners])
+    parts = without.split([len(search.tokens[i]) for i in rows])
+    return [search.distances[i] - part for i, part in zip(rows, parts)]
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #93aa5b24
 def redraft(
     search:Search, # with drafts
-    rows:list[int], # which vectors
+    rows:list[int], # numbers of the vectors
     n:int, # new drafts for each
     round:int, # counted from 1
-    generator:torch.Generator|None=None,
+    generator:torch.Generator|None=None, # source of randomness; `None`: torch's own
 ):
     "Hide what does not fit, and write it anew."
     m, suspicion = search.model, occlusion_scores(search, rows)
@@ -140,9 +149,9 @@ def redraft(
         for j, i in enumerate(rows):
             size = len(search.tokens[i])
             noise = torch.rand(size, generator=generator)
-            order = (suspicion[j]
-                     + .3*suspicion[j].std(correction=0)*noise).argsort(descending=True)[:1 + k % 4]
-            hide = torch.zeros(T, dtype=torch.bool); hide[order] = True
+            doubt = suspicion[j] + .3*suspicion[j].std(correction=0)*noise
+            hide = torch.zeros(T, dtype=torch.bool)
+            hide[doubt.argsort(descending=True)[:1 + k % 4]] = True
             if k % 2: hide[int(noise.argmax())] = True
             given = torch.tensor(search.tokens[i] + [m.config.pad_id]*(T - size))
             canvas[j] = torch.where(hide & content[j], m.config.mask_id, given)
@@ -155,29 +164,30 @@ def cheapest_changes(
     draft:list[int], # T tokens
     n:int, # substitutions, and as many exchanges
 )->list[list[int]]: # changed drafts
-    "The changes of a draft that cost the decoder least."
+    "Find the changes of a draft that cost the decoder least."
     t, T = torch.tensor(draft), len(draft)
     own = logs[torch.arange(T), t]
     gain = (logs - own[:, None]).scatter(1, t[:, None], -torch.inf).flatten()
-    found = []
+    changed_drafts = []
     for flat in gain.topk(min(n, gain.isfinite().sum().item())).indices.tolist():
         p, w = divmod(flat, logs.shape[1])
-        found.append(draft[:p] + [w] + draft[p + 1:])
+        changed_drafts.append(draft[:p] + [w] + draft[p + 1:])
     # (T, T): token of q at p
     across = logs[:, t]
     gain = (across + across.T - own[:, None] - own).masked_fill(
         (t[:, None] == t) | torch.ones(T, T).tril().bool(), -torch.inf).flatten()
     for flat in gain.topk(min(n, gain.isfinite().sum().item())).indices.tolist():
         p, q = divmod(flat, T)
-        changed = draft[:]; changed[p], changed[q] = draft[q], draft[p]
-        found.append(changed)
-    return found
+        changed = draft[:]
+        changed[p], changed[q] = draft[q], draft[p]
+        changed_drafts.append(changed)
+    return changed_drafts
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #b78cf440
 def local_search(
     search:Search, # with drafts
-    rows:list[int], # which vectors
-    n:int, # substitutions and exchanges tried of each; a later round goes further down the list
+    rows:list[int], # numbers of the vectors
+    n:int, # substitutions and exchanges tried of each; a later round tries more
     round:int, # counted from 1
 ):
     "Try what the decoder would also have said."
@@ -187,8 +197,8 @@ def local_search(
     logs = m.log_probs(canvas, m.vector(search.z[rows]), content)
     drafts = [cheapest_changes(part[:len(search.tokens[i])], search.tokens[i], n*round)
               for i, part in zip(rows, logs)]
-    search.offer([i for i, found in zip(rows, drafts) for _ in found],
-                 [ids for found in drafts for ids in found], round)
+    owners = [i for i, changed in zip(rows, drafts) for _ in changed]
+    search.offer(owners, [ids for changed in drafts for ids in changed], round)
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #ce359a98
 @torch.no_grad()
@@ -217,6 +227,6 @@ def reconstruct(
         if rows := [i for i in rows if search.distances[i] >= PROVED]:
             local_search(search, rows, redrafts, round)
     read = lambda ids: model.tokenizer.decode(ids) if ids else ''
-    return [Verdict(read(ids), far, verdict_of(far), len(tried), found)
-            for ids, far, tried, found in zip(search.tokens, search.distances, search.tried,
-                                              search.best_round)]
+    results = zip(search.tokens, search.distances, search.tried, search.best_round)
+    return [Verdict(read(ids), nearest, verdict_of(nearest), len(tried), best_round)
+            for ids, nearest, tried, best_round in results]

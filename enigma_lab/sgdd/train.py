@@ -33,7 +33,7 @@ from .reconstruct import reconstruct
 # %% ../../nbs/sgdd/70_train.ipynb #1111323a
 @dataclass(frozen=True)
 class SGDDTrainConfig(TrainingConfig):
-    "A training of SGDD: data, phase, shape and preset."
+    "Configure a training of SGDD: data, phase, shape and preset."
     preset:str = 'cpu' # preset, see `presets`
     data:str = 'hard' # 'small', 'hard', 'paraphrase', 'docs', a file, a folder, or a hub id
     phase:int = 1 # 1: a sentence from its own vector; 2: another from it, starting from `base`
@@ -87,14 +87,14 @@ def make_sgdd_config(
     preset:str='cpu', # a preset's name
     **changes # fields of `SGDDTrainConfig`; `None` keeps the preset's value
 )->SGDDTrainConfig: # checked
-    "A preset with changes."
+    "Make a config from a preset with changes."
     return make_settings(settings, dict(changes, preset=preset))
 
 # %% ../../nbs/sgdd/70_train.ipynb #85434f13
 def sides(
     rows:list, # sentences, or pairs of source and target
 )->tuple[list[str],list[str]]: # sources, targets
-    "Whose vector is given, and what is to be written."
+    "Separate the texts whose vectors are given from those to be written."
     return ((rows, rows) if isinstance(rows[0], str)
             else ([a for a, _ in rows], [b for _, b in rows]))
 
@@ -102,7 +102,7 @@ def within(
     tokens:list[list[int]], # sentences
     most:int, # tokens of a canvas
 )->list[int]: # numbers of those that fit
-    "Sentences that a canvas can hold."
+    "Find the sentences that a canvas can hold."
     return [i for i, row in enumerate(tokens) if 1 <= len(row) <= most]
 
 def vectors_of(
@@ -111,7 +111,7 @@ def vectors_of(
     seed:int=0, # of the training noise
     hidden:bool=False, # validation
 )->tuple[SentenceVectors,Tensor]: # data set; vectors of the sources
-    "Rows as tokens with vectors; what is too long is left out."
+    "Pair rows, as tokens, with their vectors; what is too long is left out."
     sources, targets = sides(rows)
     tokens = model.tokenizer(targets)['input_ids']
     z, keep = encode_cached(model.encoder, sources), within(tokens, model.config.max_len)
@@ -124,7 +124,7 @@ def vectors_of(
 # %% ../../nbs/sgdd/70_train.ipynb #0e6ba9ae
 @dataclass(frozen=True)
 class SGDDTaskData:
-    "What a training of SGDD works with."
+    "Hold what a training of SGDD works with."
     corpus:object # sentences in three parts; in phase 2 pairs
     model:SGDDModel # with encoder and tokenizer
     train:SentenceVectors # to learn from
@@ -138,7 +138,7 @@ def read_corpus(
     most:int=0, # rows of training; 0: all
     max_words:int=12, # of a sentence of natural text
 ): # a `Corpus` of sentences, or of pairs
-    "What a phase learns from."
+    "Read what a phase learns from."
     if phase == 1 and not pairs: return load_sentences(data, most, (3, max_words))
     corpus = load_pairs(data, most)
     return corpus if phase == 2 else both_sides(corpus)
@@ -148,7 +148,7 @@ def new_model(
     config:SGDDTrainConfig, # size and encoder
     texts:list[str], # whose words it must know
 )->SGDDModel: # untrained
-    "A model with its encoder and a vocabulary."
+    "Make a model with its encoder and a vocabulary."
     encoder = SemanticEncoder(config.encoder, config.num_vectors)
     tokenizer = make_tokenizer(texts, encoder)
     ids = dict(vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id,
@@ -185,7 +185,7 @@ def collapse_signs(
     z:Tensor, # (N, encoder_dim) vectors
     written:list[str], # what it writes for them
 )->dict: # shares between 0 and 1, and 'place_difference' in logits
-    "How far from saying the same everywhere."
+    "Measure how far a model is from saying the same everywhere."
     T = min(model.config.max_len, 12)
     canvas = torch.full((len(z), T), model.config.mask_id, device=model.device)
     logs = model.log_probs(canvas, model.vector(z)).nan_to_num(neginf=0)
@@ -197,34 +197,46 @@ def collapse_signs(
         different_share=len(set(written))/len(written))
 
 # %% ../../nbs/sgdd/70_train.ipynb #025f9bcb
+def _evaluate_part(
+    run, # open record
+    parts, # with the trained model in eval mode
+    name, # 'val' or 'test'
+    rows, # sentences or pairs
+    loop, # with the encoder in the loop, too
+): # scores; the examples are written to the record
+    model = parts.model
+    tokens = model.tokenizer(sides(rows)[1])['input_ids']
+    fits = [rows[i] for i in within(tokens, model.config.max_len)]
+    sources, targets = sides(fits)
+    pairs = sources is not targets
+    known = sides(parts.corpus.train)[1], parts.z
+    scores = evaluate_generation(model, targets, sources if pairs else None, known)
+    examples = scores.pop('examples')
+    if loop and not pairs:
+        scores |= loop_scores(model, examples[:run.config['loop_sentences']])
+    failures = [e for e in examples[40:] if not e['exact']]
+    write_json(run.path/f'examples_{name}.json', examples[:40] + failures[:40])
+    written = [e['written'] for e in examples]
+    if pairs and parts.corpus.source == 'paraphrase':
+        scores |= paraphrase_scores(written, sources)
+    scores |= collapse_signs(model, model.encoder.encode(sources[:100]), written[:100])
+    return dict(scores, too_long=len(rows) - len(fits))
+
+# %% ../../nbs/sgdd/70_train.ipynb #b13cef82
 def evaluate_sgdd(
-    run:Run, # an open record
+    run:Run, # open record
     parts:SGDDTaskData, # with the trained model
     test:bool=True, # read the test sentences; False while a preset is being chosen
     loop:bool=True, # with the encoder in the loop, too
 )->dict: # metrics
-    "The model on validation, and on test on record."
-    model, found = parts.model.eval(), {}
-    most = run.config['test_sentences']
-    for name, rows in dict(val=parts.corpus.validation[:most//2],
-                           **(dict(test=parts.corpus.read_test(run)[:most])
-                              if test else {})).items():
-        tokens = model.tokenizer(sides(rows)[1])['input_ids']
-        fits = [rows[i] for i in within(tokens, model.config.max_len)]
-        sources, targets = sides(fits)
-        pairs = sources is not targets
-        scores = evaluate_generation(model, targets, sources if pairs else None,
-                                     (sides(parts.corpus.train)[1], parts.z))
-        examples = scores.pop('examples')
-        if loop and not pairs and name == ('test' if test else 'val'):
-            scores |= loop_scores(model, examples[:run.config['loop_sentences']])
-        write_json(run.path/f'examples_{name}.json',
-                   examples[:40] + [e for e in examples[40:] if not e['exact']][:40])
-        written = [e['written'] for e in examples]
-        if pairs and parts.corpus.source == 'paraphrase':
-            scores |= paraphrase_scores(written, sources)
-        scores |= collapse_signs(model, model.encoder.encode(sources[:100]), written[:100])
-        found |= {f'{name}_{k}': v for k, v in dict(scores, too_long=len(rows) - len(fits)).items()}
+    "Evaluate the model on validation, and on test on record."
+    model, found, most = parts.model.eval(), {}, run.config['test_sentences']
+    judged = dict(val=parts.corpus.validation[:most//2])
+    if test: judged['test'] = parts.corpus.read_test(run)[:most]
+    for name, rows in judged.items():
+        # the loop is slow: on the last part only
+        scores = _evaluate_part(run, parts, name, rows, loop and name == list(judged)[-1])
+        found |= {f'{name}_{k}': v for k, v in scores.items()}
     return dict(found, **parts.corpus.card(), val_nll_nats=best_val_loss(run),
         **training_report(run),
         **{f'parameters_{k}': v for k, v in model.parameter_card().items()},
@@ -235,7 +247,7 @@ def loop_scores(
     model:SGDDModel, # with its encoder
     examples:list[dict], # of `evaluate_generation`; what the loop finds is entered
 )->dict: # shares between 0 and 1, with intervals as '_from' and '_to'
-    "What the encoder in the loop adds, and how far its verdicts can be trusted."
+    "Measure what the encoder in the loop adds, and how far its verdicts can be trusted."
     begin = time.perf_counter()
     found = reconstruct(model, model.encoder.encode([e['wanted'] for e in examples]))
     seconds = time.perf_counter() - begin
@@ -255,7 +267,7 @@ def paraphrase_scores(
     written:list[str], # by a model
     sources:list[str], # of the paraphrase grammar
 )->dict: # shares between 0 and 1
-    "Whether the meaning is kept in another form, by parser."
+    "Measure by parser whether the meaning is kept in another form."
     same = [meaning(a) == meaning(b) for a, b in zip(written, sources)]
     return dict(meaning_accuracy=sum(same)/len(same),
                 other_form_share=sum(s and a != b
@@ -264,20 +276,36 @@ def paraphrase_scores(
 # %% ../../nbs/sgdd/70_train.ipynb #3d356125
 class NewNoise(TrainerCallback):
     "Tell a data set which pass this is."
-    def __init__(self, data:SentenceVectors): self.data = data
+    def __init__(self,
+        data:SentenceVectors, # training set
+    ):
+        self.data = data
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self,
+        args, # settings of the trainer
+        state, # state of the trainer, with the epoch
+        control, # control of the trainer
+        **kwargs # not looked at
+    ):
+        "Set the number of the pass, which the noise depends on."
         self.data.set_epoch(int((state.epoch or 0) + 1e-6))
 
-def save(run:Run, parts:SGDDTaskData):
-    "The decoder, with the fingerprint of its encoder."
+def save(
+    run:Run, # open record
+    parts:SGDDTaskData, # with the trained model
+):
+    "Save the decoder, with the fingerprint of its encoder."
     save_model(run, parts.model)
 
-def load(run:Run, parts:SGDDTaskData):
+def load(
+    run:Run, # record with a checkpoint
+    parts:SGDDTaskData, # whose model takes the weights
+):
     "Take the weights that other processes trained."
-    parts.model.load_state_dict(SGDDModel.from_pretrained(run.checkpoint,
-                                                          parts.model.encoder).state_dict())
+    trained = SGDDModel.from_pretrained(run.checkpoint, parts.model.encoder)
+    parts.model.load_state_dict(trained.state_dict())
 
+# %% ../../nbs/sgdd/70_train.ipynb #5edbe504
 task = Task('enigma_lab.sgdd.train:task', 'train_sgdd', prepare_sgdd, save, load, evaluate_sgdd,
     callbacks=lambda parts: (NewNoise(parts.train),), options=('test', 'loop'), settings=settings)
 
@@ -296,7 +324,7 @@ def train_sgdd(
 def score_table(
     run:Run, # of `train_sgdd`
 ): # a DataFrame: a line for each score, with its interval
-    "What was reached, on test if it was read."
+    "Show what was reached, on test if it was read."
     import pandas as pd
     part = 'test' if 'test_exact_match' in run.metrics else 'val'
     names = ('exact_match', 'nearest_exact_match', 'loop_exact_match', 'loop_gain',
@@ -317,9 +345,29 @@ def read_yaml(
     return read_settings_file(path)
 
 # %% ../../nbs/sgdd/70_train.ipynb #f1ea3b46
+def _sentences_of(
+    run, # finished run
+    model, # its model
+    dataset, # name of the data
+    num_samples, # sentences at most
+): # sources or None, targets, number of their tokens
+    own = ({k: run.config.get(k) or v for k, v in dict(phase=1, pairs=False).items()}
+           if dataset == run.config['data'] else {})
+    corpus = read_corpus(dataset, **own, max_words=run.config['max_words'])
+    sources, texts = sides(corpus.validation)
+    tokens = model.tokenizer(texts)['input_ids']
+    known = within(tokens, model.config.max_len)[:num_samples]
+    if len(known) < 2:
+        raise ValueError(
+            f"a data set must hold two sentences of at most {model.config.max_len} tokens, got "
+            f"{len(known)} in {dataset!r}")
+    given = None if sources is texts else [sources[i] for i in known]
+    return given, [texts[i] for i in known], sum(len(tokens[i]) for i in known)
+
+# %% ../../nbs/sgdd/70_train.ipynb #19061fcf
 def evaluate_run(
-    run:Run, # of `train_sgdd`
-    dataset:str='', # of `load_sentences`; empty: what it was trained on
+    run:Run, # run of `train_sgdd`
+    dataset:str='', # name for `load_sentences`; empty: what it was trained on
     num_samples:int=1000, # sentences at most, of the validation part
     loop:bool=False, # with the encoder in the loop, too
 )->Path: # a new JSON file in the run's folder
@@ -327,23 +375,12 @@ def evaluate_run(
     if num_samples < 2: raise ValueError(f"num_samples must be at least 2, got {num_samples}")
     dataset = dataset or run.config['data']
     model = SGDDModel.from_pretrained(run.checkpoint)
-    own = ({k: run.config.get(k) or v for k, v in dict(phase=1, pairs=False).items()}
-           if dataset == run.config['data'] else {})
-    sources, texts = sides(read_corpus(dataset, **own,
-                                       max_words=run.config['max_words']).validation)
-    tokens = model.tokenizer(texts)['input_ids']
-    known = [i for i in within(tokens, model.config.max_len)][:num_samples]
-    if len(known) < 2:
-        raise ValueError(
-            f"a data set must hold two sentences of at most {model.config.max_len} tokens, got "
-            f"{len(known)} in {dataset!r}")
-    scores = evaluate_generation(model, [texts[i] for i in known],
-                                 None if sources is texts else [sources[i] for i in known])
+    sources, texts, num_tokens = _sentences_of(run, model, dataset, num_samples)
+    scores = evaluate_generation(model, texts, sources)
     examples = scores.pop('examples')
-    if loop and sources is texts:
+    if loop and sources is None:
         scores |= loop_scores(model, examples[:run.config['loop_sentences']])
-    sizes = sum(len(tokens[i]) for i in known)
-    perplexity = 2**min(1000., scores['nelbo_bits']*len(known)/sizes)
+    perplexity = 2**min(1000., scores['nelbo_bits']*len(texts)/num_tokens)
     path = run.path/f'evaluation-{Path(dataset).stem}-{time.strftime("%Y%m%d-%H%M%S")}.json'
     write_json(path, dict(dataset=dataset, split='validation', run=run.name,
                           metrics=dict(scores, perplexity=perplexity), examples=examples[:20],
