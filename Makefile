@@ -20,6 +20,7 @@ train: .venv/ready          ## train the language model on builtin text, about t
 check test proof: export OMP_NUM_THREADS ?= 1 # a process for each core
 check: .venv/ready          ## in under a minute: export, clean, lint, imports, quick tests
 	python -m enigma_lab.dev.proof check $(GENERATED)
+	python -m enigma_lab.dev.docs --cells
 	ruff check .
 	pytest -q -m quick
 

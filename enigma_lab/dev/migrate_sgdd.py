@@ -138,8 +138,7 @@ FLAWS |= {
     "sgdd/50_sampling: assert found['double'] > .01 and found['single'] < .01",
     'lab/25_train_loop: # 7. half precision learns the same'),
     16: ('zero stands for "no vector", and is one', 'a learned vector',
-    'sgdd/40_model: assert all(p.grad is not None and p.grad.isfinite().all() and '
-    'p.grad.abs().sum() > 0 for p in model.parameters())'),
+    'sgdd/40_model: assert all(p.grad is not None and p.grad.isfinite().all()'),
     17: ('most of a vector is a common offset', 'standardised by the training set',
     'sgdd/40_model: test_close(v.mean(0), torch.zeros(384)'),
     18: ('a bottleneck against 17 takes the words away', 'none; what a vector tells is measured',

@@ -56,8 +56,10 @@ WORDS = dict( # a key of a history row, and how its value is said; in the order 
     loss=lambda v: f'loss {v:.3f}',
     val_bits_per_char=lambda v: f'val {v:.3f} bits/char',
     val_nll_nats=lambda v: f'val {v:.3f} nats/token',
+    val_denoising_nats=lambda v: f'val {v:.3f} nats/hidden token',
     val_mse=lambda v: f'val {v:.4f} squared error')
 
+# %% ../../nbs/lab/28_progress.ipynb #c48b1ac0
 def is_evaluation(
     row:dict, # of a history
 )->bool: # whether it has a number of validation

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'ALIASES', 'TASK_ALIASES', 'PARTS', 'FOUR', 'HEADLINES', 'checkout', 'runs_root', 'write_json',
-           'write_whole', 'read_json', 'load_average', 'environment', 'slug', 'renamed', 'RunReader', 'RunWriter',
-           'read_part', 'Run', 'new_run_dir', 'start_run', 'finish_run', 'PackedRun', 'read_records', 'small_files',
-           'pack_runs', 'pack_sweep', 'runs_in', 'list_runs', 'open_run', 'find_run', 'load_runs', 'compare_runs',
-           'plot_runs', 'headlines', 'run_state', 'age_text']
+           'write_whole', 'read_json', 'load_average', 'environment', 'slug', 'renamed', 'RecordNames', 'RunReader',
+           'RunWriter', 'read_part', 'Run', 'new_run_dir', 'start_run', 'finish_run', 'PackedRun', 'read_records',
+           'small_files', 'pack_runs', 'pack_sweep', 'runs_in', 'list_runs', 'open_run', 'find_run', 'load_runs',
+           'compare_runs', 'plot_runs', 'headlines', 'run_state', 'age_text']
 
 # %% ../../nbs/lab/10_runs.ipynb #448834c2
 import hashlib, io, json, os, platform, re, subprocess, time, zipfile
@@ -129,7 +129,9 @@ ALIASES:dict[str,str] = { # a key of older configs, metrics and histories -> its
 # a notebook, whose older histories spoke of tokens -> the same for its records; None: left out
 TASK_ALIASES:dict[str,dict] = {
     'train_ddpm': {'val_nll_nats': 'val_mse', 'val_ppl': None,
-                   'tokens': 'images', 'tokens_per_s': 'images_per_s'}}
+                   'tokens': 'images', 'tokens_per_s': 'images_per_s'},
+    **dict.fromkeys(('train_sgdd', 'sgdd'), {'val_nll_nats': 'val_denoising_nats',
+                                             'val_ppl': None})}
 
 def renamed(
     value, # what was recorded, or a part of it
@@ -143,13 +145,8 @@ def renamed(
     return {k: v for k, v in named.items() if k is not None}
 
 # %% ../../nbs/lab/10_runs.ipynb #e45684f8
-class RunReader:
-    "Read the parts of a record; `part(name)` says where from."
-    @property
-    def checkpoint(self)->Path: # it need not exist
-        "Name the folder of what was learned."
-        return self.path/'checkpoint'
-
+class RecordNames:
+    "Give a record's keys the names of today; `part(name)` says where they come from."
     @property
     def aliases(self)->dict: # old key -> new key
         "Find what keys of this record may have been called."
@@ -160,6 +157,14 @@ class RunReader:
     def config(self)->dict:
         "Read what was asked."
         return renamed(self.part('config'))
+
+# %% ../../nbs/lab/10_runs.ipynb #1fd2ae54
+class RunReader(RecordNames):
+    "Read the parts of a record."
+    @property
+    def checkpoint(self)->Path: # it need not exist
+        "Name the folder of what was learned."
+        return self.path/'checkpoint'
 
     @property
     def metrics(self)->dict: # empty when the run is not finished
@@ -505,6 +510,7 @@ HEADLINES = dict( # a metric -> what a table calls it; a run's first two are sho
     test_bleu='bleu', test_exact_all='exact', test_exact_easy='easy', gap_recovered='gap',
     learned_loss='loss', val_bits_per_char='val bpc', val_exact_all='val exact',
     val_exact_easy='val easy', val_mse='val mse', val_nll_nats='val nats',
+    val_denoising_nats='val nats',
     best_exact_match='exact', best_token_accuracy='tokens', bits_per_token='bpt')
 
 def headlines(

@@ -59,7 +59,7 @@ def fit_and_save(
     parts=None, # from the job's `prepare`; `None`: prepared here
     show=None, # called with the history after each look at validation
 ):
-    "Do one process's share of a training."
+    "Train one process's share, and save on rank 0."
     if isinstance(task, str): task = find_task(task)
     parts = parts or task.prepare(config)
     with task.within():

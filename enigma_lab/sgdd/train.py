@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from ..data.pairs import both_sides, load_pairs
 from ..data.sentences import load_sentences, meaning
 from ..lab.config import TrainingConfig, check_precision
+from ..lab.progress import Measure
 from ..lab.runs import Run, find_run, write_json
 from ..lab.settings import Settings, make_settings, read_settings_file
 from ..lab.stats import bootstrap
@@ -237,7 +238,7 @@ def evaluate_sgdd(
         # the loop is slow: on the last part only
         scores = _evaluate_part(run, parts, name, rows, loop and name == list(judged)[-1])
         found |= {f'{name}_{k}': v for k, v in scores.items()}
-    return dict(found, **parts.corpus.card(), val_nll_nats=best_val_loss(run),
+    return dict(found, **parts.corpus.card(), val_denoising_nats=best_val_loss(run),
         **training_report(run),
         **{f'parameters_{k}': v for k, v in model.parameter_card().items()},
         vocabulary=model.config.vocab_size)
@@ -307,7 +308,8 @@ def load(
 
 # %% ../../nbs/sgdd/70_train.ipynb #5edbe504
 task = Task('enigma_lab.sgdd.train:task', 'train_sgdd', prepare_sgdd, save, load, evaluate_sgdd,
-    callbacks=lambda parts: (NewNoise(parts.train),), options=('test', 'loop'), settings=settings)
+    callbacks=lambda parts: (NewNoise(parts.train),), options=('test', 'loop'), settings=settings,
+    measure=Measure('denoising_nats', 'nats per hidden token', 'tokens'))
 
 def train_sgdd(
     config:SGDDTrainConfig, # what to do
