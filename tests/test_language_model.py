@@ -45,6 +45,7 @@ def test_noise_stays_noise_for_other_seeds(machine, seed):
     "Twice as long a training finds no leak either."
     assert perplexity_of_noise(machine, steps=400, seed=seed) >= .98 * V
 
+@pytest.mark.proof('lm.model', 'lm.attention', seeds=(0,))
 def test_without_the_mask_noise_is_predicted(monkeypatch):
     "The positive control: this test can find a leak."
     monkeypatch.setattr(lm, 'causal_attention', original_attention)

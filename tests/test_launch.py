@@ -50,6 +50,7 @@ def test_two_processes_train_as_one(data):
     )
     assert [row['tokens'] for row in one.history] == [row['tokens'] for row in two.history]
 
+@pytest.mark.proof('lab.launch', 'lab.task', 'lab.trainer', 'lm.train', seeds=(0,))
 def test_the_notebook_with_two_processes(data, tmp_path):
     result = subprocess.run(
         [

@@ -32,6 +32,9 @@ def same_masks(a, b): # of two records
     a, b = (read_masks(run.path/'learned_masks.safetensors') for run in (a, b))
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
 
+@pytest.mark.proof(
+    'maskpro.train', 'maskpro.config', 'maskpro.presets', 'maskpro.modes', 'maskpro.learn',
+    'maskpro.estimators', 'maskpro.masks', 'maskpro.export', seeds=(0,))
 def test_four_commands(home):
     "One after the other; each names the one before when it is missing."
     wrong = command('enigma-lab', 'maskpro', 'baseline')
@@ -72,6 +75,9 @@ def test_four_commands(home):
     again = command('enigma-lab', 'maskpro', 'learn')
     assert again.returncode == 1 and 'masks are learned once' in again.stderr
 
+@pytest.mark.proof(
+    'maskpro.train', 'maskpro.config', 'maskpro.presets', 'maskpro.modes', 'maskpro.learn',
+    'maskpro.estimators', 'maskpro.masks', 'maskpro.export', seeds=(0,))
 def test_presets_at_one_percent(home):
     table = run_mode(
         'full', parallel=0, name='presets', share=0.01, compute_fid=False, repeats=1, test=False
@@ -81,6 +87,9 @@ def test_presets_at_one_percent(home):
     )
     assert table['train_steps'].tolist() == [50, 150, 250, 120, 300]
 
+@pytest.mark.proof(
+    'maskpro.train', 'maskpro.config', 'maskpro.presets', 'maskpro.modes', 'maskpro.learn',
+    'maskpro.estimators', 'maskpro.masks', 'maskpro.export', seeds=(0,))
 def test_two_processes_learn_the_mask_of_one(home):
     "Each does one part of every batch; one process does both."
     for estimator in ('pge', 'simple'):
@@ -119,6 +128,9 @@ def test_killed_and_resumed(home):
         row['loss'] for row in whole.history if 'loss' in row
     ]
 
+@pytest.mark.proof(
+    'maskpro.train', 'maskpro.config', 'maskpro.presets', 'maskpro.modes', 'maskpro.learn',
+    'maskpro.estimators', 'maskpro.masks', 'maskpro.export', seeds=(0,))
 def test_the_notebooks(home):
     for name, words in dict(train_ddpm=(), train_maskpro=('-p', 'estimator', 'pge')).items():
         result = command(

@@ -67,6 +67,7 @@ class Keyed(nn.Module):
 
     def forward(self, x, key): return self.drop(self.part(x), key)
 
+@pytest.mark.proof('machine.reversible', 'machine.dropout', 'machine.rotor', seeds=(0,))
 @pytest.mark.parametrize('exact', [False, True])
 def test_compiled_with_dropout_and_wheels(exact):
     "Compile counter dropout and a bijection to one graph; what it stores does not grow."

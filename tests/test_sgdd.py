@@ -30,6 +30,9 @@ def losses(path):
         if 'loss' in row
     ]
 
+@pytest.mark.proof(
+    'sgdd.train', 'sgdd.model', 'sgdd.decoder', 'sgdd.diffusion', 'sgdd.sampling', 'sgdd.metrics',
+    'sgdd.reconstruct', seeds=(0,))
 def test_the_notebook_with_two_processes(home):
     "By DDP: the losses of one process with the same global batch, and every cell executed."
     result = command(
@@ -99,6 +102,9 @@ def test_a_config_from_a_file(home):
         json.loads((newest(home) / 'metrics.json').read_text())['train_steps'] == 32
     )
 
+@pytest.mark.proof(
+    'sgdd.train', 'sgdd.model', 'sgdd.decoder', 'sgdd.diffusion', 'sgdd.sampling', 'sgdd.metrics',
+    'sgdd.reconstruct', seeds=(0,))
 def test_commands(home):
     run = str(newest(home))
     judged = command(

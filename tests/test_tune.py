@@ -30,6 +30,7 @@ def newest(base):
         (base.path.parents[1] / 'train_lora').iterdir(), key=lambda path: path.stat().st_mtime
     )
 
+@pytest.mark.proof('lm.lora', 'data.instruct', 'lab.task', 'lab.trainer', seeds=(0,))
 def test_the_notebook(base):
     "Run every cell; the adapter loads in a fresh process, merged = adapted, and answers in a pipe."
     result = notebook(base)
