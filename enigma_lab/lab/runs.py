@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'ALIASES', 'TASK_ALIASES', 'PARTS', 'FOUR', 'HEADLINES', 'checkout', 'runs_root', 'write_json',
            'write_whole', 'read_json', 'load_average', 'environment', 'slug', 'renamed', 'RecordNames', 'RunReader',
-           'RunWriter', 'read_part', 'Run', 'new_run_dir', 'start_run', 'finish_run', 'PackedRun', 'read_records',
-           'small_files', 'pack_runs', 'pack_sweep', 'runs_in', 'list_runs', 'open_run', 'find_run', 'load_runs',
-           'compare_runs', 'plot_runs', 'headlines', 'run_state', 'age_text']
+           'RunWriter', 'read_part', 'Run', 'new_run_dir', 'process_began', 'start_run', 'finish_run', 'PackedRun',
+           'read_records', 'small_files', 'pack_runs', 'pack_sweep', 'runs_in', 'list_runs', 'open_run', 'find_run',
+           'load_runs', 'compare_runs', 'plot_runs', 'headlines', 'run_state', 'age_text']
 
 # %% ../../nbs/lab/10_runs.ipynb #448834c2
 import hashlib, io, json, os, platform, re, subprocess, time, zipfile
@@ -195,6 +195,12 @@ class RunWriter:
             raise OSError(f"a run must be writable, but {self.path}: {e.strerror}; "
                 "free space there or set ENIGMA_RUNS") from e
 
+    def note(self,
+        **more # facts about the run
+    ):
+        "Add to env.json."
+        write_json(self.path/'env.json', {**self.part('env'), **more})
+
     def figure(self,
         name:str, # of the file, without its ending
         figure, # matplotlib's
@@ -262,10 +268,20 @@ def new_run_dir(
         "give another note")
 
 # %% ../../nbs/lab/10_runs.ipynb #7c09102b
+def process_began(
+    pid:int, # of a process on this machine
+)->float|None: # seconds since 1970; `None`: there is none, or it cannot be known
+    "Tell when a process began: a number is used again, the pair is not."
+    try: import psutil
+    except ImportError: return None
+    try: return psutil.Process(pid).create_time()
+    except psutil.Error: return None
+
 def start_run(
     name:str, # e.g. 'train_enigma'
     config, # a dataclass or a dictionary
     note:str='', # appended to the folder's name
+    **more # for env.json, e.g. a digest of the data
 )->Run: # its config.json and env.json are written
     "Open the record of a run."
     given = os.environ.get('ENIGMA_RUN_DIR')
@@ -274,8 +290,9 @@ def start_run(
     run = Run(Path(given) if mine else new_run_dir(name, note))
     asked = asdict(config) if is_dataclass(config) else dict(config)
     write_json(run.path/'config.json', asked)
-    write_json(run.path/'env.json', dict(environment(), started=time.time(),
-        pid=os.getpid(), process_start_s=time.process_time()))
+    write_json(run.path/'env.json', dict(environment(), **more, started=time.time(),
+        pid=os.getpid(), pid_started=process_began(os.getpid()), host=platform.node(),
+        process_start_s=time.process_time()))
     return run
 
 # %% ../../nbs/lab/10_runs.ipynb #47f05b58
@@ -288,7 +305,7 @@ def finish_run(
         f"{run.name} already has metrics.json; start another")
     env = run.env
     cpu_s = time.process_time() - env.pop('process_start_s', 0)
-    env.pop('pid', None)                                  # it names nothing once it is over
+    for key in ('pid', 'pid_started', 'host'): env.pop(key, None) # they name nothing any more
     write_json(run.path/'env.json', dict(env, wall_s=round(time.time() - env['started'], 1),
         cpu_s=round(cpu_s, 1), load_average_end=load_average()))
     write_json(run.path/'metrics.json', metrics)
@@ -525,9 +542,13 @@ def headlines(
 def run_state(
     run:Run, # any
 )->str: # 'finished', 'running', 'running?' or 'stopped'
-    "Tell whether a run is over, at work, or neither."
+    "Tell whether a run is over, at work, or neither; of other machines, by the age of its files."
     if run.finished: return 'finished'
-    if Path(f"/proc/{run.env.get('pid', 'none')}").is_dir(): return 'running'
+    env = run.env
+    if 'stopped' in env: return 'stopped'
+    if env.get('pid') and env.get('pid_started') and env.get('host') == platform.node():
+        began = process_began(env['pid'])
+        return 'running' if began and abs(began - env['pid_started']) < 2 else 'stopped'
     written = max(p.stat().st_mtime for p in [run.path, *run.path.iterdir()])
     return 'running?' if time.time() - written < 600 else 'stopped'
 

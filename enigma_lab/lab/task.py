@@ -14,13 +14,14 @@ from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 
+from .checkpoint import check_data, digest_data, find_finished, resume_from
 from .config import TrainingConfig
 from .launch import launch, rank
 from .progress import Measure, measure_of, peak_mib
 from .progress import print_evaluation, watched
 from .runs import Run, finish_run, headlines, start_run
 from .settings import Settings, make_settings, write_settings
-from .trainer import check_measure, fit, resume_from
+from .trainer import Stopped, check_measure, fit
 
 # %% ../../nbs/lab/35_task.ipynb #b16fe7c3
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def run_task(
     check_measure(task.measure, config)
     origin = resume_from(config, task.name)
     parts = parts or task.prepare(config)
-    run = start_run(task.name, config, config.note)
+    digest = digest_data(parts)
+    if origin: check_data(origin[0], digest)
+    elif done := find_finished(config, task.name, digest): return done
+    run = start_run(task.name, config, config.note, data=digest)
     write_settings(config, run.path/'config.yaml')
     if config.world == 1: fit_and_save(task, run, config, origin, parts, show)
     else:
@@ -113,7 +117,7 @@ def best_val_loss(
     "Return the lowest loss on validation, that of the model that is kept."
     history = run.history
     key = measure_of(history).key
-    return min(row[key] for row in history if key in row)
+    return run.env.get('kept_loss', min(row[key] for row in history if key in row))
 
 # %% ../../nbs/lab/35_task.ipynb #a8e01132
 def read_words(
@@ -153,4 +157,7 @@ def main(
                        show=print_evaluation)
     except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')
     except RuntimeError as e: sys.exit(str(e)) # of a process that was launched
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)
     print(f"{run.path}: {', '.join(headlines(run.metrics))}")
