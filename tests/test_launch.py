@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from enigma_lab.lab.launch import launch, rank
 from enigma_lab.lab.runs import checkout, list_runs, start_run
-from enigma_lab.lab.trainer import fit, resume_from
+from enigma_lab.lab.checkpoint import resume_from
+from enigma_lab.lab.trainer import fit
 from enigma_lab.lm.train import make_config, prepare, train
 
 ROOT = checkout(__file__)

@@ -22,7 +22,8 @@ from .timing import UpdateClock, alternate, busy, look_at_load
 from ..data.sentences import load_sentences
 from ..lab.sweep import finished_run, sweep, trial_name
 from ..lab.runs import Run, finish_run, runs_root, start_run
-from ..lab.trainer import fit, save_model
+from ..lab.checkpoint import save_model
+from ..lab.trainer import fit
 from ..sgdd.encoder import SemanticEncoder, encode_cached
 from ..lab.stats import bootstrap
 from ..sgdd.metrics import normal_form

@@ -30,7 +30,7 @@ from ..lab.progress import Measure
 from ..lab.runs import Run, find_run
 from ..lab.settings import Settings, make_settings
 from ..lab.task import Task, main, run_task, training_report
-from ..lab.trainer import save_model
+from ..lab.checkpoint import save_model
 
 # %% ../../nbs/ddpm/20_train.ipynb #47469847
 def make_average(

@@ -21,7 +21,7 @@ MOVED = { # module as it was -> modules that hold its names now
     'bench.reversible': 'bench.reversible_peers bench.reversible_checks bench.timing',
     'lab.docs': 'dev.docs', 'lab.door': 'lab.notebooks lab.papermill_plugin lab.progress',
     'lab.job': 'lab.task', 'lab.launch': 'lab.sweep', 'lab.loop': 'lab.train_loop',
-    'lab.trainer': 'lab.config lab.progress',
+    'lab.trainer': 'lab.checkpoint lab.config lab.progress',
     'ddpm.train': 'lab.progress', 'lm.train': 'lab.progress',
     'lm.briefs': 'dev.migrate_lm', 'lm.decode': 'lm.fast_decode',
     'maskpro.briefs': 'dev.migrate_maskpro', 'maskpro.ddpm': 'ddpm.model ddpm.train lab.progress',

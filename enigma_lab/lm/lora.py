@@ -26,7 +26,7 @@ from ..lab.config import TrainingConfig, check_precision
 from ..lab.runs import Run, find_run, write_json
 from ..lab.settings import Settings, make_settings
 from ..lab.task import Task, best_val_loss, main, run_task, training_report
-from ..lab.trainer import save_model
+from ..lab.checkpoint import save_model
 from .generate import generate, pad_left
 from .model import EnigmaForCausalLM
 

@@ -16,7 +16,7 @@ from ..lab.config import TrainingConfig, check_precision
 from ..lab.runs import Run
 from ..lab.settings import Settings, make_settings
 from ..lab.task import Task, main, run_task, training_report
-from ..lab.trainer import save_model
+from ..lab.checkpoint import save_model
 from .baselines import compressor_bits, compressors
 from .evaluate import evaluate_text, machine_report
 from .model import EnigmaConfig, EnigmaForCausalLM, parameter_card

@@ -24,7 +24,7 @@ from ..lab.runs import Run, find_run, write_json
 from ..lab.settings import Settings, make_settings, read_settings_file
 from ..lab.stats import bootstrap
 from ..lab.task import Task, best_val_loss, main, run_task, training_report
-from ..lab.trainer import save_model
+from ..lab.checkpoint import save_model
 from .encoder import SemanticEncoder, encode_cached
 from .metrics import evaluate_generation
 from .model import (
