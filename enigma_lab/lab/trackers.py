@@ -16,11 +16,12 @@ from .runs import Run
 
 # %% ../../nbs/lab/22_trackers.ipynb #686c23b6
 def check_tracker(
-    kind:str, # 'none' | 'wandb' | 'tensorboard'
+    kind:str, # a name of `OPENERS`, which is that of the package
 ):
     "Refuse a tracker that cannot be had."
-    if kind not in ('none', 'wandb', 'tensorboard'):
-        raise ValueError(f"tracker must be 'none', 'wandb' or 'tensorboard', got {kind!r}")
+    if kind not in OPENERS:
+        *names, last = map(repr, OPENERS)
+        raise ValueError(f"tracker must be {', '.join(names)} or {last}, got {kind!r}")
     if kind != 'none' and not getattr(find_spec(kind), 'origin', None):
         raise ModuleNotFoundError(f"tracker={kind!r} needs a package that is not installed: "
             "pip install 'enigma_lab[dev]'", name=kind)
@@ -110,7 +111,7 @@ def _wandb(run, project, experiment):
     return write, lambda failed: backend.finish(exit_code=int(failed))
 
 # %% ../../nbs/lab/22_trackers.ipynb #c82c11a4
-OPENERS = dict(none=lambda run, project, experiment: (), tensorboard=_tensorboard, wandb=_wandb)
+OPENERS = dict(none=lambda run, project, experiment: (), wandb=_wandb, tensorboard=_tensorboard)
 
 def open_tracker(
     kind:str, # 'none' | 'wandb' | 'tensorboard'
