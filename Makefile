@@ -27,7 +27,7 @@ check: .venv/ready          ## in under a minute: export, clean, lint, imports, 
 test: .venv/ready           ## every notebook, then tests/ but for the proofs
 	nbdev_test
 	python -m enigma_lab.dev.proof notebooks
-	pytest -q -m 'not proof' --numprocesses auto --dist loadfile --durations 10
+	pytest -q -m 'not proof' --numprocesses 3 --dist loadfile --durations 10
 
 proof: .venv/ready          ## the long suites, each with a record in runs/proof/
 	python -m enigma_lab.dev.proof prove $(SUITES)

@@ -8,6 +8,8 @@ from enigma_lab.apps.complete import load_model
 from enigma_lab.lm.generate import stream
 from jupyter_lab import NBS, WAIT, keys_stay, no_cell_failed, opened, set_knob
 
+pytestmark = pytest.mark.proof('apps.widget', 'apps.complete') # in a real JupyterLab
+
 pytest_plugins = 'jupyter_lab'
 
 PROMPT = '<b>x</b> & y'

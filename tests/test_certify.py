@@ -34,6 +34,7 @@ def test_preset(preset):
 @pytest.mark.parametrize(
     'preset, reciprocal', [('smoke', True), ('cpu', False), ('brief-50m', True)]
 )
+@pytest.mark.proof('machine.certify', 'machine.exact', seeds=(0,))
 def test_exact_preset(preset, reciprocal):
     found = certificates(preset, exact=True, rev_scale=False, reciprocal=reciprocal)
     machine, blocks = found['machine'], found['blocks']

@@ -10,6 +10,8 @@ from enigma_lab.machine.history import EnigmaMachine
 from jupyter_lab import (
     WAIT, click_run_all, keys_stay, no_cell_failed, opened, set_knob, typed)
 
+pytestmark = pytest.mark.proof('apps.widget', 'apps.chat', 'apps.lampboard')
+
 pytest_plugins = 'jupyter_lab'
 
 WATCH = """log => {

@@ -150,6 +150,7 @@ def test_nothing_there(monkeypatch, tmp_path, capsys):
         code, out, err = said(capsys, *words)
         assert code == 2 and out == '' and '`enigma-lab train NOTEBOOK` makes one' in err
 
+@pytest.mark.proof('cli', 'lab.settings', seeds=(0,))
 def test_a_note_reaches_the_folder(toy):
     notebook = toy/'nbs'/'train_noted.ipynb'
     notebook.write_text((toy/'nbs'/'train_quick.ipynb').read_text().replace(
@@ -168,6 +169,7 @@ def test_no_model(toy):
     assert result.returncode == 1 and 'no finished run with a checkpoint' in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
+@pytest.mark.proof('cli', 'lm.generate', seeds=(0,))
 def test_generate(toy, monkeypatch):
     from enigma_lab.lab.runs import finish_run, start_run
     from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM

@@ -23,6 +23,8 @@ from playwright.sync_api import sync_playwright
 from enigma_lab.dev.docs import build_docs, check_imports, read_sidebar, readme_text, write_readme
 from enigma_lab.lab.runs import checkout
 
+pytestmark = pytest.mark.proof('dev.docs') # the site is built, and a browser reads it
+
 ROOT = checkout(Path(__file__).parent)
 QUARTO = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
 PAGES = [name for _, names in read_sidebar(QUARTO) for name in names]
@@ -136,12 +138,12 @@ def test_figures_and_outputs(tab):
 
 def test_a_card_documents_its_symbol(tab):
     tab.visit('machine/rotor.html')
-    card = tab.locator('section', has=tab.get_by_role('heading', name='PermutationRotor')).last
+    card = tab.locator('section', has=tab.get_by_role('heading', name='SteppingRotor')).last
     table = card.locator('table.docutils').first
     assert table.inner_text().split()[:3] == ['parameter', 'type', 'meaning']
     assert 'ValueError' in table.inner_text()
-    assert 'inverse_and_log_det(' in card.inner_text()  # a method, below
-    assert 'class PermutationRotor' in card.locator('.tag_exported').inner_text()
+    assert 'stands_at(' in card.inner_text()  # a method, below
+    assert 'class SteppingRotor' in card.locator('.tag_exported').inner_text()
     assert '/enigma_lab/machine/rotor.py#L' in card.locator('a.source').get_attribute('href')
 
 def test_a_link_between_notebooks_lands(tab):

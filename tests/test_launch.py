@@ -49,7 +49,8 @@ def test_two_processes_train_as_one(data):
     assert len(losses(one)) == 3 and all(
         math.isclose(a, b, abs_tol=1e-4) for a, b in zip(losses(one), losses(two))
     )
-    assert [row['tokens'] for row in one.history] == [row['tokens'] for row in two.history]
+    counts = lambda run: [row['tokens'] for row in run.history if 'step' in row]
+    assert counts(one) == counts(two) and counts(one)[-1] > 0
 
 @pytest.mark.proof('lab.launch', 'lab.task', 'lab.trainer', 'lm.train', seeds=(0,))
 def test_the_notebook_with_two_processes(data, tmp_path):
@@ -84,6 +85,7 @@ def test_the_notebook_with_two_processes(data, tmp_path):
         and 'test_bits_per_char' in run.metrics
     )
 
+@pytest.mark.proof('lab.launch', 'lab.task', seeds=(0,))
 def test_a_failing_rank_ends_the_run(data, train_from_shell):
     "From a shell: its own traceback, exit code not 0, no result."
     result = train_from_shell(preset='smoke', data=data, processes=2, learning_rate=1e30,
@@ -92,6 +94,7 @@ def test_a_failing_rank_ends_the_run(data, train_from_shell):
     for words in ('of 2 failed', 'Traceback', 'must stay finite'): assert words in result.stderr
     assert not any(run.finished for run in list_runs())
 
+@pytest.mark.proof('lab.launch', seeds=(0,))
 def test_a_killed_rank_ends_the_run():
     with pytest.raises(
         RuntimeError, match=r'process 1 of 2 failed, and the others were stopped:\nSignal 9'

@@ -109,6 +109,7 @@ LEARN = (
     "learn(open_record(sys.argv[1]), show=lambda row: print(row['step'], flush=True))"
 )
 
+@pytest.mark.proof('maskpro.train', 'maskpro.learn', 'maskpro.masks', seeds=(0,))
 def test_killed_and_resumed(home):
     "SIGKILL in the middle; the record goes on where its last state was, to the same mask."
     whole, cut = (make_masks(make_maskpro_config('smoke', budget=240)) for _ in range(2))

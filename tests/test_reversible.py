@@ -17,8 +17,13 @@ from enigma_lab.machine.rotor import RollRotor
 engines = pytest.mark.parametrize('engine', ['ours', 'ours, exact', 'ours, default'])
 
 @engines
-@pytest.mark.parametrize('question', BEHAVIOURS)
-def test_behaviour(engine, question):
+@pytest.mark.parametrize('question', [q for q in BEHAVIOURS if not q.startswith('compile')])
+def test_behaviour(engine, question): assert ask(engine, question) == ''
+
+@engines
+@pytest.mark.parametrize('question', [q for q in BEHAVIOURS if q.startswith('compile')])
+@pytest.mark.proof('machine.reversible', 'bench.reversible_checks')
+def test_behaviour_compiled(engine, question):
     if engine == 'ours, default' and question == 'compile, memory': pytest.skip('the same as ours')
     assert ask(engine, question) == ''
 
@@ -51,6 +56,7 @@ def test_exact_comes_back_through_2000_halves():
         end = chain(x)
         assert not torch.equal(end, start) and torch.equal(chain.inverse(end), start)
 
+@pytest.mark.proof('machine.reversible', 'machine.rev_block', seeds=(0,))
 @pytest.mark.parametrize('exact', [False, True])
 def test_memory_does_not_grow(exact):
     "Peak resident memory of a process, depth 4 and 24, beside the stored run."

@@ -4,6 +4,8 @@ from playwright.sync_api import expect
 
 from jupyter_lab import keys_stay, no_cell_failed, opened, set_knob
 
+pytestmark = pytest.mark.proof('apps.widget', 'apps.sampler')
+
 pytest_plugins = 'jupyter_lab'
 
 INJECTION = '<img src=x onerror="window.hacked = true">'

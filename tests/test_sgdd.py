@@ -75,6 +75,7 @@ def test_the_notebook_with_two_processes(home):
         'encoder' in name for name in SGDDModel.from_pretrained(two / 'checkpoint').state_dict()
     )
 
+@pytest.mark.proof('sgdd.train', 'lab.settings', seeds=(0,))
 def test_a_config_from_a_file(home):
     result = command(
         'papermill',

@@ -158,6 +158,7 @@ def test_kill_and_resume(tmp_path, long_text, whole, number):
     assert again.returncode == 0 and str(after.relative_to(second)) in again.stdout, again.stderr
     assert len(records(second, '')) == 2
 
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', seeds=(0,))
 def test_other_text_under_the_same_name_is_refused(tmp_path, long_text):
     "A checkpoint of one text does not go on with another."
     text = tmp_path/'text.txt'
@@ -172,6 +173,7 @@ def test_other_text_under_the_same_name_is_refused(tmp_path, long_text):
     assert again.returncode == 1 and 'has changed since train_enigma/' in again.stderr, again.stderr
     assert len(records(tmp_path, '')) == 1
 
+@pytest.mark.proof('lm.train', 'lab.task', seeds=(0,))
 def test_builtin_data_by_module(tmp_path):
     result = subprocess.run(
         module(tmp_path, data='auto', max_chars=30_000), capture_output=True, text=True
