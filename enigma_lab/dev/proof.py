@@ -59,6 +59,7 @@ def marks_of_file(
               and ast.unparse(node.targets[0]) == 'pytestmark']
     return [mark for v in values for mark in (v.elts if isinstance(v, ast.List) else [v])]
 
+# %% ../../nbs/dev/40_proof.ipynb #78a10f4c
 def read_suite(
     path:Path, # a file of tests
 )->Suite|None: # `None`: the file has no proof
@@ -164,6 +165,7 @@ def run_slice(
     command = [sys.executable, '-m', 'pytest', '-q', '-m', 'proof', '-n', 'auto']
     return subprocess.run([*command, '--dist', 'loadfile', *files], cwd=root).returncode
 
+# %% ../../nbs/dev/40_proof.ipynb #44d8c90d
 def prove(
     names:list[str], # of suites; empty: all
     root:Path, # the checkout
