@@ -29,7 +29,7 @@ test: .venv/ready           ## every notebook, then tests/ but for the proofs
 	python -m enigma_lab.dev.proof notebooks
 	pytest -q -m 'not proof' --numprocesses 3 --dist loadfile --durations 10
 
-proof: .venv/ready          ## the long suites, each with a record in runs/proof/
+proof: .venv/ready          ## the long suites, each with a record in runs/proof/records.json
 	python -m enigma_lab.dev.proof prove $(SUITES)
 
 stale: .venv/ready          ## fails when code has changed since its proof
