@@ -118,7 +118,7 @@ def check_tracker(
     kind:str, # a name of `OPENERS`, which is that of the package
 ):
     "Refuse a tracker that cannot be had."
-    if kind not in OPENERS:
+    if kind not in [*OPENERS]:
         *names, last = map(repr, OPENERS)
         raise ValueError(f"tracker must be {', '.join(names)} or {last}, got {kind!r}")
     if kind != 'none' and not getattr(find_spec(kind), 'origin', None):
