@@ -38,6 +38,7 @@ def die():
 
 # The tests.
 
+@pytest.mark.proof('lab.launch', 'lab.trainer', seeds=(0,))
 def test_two_processes_train_as_one(data):
     "Find equal weights on both ranks, and the losses of one process with the same global batch."
     config = make_config('smoke', data=data, processes=2, batch_size=4, max_steps=30, eval_steps=10)

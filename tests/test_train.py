@@ -25,6 +25,7 @@ def module(tmp_path, *words, **config):
 
 def only_run(tmp_path): return next((tmp_path/'runs'/'train_enigma').iterdir())
 
+@pytest.mark.proof('lm.train', 'lab.task', 'lab.trainer', seeds=(0,))
 def test_the_notebook(tmp_path, toy_text):
     "Run papermill: every cell, a finished record, a checkpoint that loads in a fresh process."
     result = subprocess.run(
@@ -125,6 +126,7 @@ def whole(tmp_path_factory, long_text):
     assert done.returncode == 0, done.stderr
     return weights(records(home, '')[0])
 
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', seeds=(0,))
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
 def test_kill_and_resume(tmp_path, long_text, whole, number):
     """End a training by a signal, move its folder, and go on: the same weights, bit for bit.

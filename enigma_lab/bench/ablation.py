@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from ..lab.stats import paired_differences
 from ..data.text import Windows
-from ..lab.sweep import sweep
+from ..lab.sweep import check_complete, sweep
 from ..lab.runs import Run, checkout, finish_run, runs_in, runs_root, start_run
 from ..lab.trainer import fit
 from ..lm.model import EnigmaConfig, EnigmaForCausalLM, parameter_card
@@ -203,10 +203,7 @@ def main(
              if variant in rates]
     table = sweep(task, cells, given.name, given.parallel, show=show, split='test', **fixed)
     print(effects(table).to_string())
-    missing = (table.state != 'finished').sum()
-    if missing:
-        sys.exit(f"{missing} of {len(table)} cells have no result; see the logs in "
-                 f"{runs_root()/'sweeps'/given.name}")
+    check_complete(table, given.name)
 
 # %% ../../nbs/bench/20_ablation.ipynb #944c3c1a
 def results(

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..lab.stats import half_width
 from .timing import UpdateClock
 from ..data.sentences import load_sentences
-from ..lab.sweep import sweep
-from ..lab.runs import Run, find_run, finish_run, runs_root, start_run
+from ..lab.sweep import check_complete, sweep
+from ..lab.runs import Run, find_run, finish_run, start_run
 from ..lab.trainer import fit
 from ..sgdd.encoder import encode_cached
 from ..lab.stats import bootstrap
@@ -225,9 +225,7 @@ def main(
     cells = cells_of(run)
     tables = table(cells), effects(cells), settings_of(run)
     print(*(t.to_string(index=False) for t in tables), verdict(run), sep='\n\n')
-    if missing := int((done.state != 'finished').sum()):
-        sys.exit(f"{missing} of {len(done)} cells have no result; see the logs in "
-                 f"{runs_root()/'sweeps'/o['name']}")
+    check_complete(done, o['name'])
 
 # %% ../../nbs/bench/47_ablation_sgdd.ipynb #76103da9
 def cells_of(

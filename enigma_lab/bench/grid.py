@@ -12,7 +12,7 @@ from dataclasses import asdict
 from .ablation import bits_per_token
 from ..lab.stats import paired_differences
 from ..data.text import Windows
-from ..lab.sweep import sweep
+from ..lab.sweep import check_complete, sweep
 from ..lab.runs import Run, finish_run, runs_in, runs_root, start_run
 from ..lab.trainer import fit
 from ..lm.model import parameter_card
@@ -62,10 +62,7 @@ def main(
         given.parallel, show=lambda line: print(line, flush=True),
         steps=given.steps, preset=given.preset, max_chars=given.max_chars)
     print(cost_table(results(given.name)).to_string(index=False))
-    missing = (cells.state != 'finished').sum()
-    if missing:
-        sys.exit(f"{missing} of {len(cells)} cells have no result; see the logs in "
-                 f"{runs_root()/'sweeps'/given.name}")
+    check_complete(cells, given.name)
 
 # %% ../../nbs/bench/14_grid.ipynb #cd065c39
 def results(

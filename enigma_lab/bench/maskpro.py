@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data.images import load_images
-from ..lab.sweep import sweep
+from ..lab.sweep import check_complete, sweep
 from ..lab.runs import Run, finish_run, list_runs, runs_in, runs_root, start_run
 from ..ddpm import train as ddpm
 from ..ddpm.model import DenoisingLoss, draw_batch, fixed_batches
@@ -228,9 +228,7 @@ def main(
                  budget=g.budget, samples=g.samples)
     record_noise(g.name, folders[0], g.draws)
     print(leaderboard(g.name).round(4).to_string())
-    if missing := (done.state != 'finished').sum():
-        sys.exit(f"{missing} of {len(done)} cells have no result; see the logs in "
-                 f"{runs_root()/'sweeps'/g.name}")
+    check_complete(done, g.name)
 
 # %% ../../nbs/bench/50_maskpro.ipynb #ccef526a
 def records(

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .maskpro import leaderboard, records
 from ..data.text import Windows, load_text
-from ..lab.sweep import sweep
-from ..lab.runs import Run, find_run, finish_run, runs_root, start_run
+from ..lab.sweep import check_complete, sweep
+from ..lab.runs import Run, find_run, finish_run, start_run
 from ..lm.model import EnigmaForCausalLM
 from ..maskpro.estimators import METHODS
 from ..maskpro.learn import batch_seed, learn_masks
@@ -144,9 +144,7 @@ def main(
                      batch_size=g.batch_size, windows=g.windows, max_chars=g.max_chars,
                      model=str(find_run(g.model).path))
         print(leaderboard(name, 'lm_trial').round(4).to_string())
-        if missing := (done.state != 'finished').sum():
-            sys.exit(f"{missing} of {len(done)} cells have no result; see the logs in "
-                     f"{runs_root()/'sweeps'/name}")
+        check_complete(done, name)
         if gap_intervals(name) >= 10: return
 
 # %% ../../nbs/bench/52_maskpro_lm.ipynb #8c0cb6e6

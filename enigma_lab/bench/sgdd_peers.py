@@ -20,7 +20,7 @@ from torch import Tensor
 from ..lab.stats import half_width, paired_differences
 from .timing import UpdateClock, alternate, busy, look_at_load
 from ..data.sentences import load_sentences
-from ..lab.sweep import finished_run, sweep, trial_name
+from ..lab.sweep import check_complete, finished_run, sweep, trial_name
 from ..lab.runs import Run, finish_run, runs_root, start_run
 from ..lab.checkpoint import save_model
 from ..lab.trainer import fit
@@ -151,8 +151,7 @@ def swept(
     "Train what is missing of a sweep, and return its records."
     table = sweep('enigma_lab.bench.sgdd_peers:reader', cells, name, parallel, show=show, **fixed)
     folder = runs_root()/'sweeps'/name
-    if missing := int((table.state != 'finished').sum()):
-        sys.exit(f"{missing} of {len(table)} cells have no result; see the logs in {folder}")
+    check_complete(table, name)
     return [finished_run(folder/'reader', trial_name({**fixed, **cell}, list(cell)))
             for cell in cells]
 

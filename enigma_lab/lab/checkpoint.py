@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIGESTS', 'file_digests', 'damaged_files', 'forget_place', 'Sealer', 'check_finite', 'KeepBest', 'last_checkpoint',
-           'digest_dataset', 'digest_data', 'same_training', 'check_data', 'superseded', 'check_alive', 'answers',
-           'find_finished', 'resume_from', 'check_same', 'link_folder', 'take_checkpoints', 'take_over', 'save_model']
+           'value_bytes', 'digest_dataset', 'digest_data', 'same_training', 'check_data', 'superseded', 'check_alive',
+           'answers', 'find_finished', 'resume_from', 'check_same', 'link_folder', 'take_checkpoints', 'take_over',
+           'save_model']
 
 # %% ../../nbs/lab/29_checkpoint.ipynb #fe4d925a
 import hashlib, json, math, os, shutil, warnings
@@ -122,20 +123,24 @@ def last_checkpoint(
                       stacklevel=2)
 
 # %% ../../nbs/lab/29_checkpoint.ipynb #825490be
+def value_bytes(
+    value, # a tensor, or anything with a `repr` that says what it is
+)->bytes: # with type and shape
+    "Write a value as bytes."
+    if not isinstance(value, torch.Tensor): return repr(value).encode()
+    flat = value.detach().cpu().contiguous().view(-1)
+    return f'{value.dtype}{tuple(value.shape)}'.encode() + flat.view(torch.uint8).numpy().tobytes()
+
 def digest_dataset(
-    data:Dataset, # windows
-    most:int=4096, # items that are read of a dataset without tensors, spread evenly
+    data:Dataset, # windows; what they draw they draw from torch
 )->str: # sha256, hexadecimal
-    "Return a digest of what a dataset holds: of its tensors, or of its items."
+    "Return a digest of all items of a dataset, as they are given to a model."
     total = hashlib.sha256(str(len(data)).encode())
-    add = lambda name, t: total.update(f'{name}{t.dtype}{tuple(t.shape)}'.encode()
-                                       + t.detach().cpu().contiguous().view(-1).view(torch.uint8)
-                                       .numpy().tobytes())
-    held = {k: v for k, v in sorted(getattr(data, '__dict__', {}).items())
-            if isinstance(v, torch.Tensor)}
-    for name, tensor in held.items(): add(name, tensor)
-    for i in range(0, 0 if held else len(data), max(1, len(data) // most)):
-        for name, value in sorted(data[i].items()): add(name, torch.as_tensor(value))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for i in range(len(data)):
+            for name, value in sorted(data[i].items()):
+                total.update(name.encode() + value_bytes(value))
     return total.hexdigest()
 
 def digest_data(
@@ -225,17 +230,18 @@ def resume_from(
         found = [run for run in runs if not run.finished and run.name not in old
                  and not same_training(config, run)]
         for run in found: check_alive(run)
-        found = [run for run in found if last_checkpoint(run)]
-        return (found[-1], last_checkpoint(found[-1])) if found else None
+        candidates = ((run, last_checkpoint(run)) for run in reversed(found))
+        return next((pair for pair in candidates if pair[1]), None)
     run = find_run(config.resume)
     check_same(config, run)
     if run.finished: return None
     check_alive(run)
-    if last_checkpoint(run) is None:
+    checkpoint = last_checkpoint(run)
+    if checkpoint is None:
         raise FileNotFoundError(
             f"resuming needs a complete checkpoint, got none in {run.path/'checkpoints'}; start a "
             "new run")
-    return run, last_checkpoint(run)
+    return run, checkpoint
 
 # %% ../../nbs/lab/29_checkpoint.ipynb #bf60e1d1
 def check_same(
@@ -289,6 +295,7 @@ def take_over(
         for row in rows:
             run.log(**row)
         run.log(resumed_from=old.name, step=step)
+    if world_size() > 1: torch.distributed.barrier() # the others look for what was linked
     return rows[-1]['wall_s'] if rows else 0.
 
 # %% ../../nbs/lab/29_checkpoint.ipynb #411a7693

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['trials', 'trial_name', 'task_name', 'task_command', 'check_task', 'locked', 'finished_run', 'run_here', 'run_trial',
-           'slot_settings', 'run_missing', 'sweep', 'sweep_table']
+           'slot_settings', 'run_missing', 'sweep', 'sweep_table', 'check_complete']
 
 # %% ../../nbs/lab/21_sweep.ipynb #0166af8b
 import hashlib, json, os, subprocess, sys, time, traceback
@@ -226,3 +226,14 @@ def sweep_table(
     table = pd.DataFrame(rows)
     table.to_csv(folder.parent/'table.csv', index=False)
     return table
+
+# %% ../../nbs/lab/21_sweep.ipynb #3ea6d3d3
+def check_complete(
+    table, # of `sweep`
+    name:str, # of the sweep
+):
+    "End the program, and say where to look, unless every trial has a result."
+    missing = int((table.state != 'finished').sum())
+    if missing:
+        sys.exit(f"{missing} of {len(table)} cells have no result; see the logs in "
+                 f"{runs_root()/'sweeps'/name}")
