@@ -4,20 +4,25 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line',
-           'explain', 'main', 'find_notebook', 'train', 'tokenizer', 'showcase', 'find_model', 'load_model', 'generate',
-           'questions', 'chat', 'decoder_scores', 'sgdd', 'run_presets', 'print_look', 'maskpro', 'certify',
-           'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json',
-           'print_runs', 'runs', 'docs', 'bench_names', 'bench']
+           'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train',
+           'tokenizer', 'showcase', 'find_model', 'load_model', 'generate', 'questions', 'chat', 'decoder_scores',
+           'sgdd', 'run_presets', 'print_look', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table',
+           'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs',
+           'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
-import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, sys, time
+import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
+import sys, time
 from pathlib import Path
 from typing import Literal, get_args
 
 from fastcore.docments import docments
 
 import enigma_lab
-from .lab.notebooks import checkout_of, notebook_parameters, papermill_command
+from enigma_lab.lab.notebooks import (
+    check_parameters, check_values, checkout_of, notebook_parameters, papermill_command,
+    start_detached)
+from .lab.papermill_plugin import run_folder, shown_path
 from .lab.runs import checkout, read_json
 
 # %% ../nbs/cli.ipynb #1060dbcf
@@ -139,23 +144,59 @@ def find_notebook(
                      f"there are [{', '.join(known)}]")
 
 # %% ../nbs/cli.ipynb #5242fca1
+def papermill_options(
+    given:dict[str,str], # its parameters, as typed
+)->list[str]: # papermill's words
+    "Write settings as papermill takes them; a table is read by its setting."
+    return [word for name, value in given.items()
+            for word in ('-r' if value[:1] in ('{', '[') else '-p', name, value)]
+
+def read_settings(
+    notebook:Path, # of a checkout
+    settings:tuple[str,...], # name=value
+)->dict[str,str]: # name -> value
+    "Divide settings as they are typed. Raise ValueError for one without `=`."
+    for setting in settings:
+        if '=' not in setting:
+            raise ValueError(f"a setting is written name=value, got {setting}; "
+                             f"{notebook.name} has [{', '.join(notebook_parameters(notebook))}]")
+    return dict(setting.split('=', 1) for setting in settings)
+
+# %% ../nbs/cli.ipynb #04f6d249
+def detach_training(
+    notebook:Path, # of a checkout
+    given:dict[str,str], # its parameters, as typed
+)->str: # where it is, and how it is followed and ended
+    "Check a training's parameters, and start it apart from this terminal."
+    check_parameters(notebook, given)
+    command = papermill_command(notebook, papermill_options(given))
+    check_values(notebook, given)
+    run_dir = run_folder(notebook, given.get('note', ''))
+    pid = start_detached(command, run_dir/'log.txt', ENIGMA_RUN_DIR=str(run_dir))
+    log, name = shown_path(run_dir/'log.txt'), f'{run_dir.parent.name}/{run_dir.name}'
+    ways = {f'enigma-lab runs {name}': 'shows how far it is', f'tail -f {log}': 'follows it',
+            f'kill {pid}': 'ends it with a checkpoint; resume=auto goes on'}
+    if os.name == 'nt': ways = {f'Get-Content -Wait {log}': 'follows it', f'taskkill /T /F /PID {pid}':
+                                'ends it; resume=auto goes on from the newest checkpoint'}
+    widest = max(map(len, ways))
+    return '\n'.join([f'this run is recorded in {shown_path(run_dir)}',
+                      f'it goes on without this terminal, as process {pid}',
+                      *(f'  {way:{widest}}  {what}' for way, what in ways.items())])
+
 @command('apps')
 def train(
     notebook:str, # a name such as train_enigma, or a path
     *settings:str, # its parameters, as name=value
+    detach:bool=False, # go on when this terminal closes; the record gets a log.txt
 ):
     "Run a training notebook; the record goes to runs/."
     path = find_notebook(notebook)
-    options = []
-    for setting in settings:
-        name, equals, value = setting.partition('=')
-        if not equals:
-            raise ValueError(f"a setting is written name=value, got {setting}; "
-                             f"{path.name} has [{', '.join(notebook_parameters(path))}]")
-        # a table is read by its setting
-        options += ['-r' if value[:1] in '{[' else '-p', name, value]
-    words = papermill_command(path, options)
+    given = read_settings(path, settings)
+    if detach: return print(detach_training(path, given))
+    words = papermill_command(path, papermill_options(given))
     sys.stdout.flush()
+    # Windows only imitates the replacing: the prompt would return at once
+    if os.name == 'nt': sys.exit(subprocess.call(words))
     os.execv(words[0], words)
 
 # %% ../nbs/cli.ipynb #db3ac7d3

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'NO_RUN', 'read_command_line', 'given_parameters', 'given_note', 'given_values', 'is_papermill', 'our_run',
-           'run_folder', 'watch', 'default_output']
+           'run_folder', 'watch', 'output_path', 'copy_notebook', 'shown_path', 'pass_signals', 'default_output']
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #695d1b92
-import atexit, base64, os, sys, threading
+import atexit, base64, os, shutil, signal, sys, threading
 from pathlib import Path
 
-from .notebooks import check_parameters, checkout_of
-from .runs import new_run_dir
+from .notebooks import check_parameters, checkout_of, notebook_parameters
+from .runs import Run, new_run_dir
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #9cfa073e
 OPTIONS = {
@@ -85,25 +85,26 @@ def our_run(
     argv:list[str], # sys.argv
     orig_argv:list[str], # sys.orig_argv
 )->tuple[Path,dict]|None: # the notebook and papermill's options; `None`: leave it to papermill
-    "Find the run of one of our notebooks that a command line asks for without saying where to."
+    "Find the run of one of our notebooks that a command line asks for."
     try:
         if not is_papermill(argv, orig_argv): return None
         options = read_command_line(argv[1:])
-        notebook, = map(Path, options['paths'])
-        return (notebook, options) if checkout_of(notebook) and not any(options[name]
-            for name in NO_RUN) else None
+        notebook, *output = map(Path, options['paths'])
+        if not checkout_of(notebook) or any(options[name] for name in NO_RUN): return None
+        known = len(output) <= 1 and (not output or notebook_parameters(notebook))
+        return (notebook, options) if known else None
     except Exception: return None
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #07878df3
 def run_folder(
     notebook:Path, # one of ours
     note:str='', # appended to a new folder's name
-)->Path: # an empty folder
+)->Path: # an empty folder, but for a log
     "Choose the folder of this run: the one prepared in `ENIGMA_RUN_DIR`, else a new one."
     os.environ['ENIGMA_RUNS'] = os.environ.get('ENIGMA_RUNS') or str(checkout_of(notebook)/'runs')
     given = Path(os.environ.get('ENIGMA_RUN_DIR', ''))
-    if given.parent.name == notebook.stem and given.is_dir() and not any(given.iterdir()):
-        return given.resolve()
+    if given.parent.name == notebook.stem and given.is_dir():
+        if {path.name for path in given.iterdir()} <= {'log.txt'}: return given.resolve()
     return new_run_dir(notebook.stem, note)
 
 def watch(
@@ -115,6 +116,47 @@ def watch(
     thread = threading.Thread(target=follow, args=(run_dir, sys.stderr, stop), daemon=True)
     thread.start()
     atexit.register(lambda: (stop.set(), thread.join(2)))
+
+# %% ../../nbs/lab/42_papermill_plugin.ipynb #1b27bd9f
+def output_path(
+    options:dict, # from `read_command_line`
+)->Path|None: # `None`: none is given
+    "Read where a command line wants the executed notebook; `{seed}` is the parameter's value."
+    if len(options['paths']) < 2: return None
+    given = options['paths'][1]
+    try: return Path(given.format(**dict(given_values(options))))
+    except (KeyError, IndexError, ValueError): return Path(given)
+
+def copy_notebook(
+    output:Path, # the executed notebook, where the command line wanted it
+    run_dir:Path, # the record
+):
+    "Copy an executed notebook into the record; a record that was never begun is removed."
+    if not (run_dir/'config.json').is_file():
+        if run_dir.is_dir() and not any(run_dir.iterdir()): run_dir.rmdir()
+    elif output.is_file(): shutil.copy2(output, run_dir/output.name)
+
+def shown_path(
+    path:Path, # absolute
+)->Path: # shorter where that is possible
+    "Write a path as seen from here."
+    return path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path
+
+# %% ../../nbs/lab/42_papermill_plugin.ipynb #a59771fe
+def pass_signals(
+    run_dir:Path, # a run's folder
+):
+    "Pass the first signal that ends a run on to the process that trains."
+    if os.name == 'nt' or threading.current_thread() is not threading.main_thread(): return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {s: handler for s, handler in before.items() if handler is not signal.SIG_IGN}
+    def heard(number, frame):
+        for s, handler in before.items(): signal.signal(s, handler)
+        run = Run(run_dir)
+        trains = not run.finished and run.env.get('pid')
+        try: os.kill(trains or os.getpid(), number)
+        except ProcessLookupError: os.kill(os.getpid(), number)
+    for s in before: signal.signal(s, heard)
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #0405de7b
 def default_output():
@@ -130,12 +172,13 @@ def default_output():
         sys.exit(2)
     except Exception: return
     os.environ['ENIGMA_RUN_DIR'] = str(run_dir)
-    sys.argv.append(str(run_dir/notebook.name))
-    shown = run_dir.relative_to(Path.cwd()) if Path.cwd() in run_dir.parents else run_dir
-    print(f'enigma-lab: this run is recorded in {shown}', file=sys.stderr)
+    if output := output_path(options): atexit.register(copy_notebook, output, run_dir)
+    else: sys.argv.append(str(run_dir/notebook.name))
+    print(f'enigma-lab: this run is recorded in {shown_path(run_dir)}', file=sys.stderr)
     if options['progress_bar'] is None and not sys.stderr.isatty():
         sys.argv.insert(1, '--no-progress-bar')
     if options['progress_bar'] is not False: watch(run_dir)
+    pass_signals(run_dir)
 
 # %% ../../nbs/lab/42_papermill_plugin.ipynb #56ccfa6c
 def __getattr__(name):
