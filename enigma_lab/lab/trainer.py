@@ -226,12 +226,14 @@ def listening(
     "Listen for signals in the main thread; their handlers come back at the first, or at the end."
     if threading.current_thread() is not threading.main_thread(): return (yield)
     before = {s: signal.getsignal(s) for s in STOPPING}
+    # what is ignored stays so: `nohup` ignores SIGHUP
+    before = {s: handler for s, handler in before.items() if handler is not signal.SIG_IGN}
     def restore():
         for s, handler in before.items(): signal.signal(s, handler)
     def heard(number, frame):
         stop.number = number
         restore()
-    for s in STOPPING: signal.signal(s, heard)
+    for s in before: signal.signal(s, heard)
     try: yield
     finally: restore()
 
