@@ -176,8 +176,9 @@ def detach_training(
     log, name = shown_path(run_dir/'log.txt'), f'{run_dir.parent.name}/{run_dir.name}'
     ways = {f'enigma-lab runs {name}': 'shows how far it is', f'tail -f {log}': 'follows it',
             f'kill {pid}': 'ends it with a checkpoint; resume=auto goes on'}
-    if os.name == 'nt': ways = {f'Get-Content -Wait {log}': 'follows it', f'taskkill /T /F /PID {pid}':
-                                'ends it; resume=auto goes on from the newest checkpoint'}
+    if os.name == 'nt':
+        ways = {f'Get-Content -Wait {log}': 'follows it', f'taskkill /T /F /PID {pid}':
+                'ends it; resume=auto goes on from the newest checkpoint'}
     widest = max(map(len, ways))
     return '\n'.join([f'this run is recorded in {shown_path(run_dir)}',
                       f'it goes on without this terminal, as process {pid}',

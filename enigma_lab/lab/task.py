@@ -17,8 +17,7 @@ from pathlib import Path
 from .checkpoint import check_data, digest_data, find_finished, resume_from
 from .config import TrainingConfig
 from .launch import launch, rank
-from .progress import Measure, measure_of, peak_mib
-from .progress import print_evaluation, watched
+from .progress import Measure, followed, measure_of, peak_mib, watched
 from .runs import Run, finish_run, headlines, start_run
 from .settings import Settings, make_settings, write_settings
 from .trainer import Stopped, check_measure, fit
@@ -163,8 +162,8 @@ def main(
     "Train from a command line; print each evaluation and the result."
     program = f"python -m {task.address.partition(':')[0]}"
     try:
-        run = run_task(task, read_arguments(task.settings, program, arguments),
-                       show=print_evaluation)
+        config = read_arguments(task.settings, program, arguments)
+        with followed(task.name, sys.stdout): run = run_task(task, config)
     except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')
     except RuntimeError as e: sys.exit(str(e)) # of a process that was launched
     except Stopped as stopped:
