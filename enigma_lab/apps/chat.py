@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 
 from .widget import keep_keys
+from ..lab.system import lock_file
 
 # %% ../../nbs/apps/10_chat.ipynb #9cf40347
 @dataclass
@@ -75,11 +76,9 @@ def lock(
     name:str, # name of the conversation, for the message
 ):
     "Lock a file until it is closed. Raises ValueError if another chat has it open."
-    import fcntl
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock_file(file):
         raise ValueError(f"a conversation is open in one chat at a time, and {name} is open in "
-            "another; press Clear there, or restart its kernel, and open it again") from None
+            "another; press Clear there, or restart its kernel, and open it again")
 
 def chats_folder()->Path: # folder of the conversations' files
     "Return the folder where conversations are kept."

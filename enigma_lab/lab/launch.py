@@ -90,7 +90,8 @@ def quiet(
 def same_signals():
     "Give signals back their handlers: the launcher puts its own in their place."
     if threading.current_thread() is not threading.main_thread(): return (yield)
-    signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
+    names = 'SIGTERM', 'SIGINT', 'SIGHUP', 'SIGQUIT' # the last two are not Windows'
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {s: signal.getsignal(s) for s in signals}
     try: yield
     finally:

@@ -8,7 +8,7 @@ __all__ = ['WORDS', 'Measure', 'measure_of', 'clock', 'newest_state', 'seconds_l
            'followed', 'draw_history', 'evaluation_text', 'LiveCurve', 'watched', 'peak_mib', 'cost_card']
 
 # %% ../../nbs/lab/28_progress.ipynb #23bd4624
-import json, math, os, resource, shutil, sys, threading, time
+import json, math, os, shutil, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from .config import TrainingConfig, count_steps
 from .launch import rank
 from .runs import Run, read_json, runs_root
+from .system import peak_memory
 
 # %% ../../nbs/lab/28_progress.ipynb #5e4df4f5
 @dataclass(frozen=True)
@@ -286,8 +287,7 @@ def peak_mib()->float: # of this process since its start (CPU) or of the device
     "Measure the largest memory used so far, in MiB."
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == 'darwin' else 2**10)
+    return peak_memory()
 
 # %% ../../nbs/lab/28_progress.ipynb #54cdba2c
 def cost_card(

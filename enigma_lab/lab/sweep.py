@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from .runs import Run, pack_sweep, runs_in, runs_root, slug
+from .system import process_exists
 
 # %% ../../nbs/lab/21_sweep.ipynb #c4ce6216
 def trials(
@@ -92,7 +93,7 @@ def locked(
     lock = folder/'lock'
     folder.mkdir(parents=True, exist_ok=True)
     holder = lock.read_text() if lock.is_file() else ''
-    if holder.isdigit() and Path(f'/proc/{holder}').exists():
+    if holder.isdigit() and process_exists(int(holder)):
         raise RuntimeError("one sweep at a time may write to a folder, and process "
             f"{holder} holds {folder}; wait for it, or give another name")
     lock.write_text(str(os.getpid()))
