@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from .text import Corpus, digest, encode_texts, hub_rows, read_rows, suffixes
+from .text import Corpus, digest, hub_rows, read_rows, suffixes
+from .windows import encode_texts
 
 # %% ../../nbs/data/30_instruct.ipynb #14764bf3
 ROLES = dict(system='system', user='user', human='user', assistant='assistant', gpt='assistant')
