@@ -9,7 +9,7 @@ __all__ = ['readers', 'suffixes', 'docstrings', 'builtin_documents', 'read_bytes
            'split_documents', 'Corpus', 'up_to', 'load_text', 'keep_splits']
 
 # %% ../../nbs/data/10_text.ipynb #dce0d7de
-import ast, bz2, csv, gzip, hashlib, io, json, lzma, os, re, sys, sysconfig, time
+import ast, bz2, csv, gzip, hashlib, io, json, lzma, re, sys, sysconfig, time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
