@@ -8,8 +8,9 @@ __all__ = ['HARMLESS', 'REMEDIES', 'MAGIC', 'PACKED', 'MARKS', 'GUESSED', 'TEXTS
            'read_bytes', 'guess_encoding', 'decode', 'as_text', 'text_lines', 'column_names', 'is_number', 'cell_rows',
            'as_row', 'csv_rows', 'tsv_rows', 'json_row', 'parse_line', 'inner_rows', 'json_rows', 'jsonl_rows',
            'starts_whole', 'json_values', 'parquet_rows', 'text_rows', 'find_reader', 'file_rows', 'read_rows',
-           'part_of', 'plain_suffix', 'walk', 'folder_files', 'Source', 'hub_parts', 'reaching', 'hub_rows',
-           'as_values', 'memory_rows', 'open_files', 'open_path', 'load_saved', 'open_parts', 'guarded', 'open_source']
+           'part_of', 'plain_suffix', 'walk', 'folder_files', 'Source', 'hub_parts', 'reaching', 'text_fault',
+           'hub_rows', 'as_values', 'memory_rows', 'open_files', 'open_path', 'load_saved', 'open_parts', 'guarded',
+           'open_source']
 
 # %% ../../nbs/data/08_tables.ipynb #19e9ff40
 import bz2, csv, gzip, io, json, logging, lzma, os, re
@@ -586,6 +587,16 @@ class reaching:
         raise ConnectionError("data must be 'auto', 'tasks', a file, a folder, or a dataset the "
                               f"hub can deliver, got {self.name!r}: {kind.__name__}: "
                               f"{str(e)[:200]}") from e
+
+# %% ../../nbs/data/08_tables.ipynb #8e3b155f
+def text_fault(
+    value, # what should be a text
+)->Fault|None: # `None`: it is one
+    "Find what keeps a value from being a text."
+    if not isinstance(value, str): return Fault('text that is no string', type(value).__name__)
+    if '\0' in value: return Fault('a zero character', f'at {value.index(chr(0))}')
+    half = None if value.isascii() else re.search('[\ud800-\udfff]', value)
+    return Fault('half of a surrogate pair', f'at {half.start()}') if half else None
 
 # %% ../../nbs/data/08_tables.ipynb #b2a32a28
 def hub_rows(
