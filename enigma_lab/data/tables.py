@@ -10,7 +10,7 @@ __all__ = ['HARMLESS', 'REMEDIES', 'MAGIC', 'PACKED', 'MARKS', 'GUESSED', 'TEXTS
            'starts_whole', 'json_values', 'parquet_rows', 'text_rows', 'find_reader', 'file_rows', 'read_rows',
            'part_of', 'plain_suffix', 'walk', 'folder_files', 'Source', 'hub_parts', 'reaching', 'text_fault',
            'hub_rows', 'as_values', 'memory_rows', 'open_files', 'open_path', 'load_saved', 'open_parts', 'guarded',
-           'open_source']
+           'open_source', 'keep_parts', 'close', 'rows_of']
 
 # %% ../../nbs/data/08_tables.ipynb #19e9ff40
 import bz2, csv, gzip, io, json, logging, lzma, os, re
@@ -271,7 +271,7 @@ def cell_rows(
         try: cells = next(table)
         except StopIteration: return
         except csv.Error as e: cells = Fault('broken quotes', str(e), table.line_num - begin + 1)
-        if cells: yield begin, cells
+        if cells and not (len(cells) == 1 and cells[0].isspace()): yield begin, cells
 
 # %% ../../nbs/data/08_tables.ipynb #b407ab52
 def as_row(
@@ -383,18 +383,18 @@ def jsonl_rows(
     first = next(lines, None)
     if first is None: return
     alone, second = parse_line(first[1]), next(lines, None)
-    if second is None and text.lstrip()[0] == '[': yield from json_rows(text, name)
-    elif isinstance(alone, Fault) and second and starts_whole(text): yield from json_values(text, name)
+    if isinstance(alone, Fault) and starts_whole(text): yield from json_values(text, name)
+    elif isinstance(alone, Fault) and second is None: yield from json_rows(text, name)
     else:
         for i, line in chain([first], [second] if second else [], lines):
             yield f'line {i}', parse_line(line)
 
 # %% ../../nbs/data/08_tables.ipynb #0eab6265
 def starts_whole(
-    text:str, # which begins with JSON that is longer than a line
-)->bool: # True: a whole value stands at its beginning
+    text:str, # whose first line alone is no row
+)->bool: # True: a value stands at its beginning, and ends where it will
     "Check whether a text begins with a value of JSON."
-    try: return isinstance(_json.raw_decode(text, len(text) - len(text.lstrip()))[0], (dict, list))
+    try: return bool(_json.raw_decode(text, len(text) - len(text.lstrip())))
     except (ValueError, RecursionError): return False
 
 def json_values(
@@ -694,7 +694,10 @@ def open_parts(
     counts, tables = {part: Count() for part in known.values()}, {}
     for key, part in known.items():
         rows = parts[key]
-        if isinstance(rows, (str, Path)): table = file_rows(rows, encoding, counts[part])
+        if isinstance(rows, (str, Path)):
+            if not Path(rows).is_file():
+                raise FileNotFoundError(f"a part must be rows or an existing file, got {str(rows)!r}")
+            table = file_rows(rows, encoding, counts[part])
         else: table = memory_rows(guarded(as_values(rows), name, endless), key or name)
         tables.setdefault(part, []).append(table)
     if left := [key for key in parts if key not in known]:
@@ -731,3 +734,47 @@ def open_source(
     source = open_parts({'': data}, kind)
     source.endless = endless
     return source
+
+# %% ../../nbs/data/08_tables.ipynb #e02ccea6
+def keep_parts(
+    parts:dict[str,list], # the source's own, among them 'train'
+    count:Count, # of train
+    split, # a function that cuts a list into 'train', 'validation', 'test'
+    key=lambda item: item, # what must not be in two parts
+)->dict[str,list]: # 'train', 'validation', 'test'
+    "Keep held-out parts, drop from train what they hold, cut missing ones from train."
+    if 'train' not in parts:
+        raise ValueError(f"a dataset with splits needs one called 'train', got {sorted(parts)}")
+    own = {part: items for part, items in parts.items() if part != 'train'}
+    held = {key(item) for items in own.values() for item in items}
+    train = [item for item in parts['train'] if key(item) not in held]
+    if lost := len(parts['train']) - len(train): count.drop('in another part', rows=lost)
+    missing = [part for part in ('validation', 'test') if part not in own]
+    if missing and train:
+        cut = split(train)
+        gone = {key(item) for part in missing for item in cut[part]}
+        count.notes.append(f"{' and '.join(missing)} cut from train")
+        train = ([item for item in train if key(item) not in gone] if len(train) > 1
+                 else [*cut['train'], *(item for part in own for item in cut[part])])
+        own |= {part: cut[part] for part in missing}
+    return dict(dict(validation=[], test=[]), train=train, **own)
+
+def close(
+    source:Source, # whose rows have been read
+    most:float=.01, # share of faulty rows that is accepted
+)->Count: # of all parts
+    "Check the counts of a source, say what a reader should know, and add up."
+    for count in source.counts.values(): check(count, source.name, most)
+    total = merge(source.counts.values())
+    say(source.name, total)
+    return total
+
+def rows_of(
+    data, # any source
+)->list[dict]: # of all parts
+    "Read the rows of any source; raise a ValueError if too many are faulty."
+    source = open_source(data)
+    rows = [row for part, tables in source.parts.items() for table in tables
+            for _, row in sift(table, source.counts[part])]
+    close(source)
+    return rows
