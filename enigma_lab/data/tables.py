@@ -181,10 +181,10 @@ def guess_encoding(
     try: from charset_normalizer import from_bytes
     except ImportError: return '', []
     found = from_bytes(data[:data.rfind(b'\n', 0, 1_000_000) + 1 or 1_000_000])
-    names = [name for match in list(found)[:3] for name in match.could_be_from_charset]
-    first = next((name for name in GUESSED if found and name in found[0].could_be_from_charset), '')
-    enough = sum(byte > 127 for byte in data[:10_000]) >= 64
-    return (first if enough and found[0].chaos == 0 else ''), names[:4]
+    fits = [match.could_be_from_charset for match in found]
+    first = next((name for name in GUESSED if fits and name in fits[0]), '')
+    sure = fits and found[0].chaos == 0 and sum(byte > 127 for byte in data[:10_000]) >= 64
+    return (first if sure else ''), [name for names in fits[:3] for name in names][:4]
 
 def decode(
     data:bytes, # of a text file
@@ -383,7 +383,8 @@ def jsonl_rows(
     first = next(lines, None)
     if first is None: return
     alone, second = parse_line(first[1]), next(lines, None)
-    if isinstance(alone, Fault) and starts_whole(text): yield from json_values(text, name)
+    broken = isinstance(alone, Fault) and alone.reason == 'no JSON'
+    if broken and starts_whole(text): yield from json_values(text, name)
     elif isinstance(alone, Fault) and second is None: yield from json_rows(text, name)
     else:
         for i, line in chain([first], [second] if second else [], lines):
@@ -544,7 +545,9 @@ def folder_files(
                                 f"got none in {path}")
     found = {}
     for f in data: found.setdefault(part_of(f.relative_to(path)), []).append(f)
-    if 'train' in found and '' in found: data = [f for f in data if f not in found.pop('')]
+    if 'train' in found and '' in found:
+        unsaid = found.pop('')
+        data = [f for f in data if f not in unsaid]
     elif '' in found and len(found) > 1: found['train'] = found.pop('')
     if left := Counter(plain_suffix(f) or f.name for f in every if f not in {*data}):
         words = ', '.join(f'{n} × {name}' for name, n in left.items())
