@@ -350,7 +350,7 @@ def test_files_without_a_part(tmp_path):
     for name, texts in zip(('train', 'val', 'test'), parts): write(tmp_path/'a'/f'{name}.jsonl', jsonl(as_rows(texts)))
     write(tmp_path/'a'/'vocab.txt', 'a\nb\n')
     corpus = load_text(tmp_path/'a')
-    assert corpus.train == parts[0] and 'files left out: 1 × .txt' in corpus.card()['data_notes']
+    assert corpus.train == parts[0] and 'files left out, for their names say no part: vocab.txt' in corpus.card()['data_notes']
     write(tmp_path/'b'/'corpus.jsonl', jsonl(as_rows(parts[0])))
     write(tmp_path/'b'/'test.jsonl', jsonl(as_rows(parts[2])))
     assert load_text(tmp_path/'b')._test == parts[2]

@@ -31,7 +31,8 @@ def _said(row): # [(role, content)]
         if not hasattr(turns, '__iter__') or isinstance(turns, (str, dict)):
             raise ValueError(f"messages must be a list, got {type(turns).__name__}")
         if any(not isinstance(m, dict) or not {'role', 'from'} & m.keys() for m in turns):
-            raise ValueError(f"a message needs role and content, or from and value, got {turns[:1]}")
+            raise ValueError("a message needs role and content, or from and value, got "
+                             f"{list(turns)[:1]}")
         return [(m.get('role', m.get('from')), m.get('content', m.get('value'))) for m in turns]
     if {'instruction', 'output'} <= row.keys():
         asked = [part for part in (row['instruction'], row.get('input')) if part]
@@ -161,6 +162,7 @@ def load_chats(
                         dropped['duplicate'], unanswered, rows=rows)
     return corpus if isinstance(data, (str, Path)) else name_by_content(corpus)
 
+# %% ../../nbs/data/30_instruct.ipynb #7a1fb6aa
 def task_chats(
     max_chats:int|None=None, # rows of each family in train; `None`: 400
 )->ChatCorpus: # in three parts

@@ -98,9 +98,10 @@ def read_pairs(
         try: pair = as_pair(row)
         except ValueError as e: drop_fault(count, Fault('no pair of columns', str(e)), where)
         else:
-            copy = part in ('', 'train') and (pair in seen or pair is not None and pair[::-1] in seen)
+            # a held-out part stays as it is
+            copies = {pair, pair[::-1]} & seen if pair and part in ('', 'train') else set()
             if pair is None: count.drop('no pair', where)
-            elif copy: count.drop('duplicate', where)
+            elif copies: count.drop('duplicate', where)
             else:
                 seen.add(pair)
                 pairs.append(pair)
@@ -147,6 +148,7 @@ def load_pairs(
                         rows.dropped['duplicate'], rows.dropped['no pair'], rows=rows)
     return corpus if isinstance(data, (str, Path)) else name_by_content(corpus)
 
+# %% ../../nbs/data/40_pairs.ipynb #e972c004
 def first_pairs(
     parts:dict[str,list], # 'train', 'validation', 'test'
     most:int, # pairs of train; 0: all

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HARMLESS', 'REMEDIES', 'MAGIC', 'PACKED', 'MARKS', 'GUESSED', 'TEXTS', 'readers', 'suffixes', 'REFUSED', 'PARTS',
            'ABOUT', 'Fault', 'Count', 'sift', 'drop_fault', 'check', 'remedies', 'merge', 'say', 'unpack_zst',
-           'read_bytes', 'guess_encoding', 'decode', 'as_text', 'text_lines', 'column_names', 'is_number', 'cell_rows',
-           'as_row', 'csv_rows', 'tsv_rows', 'json_row', 'parse_line', 'inner_rows', 'json_rows', 'jsonl_rows',
-           'starts_whole', 'json_values', 'parquet_rows', 'text_rows', 'find_reader', 'file_rows', 'read_rows',
-           'part_of', 'plain_suffix', 'walk', 'folder_files', 'Source', 'hub_parts', 'reaching', 'text_fault',
-           'hub_rows', 'as_values', 'memory_rows', 'open_files', 'open_path', 'load_saved', 'open_parts', 'guarded',
-           'open_source', 'keep_parts', 'close', 'rows_of']
+           'read_bytes', 'guess_encoding', 'decode', 'as_text', 'text_lines', 'column_names', 'unlike', 'is_number',
+           'cell_rows', 'as_row', 'csv_rows', 'tsv_rows', 'json_row', 'parse_line', 'inner_rows', 'json_rows',
+           'jsonl_rows', 'starts_whole', 'json_values', 'parquet_rows', 'text_rows', 'find_reader', 'sniff',
+           'file_rows', 'read_rows', 'part_of', 'plain_suffix', 'walk', 'folder_files', 'note', 'Source', 'hub_parts',
+           'reaching', 'text_fault', 'hub_rows', 'as_values', 'memory_rows', 'open_files', 'open_path', 'load_saved',
+           'open_parts', 'guarded', 'open_source', 'keep_parts', 'close', 'rows_of']
 
 # %% ../../nbs/data/08_tables.ipynb #19e9ff40
 import bz2, csv, gzip, io, json, logging, lzma, os, re
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% ../../nbs/data/08_tables.ipynb #c3d737f7
-HARMLESS = {'empty', 'duplicate', 'in another part', 'without an answer', 'no pair', 'over the limit'}
+HARMLESS = {
+    'empty', 'duplicate', 'in another part', 'without an answer', 'no pair', 'over the limit'}
 
 class Fault(NamedTuple):
     "Hold why a row cannot be read; it stands where the row would."
@@ -30,6 +31,7 @@ class Fault(NamedTuple):
     detail:str='' # of this row
     rows:int=1 # lines that are lost with it
 
+# %% ../../nbs/data/08_tables.ipynb #6646f2fc
 @dataclass
 class Count:
     "Count rows: those read are those kept and those dropped, by reason."
@@ -79,6 +81,7 @@ def drop_fault(
     detail = f' ({fault.detail})' if fault.detail else ''
     count.drop(fault.reason, where + detail, fault.rows)
 
+# %% ../../nbs/data/08_tables.ipynb #296d56b1
 def check(
     count:Count, # of one part
     name:str, # of the source
@@ -127,6 +130,7 @@ def merge(
         total.notes += [note for note in one.notes if note not in total.notes]
     return total
 
+# %% ../../nbs/data/08_tables.ipynb #76b51a50
 def say(
     name:str, # of the source
     count:Count, # with notes
@@ -154,6 +158,7 @@ def unpack_zst(
         data = frame.unused_data
     return b''.join(found)
 
+# %% ../../nbs/data/08_tables.ipynb #965effd1
 def read_bytes(
     path:Path, # a file, plain or .gz .bz2 .xz .zst
 )->tuple[bytes,str]: # content, and the suffix without the compression's
@@ -186,6 +191,7 @@ def guess_encoding(
     sure = fits and found[0].chaos == 0 and sum(byte > 127 for byte in data[:10_000]) >= 64
     return (first if sure else ''), [name for names in fits[:3] for name in names][:4]
 
+# %% ../../nbs/data/08_tables.ipynb #070d5b7c
 def decode(
     data:bytes, # of a text file
     name:str, # of the file, for errors
@@ -195,8 +201,9 @@ def decode(
     mark = next((code for mark, code in MARKS.items() if data.startswith(mark)), None)
     code = encoding or mark or 'utf-8'
     try: return data.decode(code).removeprefix('\ufeff'), code
-    except LookupError: raise ValueError(f"encoding must be one of Python's, got {code!r}") from None
     except UnicodeDecodeError as e: wrong = e
+    except LookupError:
+        raise ValueError(f"encoding must be one of Python's, got {code!r}") from None
     guess, others = (None, []) if encoding or mark else guess_encoding(data)
     try:
         if guess: return data.decode(guess), guess
@@ -221,7 +228,8 @@ def as_text(
                          "encoding='utf-16-le'")
     if count is not None and code not in ('utf-8', 'utf-8-sig'):
         count.encodings[code] += 1
-        if code in GUESSED and code != encoding: count.notes.append(f'{name} read as {code}, a guess')
+        guessed = code in GUESSED and code != encoding
+        if guessed: count.notes.append(f'{name} read as {code}, a guess')
     return text.replace('\r\n', '\n').replace('\r', '\n') if '\r' in text else text
 
 def text_lines(
@@ -239,25 +247,33 @@ def column_names(
     cells:list[str], # the first row
     name:str, # of the file
 )->list[str]: # the same
-    "Check that a table begins with names of columns."
+    "Check that a table begins with names of columns; a column `text` is proof enough."
+    if 'text' in unlike(cells, name): return cells
     blanks = len(cells) == 1 and ' ' in cells[0].strip()
     odd = [c for c in cells if len(c) > 80 or is_number(c) or re.search(r'[{}\n]|[.!?。]$', c)]
     if odd or blanks:
         raise ValueError(f"the first line of {name} must name the columns, got "
                          f"{(odd or cells)[0][:60]!r}; add a first line such as: text")
-    if twice := [c for c, n in Counter(cells).items() if n > 1]:
+    return cells
+
+def unlike(
+    names:list[str], # of columns
+    name:str, # of the file
+)->list[str]: # the same
+    "Check that no column has the name of another, for one of them would be lost."
+    if twice := [c for c, n in Counter(names).items() if n > 1]:
         raise ValueError(f"each column needs a name of its own, got {twice} twice in line 1 of "
                          f"{name}; rename or remove one")
-    return cells
+    return names
 
 def is_number(
     text:str, # a cell
 )->bool: # True: it is one, and no text
     "Check whether a cell holds a number."
-    try: float(text)
+    try: return len(text) < 50 and float(text) is not None
     except ValueError: return False
-    return True
 
+# %% ../../nbs/data/08_tables.ipynb #d391e75d
 def cell_rows(
     lines:Iterable[str], # of a table
     delimiter:str=',', # between cells
@@ -301,6 +317,7 @@ def csv_rows(
         if names is None: names = column_names(cells, name)
         else: yield f'line {line}', as_row(names, cells)
 
+# %% ../../nbs/data/08_tables.ipynb #dbc98fc8
 def tsv_rows(
     text:str, # of a file
     name:str, # of the file, for errors
@@ -343,19 +360,20 @@ def parse_line(
     except RecursionError: return Fault('no JSON', 'too deep')
     except ValueError as e: return Fault('no JSON', str(e))
 
+# %% ../../nbs/data/08_tables.ipynb #256d07fa
 def inner_rows(
     found, # the content of a JSON file
     name:str, # of the file
 )->list: # rows
     "Find the rows in a JSON value: a list, or the one list that an object holds."
     if not isinstance(found, dict): return found if isinstance(found, list) else [found]
-    own = {'messages', 'conversations', 'text', 'instruction', 'prompt'}
-    lists = [k for k, v in found.items() if isinstance(v, list) and all(
-        isinstance(row, (dict, str)) for row in v)]
-    columns = [k for k, v in found.items() if isinstance(v, dict)]
-    if own & {*found, *columns} and not columns: return [found]
-    if len(lists) == 1 and not columns: return found[lists[0]]
-    if lists or columns:
+    names = 'text', 'messages', 'conversations', 'instruction', 'prompt'
+    if any(name in found and not isinstance(found[name], dict) for name in names): return [found]
+    kinds = (dict, str) if len(found) == 1 else dict
+    lists = [k for k, v in found.items() if isinstance(v, list)
+             and all(isinstance(row, kinds) for row in v)]
+    if len(lists) == 1: return found[lists[0]]
+    if lists or any(isinstance(v, dict) for v in found.values()):
         raise ValueError(f"an object in a .json file must hold one list of rows, got {list(found)} "
                          f"in {name}; write each list to a file of its own, rows in a list "
                          "(pandas: orient='records')")
@@ -430,12 +448,9 @@ def parquet_rows(
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"{name} must be a whole parquet file, got {str(e)[:100]}; "
                          "copy or write it again") from None
-    column_names(table.schema_arrow.names, name)
-    i = 0
-    for batch in table.iter_batches(1000):
-        for row in batch.to_pylist():
-            i += 1
-            yield f'row {i}', row
+    unlike(table.schema_arrow.names, name)
+    rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(1000))
+    for i, row in enumerate(rows, 1): yield f'row {i}', row
 
 def text_rows(
     text:str, # of a file
@@ -445,8 +460,11 @@ def text_rows(
     yield 'line 1', dict(text=text)
 
 TEXTS = '.txt', '.text', '.md', '.markdown', '.rst', '.log', '.raw', '.tokens', ''
-readers = {**dict.fromkeys(TEXTS, text_rows), '.csv': csv_rows, '.tsv': tsv_rows, '.json': json_rows,
-           '.jsonl': jsonl_rows, '.ndjson': jsonl_rows, '.parquet': parquet_rows}
+readers = {**dict.fromkeys(TEXTS, text_rows), '.csv': csv_rows, '.tsv': tsv_rows,
+           '.json': json_rows, '.jsonl': jsonl_rows, '.ndjson': jsonl_rows,
+           '.parquet': parquet_rows}
+
+# %% ../../nbs/data/08_tables.ipynb #c1f5b338
 suffixes = sorted(filter(None, readers))
 
 # %% ../../nbs/data/08_tables.ipynb #e29f8f0f
@@ -454,7 +472,8 @@ REFUSED = {
     '.arrow': 'load it with datasets.Dataset.from_file and pass the dataset',
     '.feather': 'load it with pandas.read_feather and pass the frame',
     '.xlsx': 'save the sheet as .csv', '.xls': 'save the sheet as .csv',
-    '.docx': 'save it as .txt', '.pdf': 'extract its text to .txt', '.html': 'extract its text to .txt',
+    '.docx': 'save it as .txt', '.pdf': 'extract its text to .txt',
+    '.html': 'extract its text to .txt',
     '.zip': 'unpack it', '.tar': 'unpack it', '.pkl': 'write its rows to .jsonl'}
 
 def find_reader(
@@ -463,17 +482,21 @@ def find_reader(
     name:str, # of the file, for the error
 ): # of `readers`
     "Find the reader of a file."
-    if suffix in readers and suffix or not suffix and not data.startswith((b'PAR1', b'{', b'PK\3\4')):
-        return readers[suffix]
-    if data.startswith(b'PAR1') and not suffix: return parquet_rows
-    if data.startswith(b'{') and not suffix:
-        line = data[:data.find(b'\n') + 1 or len(data)].decode('utf-8', 'replace')
-        return text_rows if isinstance(parse_line(line), Fault) else jsonl_rows
-    hint = REFUSED.get('.zip' if data.startswith(b'PK\3\4') and not suffix else suffix)
+    if not suffix: suffix = sniff(data)
+    if suffix in readers: return readers[suffix]
+    hint = REFUSED.get(suffix, 'rename it to .txt if it is text')
     raise ValueError(f"a data file must end in one of {suffixes}, perhaps compressed, or in "
-                     f"nothing, got {name}" + (f'; {hint}' if hint else '; rename it to .txt if '
-                     'it is text'))
+                     f"nothing, got {name}; {hint}")
 
+def sniff(
+    data:bytes, # content of a file without a suffix
+)->str: # the suffix that it should have; '' for text
+    "Tell by its first bytes what a file is."
+    first = data[:data.find(b'\n') + 1 or len(data)].decode('utf-8', 'replace')
+    if first.startswith('{'): return '' if isinstance(parse_line(first), Fault) else '.jsonl'
+    return {b'PAR1': '.parquet', b'PK\3\4': '.zip', b'%PDF': '.pdf'}.get(data[:4], '')
+
+# %% ../../nbs/data/08_tables.ipynb #34b74ae5
 def file_rows(
     path:str|Path, # of one of `suffixes` or without one, also .gz .bz2 .xz .zst
     encoding:str|None=None, # of text; `None`: find out
@@ -516,6 +539,7 @@ def plain_suffix(
     "Find the suffix of a file inside of its compression."
     return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
 
+# %% ../../nbs/data/08_tables.ipynb #f1c57eb5
 def walk(
     path:Path, # a folder
 )->list[Path]: # its files, in order
@@ -545,14 +569,22 @@ def folder_files(
                                 f"got none in {path}")
     found = {}
     for f in data: found.setdefault(part_of(f.relative_to(path)), []).append(f)
-    if 'train' in found and '' in found:
-        unsaid = found.pop('')
-        data = [f for f in data if f not in unsaid]
-    elif '' in found and len(found) > 1: found['train'] = found.pop('')
-    if left := Counter(plain_suffix(f) or f.name for f in every if f not in {*data}):
-        words = ', '.join(f'{n} × {name}' for name, n in left.items())
-        count.notes.append(f'files left out: {words}')
-    return found
+    unsaid = found.get('', []) if len(found) > 1 else []
+    if unsaid and 'train' in found: note(count, 'left out, for their names say no part', unsaid)
+    elif unsaid: note(count, 'taken as train', unsaid)
+    if len(found) > 1: found.setdefault('train', found.pop('', []))
+    if left := [f for f in every if f not in {*data}]: note(count, 'left out', left)
+    return {part: files for part, files in found.items() if files}
+
+def note(
+    count:Count, # of a source
+    what:str, # has happened to files
+    files:list[Path], # these
+):
+    "Note what a reader should know about files."
+    more = f' and {len(files) - 5} more' if len(files) > 5 else ''
+    names = ', '.join(f.name for f in files[:5])
+    count.notes.append(f'files {what}: {names}{more}')
 
 # %% ../../nbs/data/08_tables.ipynb #3cdb3802
 @dataclass
@@ -576,6 +608,7 @@ def hub_parts(
     with reaching(name): found = load_dataset(dataset, config or None, split=split, streaming=True)
     return dict(found.items()) if hasattr(found, 'items') else {split or '': found}
 
+# %% ../../nbs/data/08_tables.ipynb #a56a32c0
 class reaching:
     "Guard what reads from the hub: an error of the library becomes one that says what data may be."
     def __init__(self,
@@ -617,13 +650,14 @@ def as_values(
     if hasattr(rows, 'iterrows'): return rows.to_dict('records')
     if hasattr(rows, 'to_pylist'): return rows.to_pylist()
     if isinstance(rows, Mapping):
-        raise TypeError(f"a dict must hold parts, among {sorted({*PARTS.values()})}, or be a row in "
-                        f"a list, got the keys {sorted(map(str, rows))[:8]}")
+        raise TypeError(f"a dict must hold parts, among {sorted({*PARTS.values()})}, or be a row "
+                        f"in a list, got the keys {sorted(map(str, rows))[:8]}")
     if isinstance(rows, (bytes, str)) or not isinstance(rows, Iterable):
         raise TypeError("data must be a path, a dataset, an iterable of strings or rows, or a dict "
                         f"of these by part, got {type(rows).__name__}")
     return rows
 
+# %% ../../nbs/data/08_tables.ipynb #23d39054
 def memory_rows(
     rows:Iterable, # of strings, rows, conversations or pairs
     name:str, # for the place of a row
@@ -651,6 +685,7 @@ def open_files(
               for part, paths in files.items()}
     return Source(name, tables, counts)
 
+# %% ../../nbs/data/08_tables.ipynb #aec58e86
 def open_path(
     data:str, # a file, a folder, a saved dataset, or a hub id
     encoding:str|None=None, # of text; `None`: find out
@@ -672,6 +707,7 @@ def open_path(
     raise FileNotFoundError("data must be 'auto', 'tasks', an existing file or folder, or a hub "
                             f"id 'owner/name', got {data!r}")
 
+# %% ../../nbs/data/08_tables.ipynb #2905b237
 def load_saved(
     path:Path, # a folder made by datasets' save_to_disk
 )->dict: # part, or '' -> rows
@@ -699,7 +735,8 @@ def open_parts(
         rows = parts[key]
         if isinstance(rows, (str, Path)):
             if not Path(rows).is_file():
-                raise FileNotFoundError(f"a part must be rows or an existing file, got {str(rows)!r}")
+                raise FileNotFoundError("a part must be rows or an existing file, got "
+                                        f"{str(rows)!r}")
             table = file_rows(rows, encoding, counts[part])
         else: table = memory_rows(guarded(as_values(rows), name, endless), key or name)
         tables.setdefault(part, []).append(table)
@@ -707,6 +744,7 @@ def open_parts(
         next(iter(counts.values())).notes.append(f'splits left out: {left}')
     return Source(name, tables, counts, endless)
 
+# %% ../../nbs/data/08_tables.ipynb #cdbe5024
 def guarded(
     rows:Iterable, # of a dataset
     name:str, # of the source
@@ -747,7 +785,8 @@ def keep_parts(
 )->dict[str,list]: # 'train', 'validation', 'test'
     "Keep held-out parts, drop from train what they hold, cut missing ones from train."
     if 'train' not in parts:
-        raise ValueError(f"a dataset with splits needs one called 'train', got {sorted(parts)}")
+        raise ValueError(f"a dataset with splits needs one called 'train', got {sorted(parts)}; "
+                         "rename a part, or give the file itself")
     own = {part: items for part, items in parts.items() if part != 'train'}
     held = {key(item) for items in own.values() for item in items}
     train = [item for item in parts['train'] if key(item) not in held]
@@ -762,6 +801,7 @@ def keep_parts(
         own |= {part: cut[part] for part in missing}
     return dict(dict(validation=[], test=[]), train=train, **own)
 
+# %% ../../nbs/data/08_tables.ipynb #473c4b63
 def close(
     source:Source, # whose rows have been read
     most:float=.01, # share of faulty rows that is accepted

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .tables import (
     Count, Fault, PARTS, Source, check, close, drop_fault, file_rows, hub_rows, is_number,
-    keep_parts, memory_rows, open_parts, open_source, read_rows, sift, suffixes, text_fault)
+    keep_parts, memory_rows, open_parts, open_source, sift, text_fault)
 
 # %% ../../nbs/data/10_text.ipynb #6abbb369
 def docstrings(
@@ -49,13 +49,13 @@ def is_text(
     value, # a cell
 )->bool: # True: it holds more than blanks and is no number
     "Check whether a value is a text."
-    return isinstance(value, str) and bool(value.strip()) and not is_number(value)
+    return isinstance(value, str) and not is_blank(value) and not is_number(value)
 
 def is_blank(
     value, # a cell
 )->bool: # True: null, not a number, or nothing but blanks
     "Check whether a value holds nothing."
-    if isinstance(value, str): return not value.strip()
+    if isinstance(value, str): return not value or value.isspace()
     return value is None or isinstance(value, float) and value != value
 
 def peek(
@@ -103,6 +103,7 @@ def text_column(
     "Find the column of the text in a single row."
     return find_text([row], name)[0]
 
+# %% ../../nbs/data/10_text.ipynb #c01fa391
 def row_text(
     row:dict, # of a table
     column:str|None, # of the text; `None`: the row is a conversation
@@ -208,6 +209,7 @@ def drop_duplicates(
         copies += text in unique
     return list(unique), copies - len(unique)
 
+# %% ../../nbs/data/10_text.ipynb #46cb5830
 def split_text(
     text:str, # one long document
     held_out:float=.05, # share of validation and of test
@@ -265,7 +267,8 @@ class Corpus:
             sizes[f'{name}_documents'] = len(part)
             sizes[f'{name}_characters'] = sum(map(len, part))
         return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
-                    python=sys.version.split()[0], **sizes, **(self.rows.card() if self.rows else {}))
+                    python=sys.version.split()[0], **sizes,
+                    **(self.rows.card() if self.rows else {}))
 
 # %% ../../nbs/data/10_text.ipynb #86cb61fa
 def up_to(
@@ -320,7 +323,7 @@ def load_text(
     texts = {part: up_to(source_texts(source, part, column), limit) for part in source.parts}
     parts, copies = deal(texts, source.counts)
     rows = close(source, max_dropped)
-    if not all(map(len, map(''.join, parts.values()))):
+    if not all(map(any, parts.values())):
         sizes = {k: len(v) for k, v in parts.items()}
         raise ValueError("data must hold text for train, validation and test, got "
                          f"{sizes} documents in {source.name!r}; "
