@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..lab.stats import paired_differences
-from ..data.text import Windows
+from ..data.windows import Windows
 from ..lab.sweep import check_complete, sweep
 from ..lab.runs import Run, checkout, finish_run, runs_in, runs_root, start_run
 from ..lab.trainer import fit

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from .ablation import bits_per_token
 from ..lab.stats import paired_differences
-from ..data.text import Windows
+from ..data.windows import Windows
 from ..lab.sweep import check_complete, sweep
 from ..lab.runs import Run, finish_run, runs_in, runs_root, start_run
 from ..lab.trainer import fit

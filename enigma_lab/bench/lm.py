@@ -21,7 +21,7 @@ from .ablation import RATES, narrowed
 from .flops import flops_per_token, peak_flops
 from ..lab.stats import median_interval
 from .timing import UpdateClock, alternate, busy, high_water, look_at_load, once
-from ..data.text import Windows
+from ..data.windows import Windows
 from ..lab.optimizer import make_optimizer
 from ..lab.runs import Run, find_run, finish_run, start_run, write_json
 from ..lab.trainer import fit

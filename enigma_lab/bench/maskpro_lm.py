@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .maskpro import leaderboard, records
-from ..data.text import Windows, load_text
+from ..data.text import load_text
+from ..data.windows import Windows
 from ..lab.sweep import check_complete, sweep
 from ..lab.runs import Run, find_run, finish_run, start_run
 from ..lm.model import EnigmaForCausalLM

@@ -11,7 +11,7 @@ import copy, math
 import torch
 from torch import Tensor
 
-from ..data.text import encode_texts
+from ..data.windows import encode_texts
 from ..machine.rotor import condition_numbers
 
 # %% ../../nbs/lm/48_evaluate.ipynb #b62854eb

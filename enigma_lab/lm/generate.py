@@ -422,7 +422,7 @@ def encode_prompts(
     prompts:list[str], # how the texts begin; an empty one begins with the end-of-text token
 )->tuple[Tensor,Tensor]: # tokens and mask, (B, T) int64, padded on the left
     "Encode prompts for a model, after checking that the tokenizer is the model's."
-    from enigma_lab.data.text import encode_texts
+    from enigma_lab.data.windows import encode_texts
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(
             f"tokenizer and model must have the same vocabulary, got {len(tokenizer)} rows and "

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import transformers
 
-from ..data.text import Corpus, Windows, load_text
+from ..data.text import Corpus, load_text
+from ..data.windows import Windows
 from ..lab.config import TrainingConfig, check_precision
 from ..lab.runs import Run
 from ..lab.settings import Settings, make_settings

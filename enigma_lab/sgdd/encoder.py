@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..data.text import cache_dir, digest
+from ..data.text import digest
+from ..data.windows import cache_dir
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #6abe1f1b
 def dct_pool(
