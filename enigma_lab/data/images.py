@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'HUB', 'as_floats', 'as_pixels', 'stack_images', 'digit_images', 'archive_images', 'folder_images',
-           'rows_images', 'hub_images', 'read_images', 'Images', 'first_of_equals', 'split_images', 'load_images',
-           'show_images']
+           'rows_images', 'table_images', 'hub_images', 'read_images', 'Images', 'first_of_equals', 'split_images',
+           'load_images', 'count_images', 'show_images']
 
 # %% ../../nbs/data/50_images.ipynb #6b5dd526
 import hashlib, io, lzma, re, time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+
+from .tables import Count, PARTS, say
 
 # %% ../../nbs/data/50_images.ipynb #8441849f
 def as_floats(
@@ -38,24 +40,25 @@ def as_pixels(
     return pixels.permute(0, 2, 3, 1).numpy()
 
 # %% ../../nbs/data/50_images.ipynb #a66365a1
-SPLITS = dict(
-    train='train', training='train',
-    validation='validation', valid='validation', val='validation', dev='validation',
-    test='test', testing='test')
+SPLITS = PARTS
 HUB = dict(cifar10='uoft-cs/cifar10', mnist='ylecun/mnist')
 
 def stack_images(
-    images:Iterable, # of PIL, or file objects and paths it can open
+    images:Iterable, # of PIL, arrays, or file objects and paths that PIL can open
     name:str, # of the source, for the error
 )->np.ndarray: # (N, H, W, C) uint8; one channel if all are grey, else three
     "Stack images of one size into one array."
     from PIL import Image, UnidentifiedImageError
     found = []
-    for image in images:
-        try: image = image if hasattr(image, 'convert') else Image.open(image)
-        except UnidentifiedImageError as e:
-            raise ValueError(f"{name} must hold images, got {str(e)[:120]}") from None
-        found.append(image.convert('L' if image.mode in ('1', 'L') else 'RGB'))
+    for i, image in enumerate(images, 1):
+        if isinstance(image, np.ndarray): image = Image.fromarray(image)
+        try:
+            image = image if hasattr(image, 'convert') else Image.open(image)
+            found.append(image.convert('L' if image.mode in ('1', 'L') else 'RGB'))
+        except (UnidentifiedImageError, OSError, TypeError, AttributeError) as e:
+            raise ValueError(f"{name} must hold images, got {str(e)[:120]} (image {i}); mend it "
+                             "or take it out") from None
+    if not found: raise ValueError(f"{name} must hold images, got none")
     if len(sizes := sorted({i.size for i in found})) > 1:
         raise ValueError(f"all images must have one size, got {sizes[0]} and {sizes[-1]} "
                          f"(width, height) in {name}; resize them first")
@@ -117,22 +120,41 @@ def folder_images(
 
 # %% ../../nbs/data/50_images.ipynb #1aab632b
 def rows_images(
-    dataset, # of `datasets`: its parts, or rows without parts
+    dataset, # of `datasets`: its parts, or rows without parts; or any iterable, or a dict of these
     name:str, # for errors
 )->dict: # as for `archive_images`
     "Read the images of a table."
-    def columns(rows):
-        first = rows[0] if len(rows) else {}
-        image = next((c for c, v in first.items() if hasattr(v, 'convert')), None)
-        if image is None:
-            raise ValueError("a data set of images needs a column of images, got "
-                             f"{sorted(first)} in {name}")
-        known = 'label', 'labels', 'fine_label'
-        label = next((c for c in known if isinstance(first.get(c), int)), None)
-        pixels = stack_images((row[image] for row in rows), name)
-        return pixels, np.array(rows[label], dtype=np.int64) if label else None
-    if not hasattr(dataset, 'items'): return {'': columns(dataset)}
-    return {SPLITS[k]: columns(rows) for k, rows in dataset.items() if k in SPLITS}
+    if not hasattr(dataset, 'items'): return {'': table_images(dataset, name)}
+    known = {key: rows for key, rows in dataset.items() if key in SPLITS}
+    if not known:
+        raise ValueError(f"parts of images must be among {sorted({*SPLITS.values()})}, got "
+                         f"{sorted(map(str, dataset))} in {name}")
+    return {SPLITS[key]: table_images(rows, name) for key, rows in known.items()}
+
+def table_images(
+    rows:Iterable, # pictures, rows with one, or pairs of picture and label
+    name:str, # for errors
+)->tuple: # pixels (N, H, W[, C]), labels (N,) or `None`
+    "Read the images of rows."
+    if isinstance(rows, np.ndarray) and rows.dtype == np.uint8: return rows, None
+    rows = list(rows)
+    first = next(iter(rows), {})
+    is_row = isinstance(first, Mapping)
+    if isinstance(first, (tuple, list)): rows = [dict(zip(('image', 'label'), row)) for row in rows]
+    elif not is_row: rows = [dict(image=row) for row in rows]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    shows = lambda v: hasattr(v, 'convert') or not is_row and v is not None
+    image = next((c for c in columns if any(shows(row.get(c)) for row in rows)), None)
+    if image is None:
+        raise ValueError("a data set of images needs a column of images, got "
+                         f"{sorted(first) if is_row else type(first).__name__} in {name}")
+    known = [c for c in ('label', 'labels', 'fine_label') if isinstance(rows[0].get(c), int)]
+    labels = [row.get(known[0]) for row in rows] if known else []
+    if not all(isinstance(label, int) for label in labels):
+        raise ValueError(f"every image needs a label, got {labels.count(None)} of {len(rows)} "
+                         f"without one in {name}")
+    return stack_images((row.get(image) for row in rows), name), (
+        np.array(labels, dtype=np.int64) if known else None)
 
 # %% ../../nbs/data/50_images.ipynb #9049fa35
 def hub_images(
@@ -152,9 +174,12 @@ def hub_images(
 
 # %% ../../nbs/data/50_images.ipynb #64c7339e
 def read_images(
-    data:str, # 'digits', 'cifar10', 'mnist', an archive, a folder, or a hub id
+    data, # 'digits', 'cifar10', 'mnist', an archive, a folder, a hub id, or images in memory
 )->dict: # as for `archive_images`
     "Read the pixels of any source, in the order found."
+    if not isinstance(data, (str, Path)): return rows_images(data, type(data).__name__)
+    data = str(data)
+    if not data.strip(): raise ValueError("data must be a path or a name, got an empty one")
     path = Path(data).expanduser()
     if data == 'digits': return digit_images()
     if path.is_file() and path.name.endswith(('.npz', '.npz.xz')): return archive_images(path)
@@ -177,6 +202,7 @@ class Images:
     _test:Tensor = field(repr=False) # to be read once
     labels:dict|None = field(default=None, repr=False) # part -> (N,) int64; `None`: there are none
     duplicates:int = 0 # copies dropped
+    rows:Count|None = field(default=None, repr=False, compare=False, kw_only=True) # what was read
 
     @property
     def shape(self): return tuple(self.train.shape[1:]) # (C, H, W)
@@ -204,7 +230,8 @@ def card(self:Images)->dict: # ready for a record
     parts = dict(train=self.train, validation=self.validation, test=self._test)
     sizes = {f'{name}_images': len(part) for name, part in parts.items()}
     return dict(data=self.source, data_key=self.key, image_shape=list(self.shape),
-                duplicates_dropped=self.duplicates, **sizes)
+                duplicates_dropped=self.duplicates, **sizes,
+                **(self.rows.card() if self.rows else {}))
 
 # %% ../../nbs/data/50_images.ipynb #d054abc5
 def first_of_equals(
@@ -226,13 +253,14 @@ def split_images(
 )->tuple[dict,int]: # 'train', 'validation', 'test' -> pixels, labels; copies dropped
     "Drop copies, shuffle, and cut what is missing from train."
     taken, found, total = set(), {}, sum(len(pixels) for pixels, _ in parts.values())
-    # what is held out keeps its own
     for name in sorted(parts, key=('test', 'validation', 'train', '').index):
         pixels, labels = parts[name]
         if labels is not None and len(labels) != len(pixels):
             raise ValueError(f"every image needs a label, got {len(pixels)} images and "
                              f"{len(labels)} labels")
         keep = first_of_equals(pixels, taken)
+        if name in ('test', 'validation'): keep = range(len(pixels)) # as they are
+        keep = list(keep)
         found[name] = pixels[keep], None if labels is None else labels[keep]
     nothing = np.zeros((0, 1, 1), np.uint8), None
     pixels, labels = found.pop('' if '' in found else 'train', nothing)
@@ -247,26 +275,43 @@ def split_images(
 
 # %% ../../nbs/data/50_images.ipynb #76c858ad
 def load_images(
-    data:str='digits', # 'cifar10', 'mnist', an .npz[.xz] file, a folder of images, or a hub id
+    data='digits', # 'cifar10', 'mnist', an .npz[.xz] file, a folder, a hub id, or images in memory
     max_images:int=0, # of training; 0: all
 )->Images: # without copies, in three parts
     "Read, deduplicate and split images."
     if max_images < 0: raise ValueError(f"max_images must be at least 0, got {max_images}")
-    found, copies = split_images(read_images(str(data)), (200, 400) if data == 'digits' else None)
-    sizes = {name: len(pixels) for name, (pixels, _) in found.items()}
+    builtin, memory = isinstance(data, str) and data == 'digits', not isinstance(data, (str, Path))
+    name, given = type(data).__name__ if memory else str(data), read_images(data)
+    found, copies = split_images(given, (200, 400) if builtin else None)
+    sizes = {part: len(pixels) for part, (pixels, _) in found.items()}
     if not all(sizes.values()):
         raise ValueError("data must hold images for train, validation and test, got "
-                         f"{sizes} in {str(data)!r}; give at least three different ones")
+                         f"{sizes} in {name!r}; give at least three different ones")
     if len(shapes := {pixels.shape[1:] for pixels, _ in found.values()}) > 1:
         raise ValueError("all parts must hold images of one size, got "
-                         f"{sorted(shapes)} in {str(data)!r}")
+                         f"{sorted(shapes)} in {name!r}")
     found['train'] = tuple(a if a is None else a[:max_images or None] for a in found['train'])
-    top = 16 if data == 'digits' else 255
-    x = {name: as_floats(pixels, top) for name, (pixels, _) in found.items()}
-    y = {name: torch.from_numpy(labels)
-         for name, (_, labels) in found.items() if labels is not None}
-    labels = y if len(y) == 3 else None
-    return Images(str(data), x['train'], x['validation'], x['test'], labels, copies)
+    rows = count_images(given, found, copies)
+    say(name, rows)
+    x = {part: as_floats(pixels, 16 if builtin else 255) for part, (pixels, _) in found.items()}
+    y = {part: torch.from_numpy(labels) for part, (_, labels) in found.items() if labels is not None}
+    images = Images(name, x['train'], x['validation'], x['test'], y if len(y) == 3 else None,
+                    copies, rows=rows)
+    return replace(images, source=f'{name} of {rows.read} images, {images.key}') if memory else images
+
+def count_images(
+    given:dict, # what was read, by part
+    found:dict, # what is kept, by part
+    copies:int, # that were dropped
+)->Count: # of the images
+    "Count what became of the images."
+    count = Count(sum(len(pixels) for pixels, _ in given.values()))
+    beyond = count.read - copies - sum(len(pixels) for pixels, _ in found.values())
+    if copies: count.drop('duplicate', rows=copies)
+    if beyond: count.drop('over the limit', rows=beyond)
+    missing = [part for part in ('validation', 'test') if part not in given]
+    if missing and '' not in given: count.notes.append(f"{' and '.join(missing)} cut from train")
+    return count
 
 # %% ../../nbs/data/50_images.ipynb #af64ca8a
 def show_images(
