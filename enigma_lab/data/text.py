@@ -320,7 +320,7 @@ def load_text(
     texts = {part: up_to(source_texts(source, part, column), limit) for part in source.parts}
     parts, copies = deal(texts, source.counts)
     rows = close(source, max_dropped)
-    if not all(map(len, map(''.join, parts.values()))):
+    if not all(map(any, parts.values())):
         sizes = {k: len(v) for k, v in parts.items()}
         raise ValueError("data must hold text for train, validation and test, got "
                          f"{sizes} documents in {source.name!r}; "

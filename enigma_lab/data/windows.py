@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'NEAR', 'has_no_merges', 'has_words', 'encode_plain', 'cuts_cleanly', 'find_cut', 'cut_text', 'encode_pieces',
-           'encode_batch', 'encode_texts', 'cache_dir', 'CharacterTable', 'document_tokens', 'digest_documents',
-           'digest_file', 'token_dtype', 'write_once', 'encode_documents', 'Windows', 'restarting_positions']
+           'encode_batch', 'encode_texts', 'cache_dir', 'CharacterTable', 'document_tokens', 'digest_file',
+           'token_dtype', 'write_once', 'encode_documents', 'Windows', 'restarting_positions']
 
 # %% ../../nbs/data/12_windows.ipynb #cd6f44a3
 import hashlib, json, os, re
@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from torch.utils.data import Dataset
 
-from .text import digest
+from .text import digest, digest_all
 
 # %% ../../nbs/data/12_windows.ipynb #239e0e53
 PIECE = 1 << 16 # characters that are encoded at a time
@@ -175,17 +175,6 @@ def document_tokens(
         yield np.array([eos])
 
 # %% ../../nbs/data/12_windows.ipynb #449c01cc
-def digest_documents(
-    documents:Iterable[str], # in order
-)->str: # 64 hexadecimal digits, those of the documents joined by zero characters
-    "Compute the SHA-256 of documents without joining them."
-    total = hashlib.sha256()
-    for i, text in enumerate(documents):
-        if i: total.update(b'\0')
-        for j in range(0, len(text), PIECE):
-            total.update(text[j:j+PIECE].encode('utf-8', 'surrogatepass'))
-    return total.hexdigest()
-
 def digest_file(
     path:str|Path, # any file
 )->str: # 64 hexadecimal digits
@@ -231,7 +220,7 @@ def encode_documents(
     def write(f):
         for ids in document_tokens(tokenizer, documents): f.write(ids.astype(dtype).tobytes())
     coding = digest(tokenizer.backend_tokenizer.to_str())
-    what = [digest_documents(documents), len(documents), coding, eos, dtype.__name__]
+    what = [digest_all(documents), len(documents), coding, eos, dtype.__name__]
     path = cache_dir()/'tokens'/f'{digest(json.dumps(what))[:24]}.{dtype.__name__}'
     return np.memmap(write_once(path, write), dtype=dtype, mode='r')
 
