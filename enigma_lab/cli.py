@@ -203,20 +203,24 @@ def train(
 # %% ../nbs/cli.ipynb #db3ac7d3
 @command('lm')
 def tokenizer(
-    data:str, # 'auto', 'tasks', a file, a folder, or a hub id
+    data:str, # 'auto', 'tasks', a file of texts or instructions, a folder, or a hub id
     out:str, # a new folder
     *,
     max_vocab:int=0, # rows at most; 0: a row for each character
+    max_length:int=2048, # tokens to which truncation=True cuts; a training sets its own
 ):
     "Make a character tokenizer from a text's training part."
+    if max_length < 1: raise ValueError(f"--max_length must be at least 1, got {max_length}")
     if Path(out).exists():
         raise FileExistsError(f"a tokenizer is saved to a new folder, and {out} exists; "
                               "give another")
     from enigma_lab.data.text import load_text
     from enigma_lab.lm.tokenizer import train_char_tokenizer
-    made = train_char_tokenizer(load_text(data).train, max_vocab or None)
+    corpus = load_text(data)
+    made = train_char_tokenizer(corpus.train, max_vocab or None)
+    made.model_max_length = max_length
     made.save_pretrained(out)
-    print(f'{out}: {len(made):,} rows')
+    print(f'{out}: {len(made):,} rows, from {len(corpus.train):,} documents')
 
 # %% ../nbs/cli.ipynb #35b0a659
 @command('lm')

@@ -135,6 +135,7 @@ def digest_dataset(
     data:Dataset, # windows; what they draw they draw from torch
 )->str: # sha256, hexadecimal
     "Return a digest of all items of a dataset, as they are given to a model."
+    if hasattr(data, 'digest'): return data.digest() # it knows a shorter way
     total = hashlib.sha256(str(len(data)).encode())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
