@@ -256,13 +256,11 @@ def find_pipeline(
     source, # a `Run`, a run's name ('' for the newest), a folder with model_index.json, or a hub id
 )->str: # the folder, or the hub id
     "Find where a diffusion model lies. Raise FileNotFoundError if it is nowhere."
-    has_index = lambda path: (path/'model_index.json').is_file()
-    path = source.checkpoint if isinstance(source, Run) else Path(source).expanduser()
-    if has_index(path): return str(path)
-    try: path = path if isinstance(source, Run) else find_run(str(source), 'train_ddpm').checkpoint
+    try: run = source if isinstance(source, Run) else find_run(str(source), 'train_ddpm')
     except FileNotFoundError:
         if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(source)): return str(source)
-    if has_index(path): return str(path)
+    else:
+        if (run.checkpoint/'model_index.json').is_file(): return str(run.checkpoint)
     raise FileNotFoundError(
         "a pipeline must be a run with a checkpoint, a folder with model_index.json, or a hub id, "
         f"got {str(getattr(source, 'path', source))!r}; papermill nbs/train_ddpm.ipynb makes one")

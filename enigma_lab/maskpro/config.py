@@ -52,7 +52,7 @@ class MaskProConfig:
     tracker:str = 'none' # 'none' | 'wandb' | 'tensorboard'
     project:str = 'enigma-lab' # what the tracker files the run under
     experiment:str = '' # its name there; empty: the record's
-    resume:str = 'none' # 'none' | a record that was stopped
+    resume:str = 'none' # 'none' | 'auto' | a record that was stopped
     test:bool = True # read the test images; False while settings are being chosen
     note:str = '' # word or two in the name of the record
 
