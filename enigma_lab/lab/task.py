@@ -7,7 +7,7 @@ __all__ = ['Task', 'find_task', 'fit_and_save', 'split_changes', 'run_task', 'tr
            'read_arguments', 'main']
 
 # %% ../../nbs/lab/35_task.ipynb #b572cd1e
-import argparse, sys
+import argparse, signal, sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -18,7 +18,7 @@ from .checkpoint import check_data, digest_data, find_finished, resume_from
 from .config import TrainingConfig
 from .launch import launch, rank
 from .progress import Measure, followed, measure_of, peak_mib, watched
-from .runs import Run, finish_run, headlines, start_run
+from .runs import Run, beating, finish_run, headlines, start_run
 from .settings import Settings, make_settings, write_settings
 from .trainer import Stopped, check_measure, fit
 
@@ -61,11 +61,12 @@ def fit_and_save(
 ):
     "Train one process's share, and save on rank 0."
     if isinstance(task, str): task = find_task(task)
-    parts = parts or task.prepare(config)
-    with task.within():
-        fit(run, config, parts.model, parts.train, parts.validation, origin, show,
-            task.callbacks(parts), task.measure)
-    if rank() == 0: task.save(run, parts)
+    with beating(run) if rank() == 0 else nullcontext():
+        parts = parts or task.prepare(config)
+        with task.within():
+            fit(run, config, parts.model, parts.train, parts.validation, origin, show,
+                task.callbacks(parts), task.measure)
+        if rank() == 0: task.save(run, parts)
 
 # %% ../../nbs/lab/35_task.ipynb #e34fa83b
 def split_changes(
@@ -106,7 +107,8 @@ def run_task(
             launch(fit_and_save, task.address, run, config, origin, gpus=config.gpus,
                    processes=config.processes)
         task.load(run, parts)
-    return finish_run(run, task.evaluate(run, parts, **options))
+    with beating(run): metrics = task.evaluate(run, parts, **options)
+    return finish_run(run, metrics)
 
 # %% ../../nbs/lab/35_task.ipynb #7f23ee67
 def training_report(
@@ -149,7 +151,7 @@ def read_arguments(
     parser.add_argument('--resume', help="'auto' or a run, in place of the file's")
     parser.add_argument('--note', help='word or two in the name of the record')
     parser.add_argument('--no-test', action='store_true', help='leave the test part unread')
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments) # words may stand between options
     named = dict(config=given.config, resume=given.resume, note=given.note)
     if given.no_test: named['test'] = False
     return make_settings(settings, {**named, **read_words(given.settings)}, text=True)
@@ -169,4 +171,7 @@ def main(
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
+    except KeyboardInterrupt: # before or after the updates
+        print('stopped; the same command with resume=auto goes on', file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     print(f"{run.path}: {', '.join(headlines(run.metrics))}")

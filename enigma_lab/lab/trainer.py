@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['STOPPING', 'rate_factor', 'same_everywhere', 'Clock', 'LogReader', 'history_row', 'Recorder', 'Budget', 'Stopped',
-           'StopOnSignal', 'listening', 'is_out_of_memory', 'memory_text', 'unwritable_text', 'ScheduledTrainer',
-           'RecordingTrainer', 'training_arguments', 'check_measure', 'thinned', 'quiet_transformers', 'make_trainer',
-           'note_end', 'fit']
+           'StopOnSignal', 'listening', 'is_out_of_memory', 'memory_text', 'helped', 'ScheduledTrainer',
+           'CarefulTrainer', 'RecordingTrainer', 'training_arguments', 'check_measure', 'thinned', 'quiet_transformers',
+           'make_trainer', 'note_end', 'fit']
 
 # %% ../../nbs/lab/30_trainer.ipynb #223d1c7d
-import math, shutil, signal, threading, time
+import math, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Subset
@@ -23,7 +22,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
-from .checkpoint import KeepBest, Sealer, take_over
+from .checkpoint import (
+    KeepBest, Sealer, damaged_files, has_ended, take_over, written_whole)
 from .config import TrainingConfig, check_precision, count_steps
 from .launch import rank, world_size
 from .optimizer import make_optimizer
@@ -203,20 +203,30 @@ STOPPING = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP
 # %% ../../nbs/lab/30_trainer.ipynb #49ea98ed
 class StopOnSignal(TrainerCallback):
     "End a training with a checkpoint when a signal asks for it."
-    def __init__(self): self.number = 0
+    def __init__(self): self.number, self.heard = 0, False
 
     def on_step_end(self,
         args, # of the Trainer, with its device
         state, # unused
-        control, # told to save and to stop
+        control, # told to save
         **kwargs # unused
     ):
-        "Stop if any process was asked to."
+        "Save if any process was asked to stop."
         if world_size() > 1:
             asked = torch.tensor(self.number, device=args.device)
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
             self.number = int(asked)
-        if self.number: control.should_save = control.should_training_stop = True
+        self.heard = self.number != 0
+        if self.heard: control.should_save = True
+
+    def on_save(self,
+        args, # unused
+        state, # unused
+        control, # told to stop
+        **kwargs # unused
+    ):
+        "Stop, now that the checkpoint says whether the training had ended without a signal."
+        if self.heard: control.should_training_stop = True
 
 # %% ../../nbs/lab/30_trainer.ipynb #15bb9871
 @contextmanager
@@ -259,15 +269,18 @@ def memory_text(
     return (f"memory ran out at step {step} with batch_size={c.batch_size}; what helps: "
             f"{', '.join(knobs)}")
 
-def unwritable_text(
-    folder:Path, # a checkpoint that could not be written
-    error:Exception, # what was raised
-)->str: # a sentence or two
-    "Say why a checkpoint is missing, how much room there is, and what to do."
-    there = next(p for p in folder.parents if p.exists())
-    free = shutil.disk_usage(there).free / 1e9
-    return (f"a checkpoint must be writable, but {folder}: {error} ({free:.1f} GB free); make room "
-            "there and go on with resume=auto, the earlier checkpoints are whole")
+# %% ../../nbs/lab/30_trainer.ipynb #eba4dc23
+@contextmanager
+def helped(
+    config:TrainingConfig, # with the batch
+    step:int, # of the update
+):
+    "Say what helps where memory runs out."
+    try: yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error): raise
+        raise RuntimeError(memory_text(config, step)) from error
+
 
 # %% ../../nbs/lab/30_trainer.ipynb #86d4d9ea
 class ScheduledTrainer(Trainer):
@@ -301,8 +314,8 @@ class ScheduledTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
-# %% ../../nbs/lab/30_trainer.ipynb #430cba74
-class RecordingTrainer(ScheduledTrainer):
+# %% ../../nbs/lab/30_trainer.ipynb #eaf491c4
+class CarefulTrainer(ScheduledTrainer):
     "Train, and refuse to go on from what would be lost: a loss that is no number."
     def training_step(self,
         model, # wrapped
@@ -310,10 +323,8 @@ class RecordingTrainer(ScheduledTrainer):
         num_items_in_batch=None, # labels of the update
     ): # the loss
         "Train on a batch. Raise FloatingPointError for a loss that is not finite."
-        try: loss = super().training_step(model, inputs, num_items_in_batch)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error): raise
-            raise RuntimeError(memory_text(self.config, self.state.global_step + 1)) from error
+        with helped(self.config, self.state.global_step + 1):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             c, step = self.config, self.state.global_step + 1
             raise FloatingPointError(
@@ -321,16 +332,44 @@ class RecordingTrainer(ScheduledTrainer):
                 f"lower learning_rate={c.learning_rate} or lengthen warmup_steps={c.warmup_steps}")
         return loss
 
+    def prediction_step(self,
+        *args, # of transformers' Trainer
+        **kwargs # of transformers' Trainer
+    ): # loss, logits, labels
+        "Look at a batch of validation."
+        with helped(self.config, self.state.global_step):
+            return super().prediction_step(*args, **kwargs)
+
+
+# %% ../../nbs/lab/30_trainer.ipynb #430cba74
+class RecordingTrainer(CarefulTrainer):
+    "Train to the end, and no further, with checkpoints that can be trusted."
+    ended = False # whether the checkpoint to go on from was the last
+
     def _save_checkpoint(self,
         model, # wrapped
         trial=None, # unused
     ):
         "Write a checkpoint, or say why it cannot be written and leave no half of it."
-        try: super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            folder = Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}'
-            shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(unwritable_text(folder, error)) from error
+        folder = Path(self.args.output_dir)/f'checkpoint-{self.state.global_step}'
+        with written_whole(folder): super()._save_checkpoint(model, trial)
+
+    def _run_epoch(self,
+        **kwargs # of transformers' Trainer
+    ):
+        "Train for a pass, where something is left to train."
+        if self.ended: self.control.should_training_stop = True
+        else: super()._run_epoch(**kwargs)
+
+    def _load_best_model(self):
+        "Load the best model, after a look whether it is still what was saved."
+        best = Path(self.state.best_model_checkpoint)
+        wrong = [] if rank() else damaged_files(best) # sealed by rank 0
+        if wrong:
+            raise OSError(f"the best model must be as it was saved, but {', '.join(wrong[:3])} of "
+                          f"{best} is not; go on with resume=auto, which chooses the best anew")
+        super()._load_best_model()
+
 
 # %% ../../nbs/lab/30_trainer.ipynb #a3c23f5f
 def training_arguments(
@@ -350,7 +389,7 @@ def training_arguments(
         fp16=config.precision == 'fp16',
         activation_checkpointing=config.gradient_checkpointing, eval_strategy='steps',
         eval_steps=config.eval_steps, save_strategy='steps',
-        save_steps=config.save_steps, save_total_limit=2, load_best_model_at_end=True,
+        save_steps=config.save_steps, load_best_model_at_end=True,
         metric_for_best_model='eval_loss', greater_is_better=False,
         restore_callback_states_from_checkpoint=True, logging_steps=min(10, config.eval_steps),
         logging_nan_inf_filter=False,
@@ -445,6 +484,7 @@ def fit(
     ours = [KeepBest(), Budget(clock, config.stop_ppl),
             Recorder(run, clock, show, tracker, measure), Sealer(), stop]
     trainer = make_trainer(run, config, model, train, validation, clock, [*ours, *callbacks])
+    trainer.ended = bool(origin) and has_ended(origin[1])
     if rank() == 0: run.log(measure=asdict(measure))
     clock.start(take_over(run, *origin) if origin else 0.)
     with listening(stop), quiet_transformers(), tracker:
