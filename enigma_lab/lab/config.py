@@ -36,6 +36,7 @@ class TrainingConfig:
     save_steps:int = 100 # updates between two checkpoints; a multiple of eval_steps
     patience:int = 0 # looks without improvement before stopping; 0: never stop early
     stop_ppl:float = 0. # stop at this validation perplexity; 0: never
+    stop_loss:float = 0. # stop below this validation loss, in the task's unit; 0: never
     precision:str = 'auto' # 'auto' (bf16 where a GPU has it, else fp32) | 'fp32' | 'bf16' | 'fp16'
     gradient_checkpointing:bool = False # trade time for memory
     tracker:str = 'none' # 'none' | 'wandb' | 'tensorboard'; a copy of the record, shown elsewhere

@@ -159,8 +159,9 @@ class Budget(TrainerCallback):
     def __init__(self,
         clock:Clock, # the budget
         stop_ppl:float=0., # validation perplexity that is enough; 0: none is
+        stop_loss:float=0., # validation loss below which it is enough, in any unit; 0: none is
     ):
-        self.clock, self.stop_ppl = clock, stop_ppl
+        self.clock, self.stop_ppl, self.stop_loss = clock, stop_ppl, stop_loss
 
     def on_step_end(self,
         args, # of the Trainer
@@ -181,7 +182,9 @@ class Budget(TrainerCallback):
         **kwargs # unused
     ):
         "Stop when validation is good enough."
-        if self.stop_ppl and math.exp(min(50, metrics['eval_loss'])) <= self.stop_ppl:
+        loss = metrics['eval_loss']
+        enough = self.stop_ppl and math.exp(min(50, loss)) <= self.stop_ppl
+        if enough or self.stop_loss and loss < self.stop_loss:
             control.should_save = control.should_training_stop = True
 
 # %% ../../nbs/lab/30_trainer.ipynb #3f483906
@@ -481,7 +484,7 @@ def fit(
     tracker = open_tracker('none' if rank() else config.tracker, run, config.project,
                            config.experiment)
     stop = StopOnSignal()
-    ours = [KeepBest(), Budget(clock, config.stop_ppl),
+    ours = [KeepBest(), Budget(clock, config.stop_ppl, config.stop_loss),
             Recorder(run, clock, show, tracker, measure), Sealer(), stop]
     trainer = make_trainer(run, config, model, train, validation, clock, [*ours, *callbacks])
     trainer.ended = bool(origin) and has_ended(origin[1])

@@ -220,7 +220,7 @@ presets = {
                 learning_rate=1e-2, weight_decay=0., eval_steps=50, save_steps=50, eval_windows=32),
     'brief-002': dict(optimizer='adamw', max_steps=1000, window=512, batch_size=4,
                       gradient_accumulation_steps=8, learning_rate=1e-4, weight_decay=.01,
-                      stop_ppl=25., eval_steps=50, save_steps=50)}
+                      stop_ppl=25., stop_loss=.1, eval_steps=50, save_steps=50)}
 
 # %% ../../nbs/lm/60_lora.ipynb #41f0ce1a
 settings = Settings(TuneConfig, presets)

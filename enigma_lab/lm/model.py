@@ -163,6 +163,8 @@ presets = {
                  num_rev_blocks=2, num_rotors=3, num_positions=16),
     'brief-148m': dict(_brief, vocab_size=21_128, dim=768, num_layers=12, num_heads=12,
                        max_len=2048, num_rev_blocks=6, num_rotors=4, dropout=.1),
+    'brief-001': dict(_brief, vocab_size=21_128, dim=512, num_layers=6, num_heads=8, max_len=256,
+                      num_rev_blocks=4, num_rotors=2, dropout=.1, attn_dropout=.15),
     'brief-50m': dict(_brief, vocab_size=21_128, dim=512, num_layers=8, num_heads=8, max_len=256,
                       num_rev_blocks=4, num_rotors=2, dropout=.1),
     'brief-002': dict(_brief, vocab_size=11_392, dim=512, num_layers=8, num_heads=8, max_len=2048,

@@ -68,6 +68,8 @@ presets = {
                  warmup_steps=100, max_vocab=11_392),
     'brief-148m': dict(_brief, epochs=10, batch_size=16, gradient_accumulation_steps=4,
                        learning_rate=2e-4, eval_steps=500, save_steps=500, max_vocab=21_128),
+    'brief-001': dict(_brief, epochs=1, batch_size=12, learning_rate=2e-4, attn_dropout=.15,
+                      eval_steps=1000, save_steps=1000, patience=3, max_vocab=21_128),
     'brief-50m': dict(_brief, epochs=1, batch_size=8, effective_batch=160, learning_rate=5e-4,
                       eval_steps=2000, save_steps=10_000, patience=2, gradient_checkpointing=True,
                       max_vocab=21_128),
