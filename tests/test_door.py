@@ -69,14 +69,14 @@ def screen(text):
             )
     return [line.rstrip() for line in lines]
 
-def in_terminal(*command, cwd):
-    "Run a command in a terminal of 100 columns: its exit code and all that it wrote."
+def in_terminal(*command, cwd, columns=100, **environ):
+    "Run a command in a terminal: its exit code and all that it wrote."
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
     process = subprocess.Popen(
         command,
         cwd=cwd,
-        env=environment(),
+        env={**environment(), **environ},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -389,6 +389,43 @@ def test_nohup_is_heard():
             assert stop.number == signal.SIGTERM
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally: signal.signal(signal.SIGHUP, before)
+
+# the line of a run
+
+LINE = re.compile(r'step ([\d,]+) · (\d+) % · (\d+:\d\d)(?: · ETA (\d+:\d\d))? · loss \d+\.\d{3} · '
+                  r'val \d+\.\d{3}(?: nats/token)? · [\d,]+ tokens/s')
+
+def seconds(text): return sum(60**i * int(part) for i, part in enumerate(text.split(':')[::-1]))
+
+@pytest.mark.proof('lab.progress', 'lab.task', seeds=(0,))
+def test_the_line_of_a_run_and_of_its_resume(tmp_path, toy_text):
+    command = [sys.executable, '-m', 'enigma_lab.lm.train', 'preset=smoke', f'data={toy_text}',
+               'max_steps=150', 'eval_steps=10', 'save_steps=10', 'test=false', 'resume=auto']
+    process = subprocess.Popen(command, env=dict(environment(), ENIGMA_RUNS=str(tmp_path/'runs')),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: lines_of(tmp_path) > 10)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally: process.kill()
+    first = Run(next((tmp_path/'runs'/'train_enigma').iterdir()))
+    spent = max(row['wall_s'] for row in first.history if 'wall_s' in row)
+    code, text = in_terminal(*command, cwd=tmp_path, columns=80, ENIGMA_RUNS=str(tmp_path/'runs'))
+    assert code == 0, text
+    shown = [LINE.fullmatch(line) for line in screen(text) if line.startswith('step')]
+    assert all(shown) and 'loss in nats per token' in screen(text), text
+    assert all(len(line) < 80 for line in screen(text) if line.startswith('step'))
+    run = Run(max((tmp_path/'runs'/'train_enigma').iterdir()))
+    looks = {row['step']: row for row in run.history if 'val_nll_nats' in row}
+    assert [int(line[1]) for line in shown] == [*looks] == [*range(10, 151, 10)]
+    for line, row in zip(shown, looks.values()):
+        share, wall = row['progress'], row['wall_s']
+        assert (int(line[2]), seconds(line[3])) == (round(100*share), round(wall))
+        left = wall*(1 - share)/share
+        assert line[4] is None if share == 1 else seconds(line[4]) == round(left)
+    # what was spent before the resume counts
+    later = [row for row in looks.values() if row['step'] > first.env['stopped_step']]
+    assert later and later[0]['wall_s'] >= spent and later[0]['progress'] < 1
 
 # without a terminal
 
