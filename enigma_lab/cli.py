@@ -184,6 +184,7 @@ def detach_training(
                       f'it goes on without this terminal, as process {pid}',
                       *(f'  {way:{widest}}  {what}' for way, what in ways.items())])
 
+# %% ../nbs/cli.ipynb #93f772e1
 @command('apps')
 def train(
     notebook:str, # a name such as train_enigma, or a path

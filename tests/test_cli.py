@@ -39,7 +39,7 @@ def test_train_and_runs(toy):
     assert json.loads((first/'metrics.json').read_text()) == {'val_nll_nats': .5} and (
         first/'train_toy.ipynb').exists()
     # the same progress as papermill's door
-    assert 'step 5 · val 2.011 bits/char' in screen(text)
+    assert 'step 5 · 83 % · loss 0.600 · val 2.011 bits/char · 5,100 tokens/s' in screen(text)
     alone = enigma(toy, 'runs', 'compare', 'train_toy')
     assert alone.returncode == 2 and 'takes two runs' in alone.stderr
     # by its path, without a terminal

@@ -1,8 +1,13 @@
 "The papermill door: real papermill, in a real terminal and without one."
-import fcntl, hashlib, json, os, pty, re, struct, subprocess, sys, sysconfig, termios
+import fcntl, hashlib, json, os, pty, re, signal, struct, subprocess, sys, sysconfig, termios, time
 
 import nbformat
 import pytest
+
+from enigma_lab.lab.runs import Run, checkout, run_state
+from enigma_lab.lab.system import process_exists
+
+ROOT = checkout(__file__)
 
 SETTINGS = "steps: int = 3  # training steps\ndata = 'auto'"
 START = (
@@ -64,14 +69,14 @@ def screen(text):
             )
     return [line.rstrip() for line in lines]
 
-def in_terminal(*command, cwd):
-    "Run a command in a terminal of 100 columns: its exit code and all that it wrote."
+def in_terminal(*command, cwd, columns=100, **environ):
+    "Run a command in a terminal: its exit code and all that it wrote."
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
     process = subprocess.Popen(
         command,
         cwd=cwd,
-        env=environment(),
+        env={**environment(), **environ},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -124,8 +129,9 @@ def test_as_typed(toy):
     )
     seen = screen(text)
     assert f'enigma-lab: this run is recorded in runs/train_toy/{folder.name}' in seen
-    assert 'step 5 · val 2.011 bits/char' in seen  # a validation keeps its line
-    assert 'step 8 · 100 % · loss 0.375 · 5,100 tokens/s' in seen  # and so does the last row
+    # a validation keeps its line, with what was known beside it, and so does the last row
+    assert 'step 5 · 62 % · loss 0.600 · val 2.011 bits/char · 5,100 tokens/s' in seen
+    assert 'step 8 · 100 % · loss 0.375 · val 2.011 bits/char · 5,100 tokens/s' in seen
     assert not any(line.startswith('step 1 ') for line in seen)  # the others were written over,
     assert len(re.findall(r'\r\x1b\[Kstep \d+ · \d+ % · loss', text)) >= 3  # as they came
     assert sum('step' in line for line in seen) == 2 and not any(
@@ -170,19 +176,47 @@ def test_pipes_and_another_folder(toy, tmp_path):
         and 'Executing:' not in result.stderr
     )
 
-def test_a_given_output_is_stock(toy, tmp_path):
-    code, text = in_terminal(
-        'papermill',
-        'nbs/train_quick.ipynb',
-        str(tmp_path / 'out.ipynb'),
-        '-p',
-        'nonsense',
-        '1',
-        cwd=toy,
-    )
-    assert code == 0 and 'enigma-lab' not in text and 'Passed unknown parameter: nonsense' in text
-    assert "'auto' 3 None" in str(nbformat.read(tmp_path/'out.ipynb', 4).cells[-1].outputs)
-    assert not run_folders(toy, 'train_quick')
+def test_a_given_output(toy, tmp_path):
+    "The executed notebook goes where it was wanted; the record is made, and has a copy."
+    before = run_folders(toy, 'train_toy')
+    out = str(tmp_path/'out_{steps}.ipynb')
+    result = piped('papermill', 'nbs/train_toy.ipynb', out, '-p', 'steps', '1', cwd=toy)
+    assert result.returncode == 0, result.stderr
+    folder, = set(run_folders(toy, 'train_toy')) - set(before)
+    assert f'enigma-lab: this run is recorded in runs/train_toy/{folder.name}' in result.stderr
+    assert (folder/'metrics.json').exists() and 'step 1 · 100 %' in result.stderr
+    executed = (tmp_path/'out_1.ipynb').read_bytes()
+    assert (folder/'out_1.ipynb').read_bytes() == executed and b'completed' in executed
+
+@pytest.mark.proof('lab.papermill_plugin')
+def test_no_record_leaves_no_folder(toy, tmp_path):
+    result = piped('papermill', 'nbs/train_quick.ipynb', str(tmp_path/'out.ipynb'), cwd=toy)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path/'out.ipynb').exists() and not run_folders(toy, 'train_quick')
+
+REFUSED = [
+    ['-p', 'stepz', '5'], ['-r', 'stepz', '5'], ['-y', '{stepz: 5}'], ['-f', 'given.yaml'],
+    ['-b', 'e3N0ZXB6OiA1fQ=='], ['--engine', 'nbclient', '-p', 'stepz', '5', '--cwd', '/']]
+COMMAND_LINES = """
+import sys
+from enigma_lab.lab import papermill_plugin
+for words in {!r}:
+    sys.argv = ['papermill', *words]
+    try: papermill_plugin.install
+    except SystemExit as end: print(end.code)
+    else: print('goes on')"""
+
+def test_an_output_path_switches_no_check_off(toy, tmp_path):
+    (toy/'given.yaml').write_text('stepz: 5')
+    paths = [], [str(tmp_path/'out.ipynb')], ['-']
+    lines = [['nbs/train_quick.ipynb', *path, *words] for words in REFUSED for path in paths]
+    result = piped(sys.executable, '-c', COMMAND_LINES.format(lines), cwd=toy)
+    assert result.stdout.split() == ['2']*18, result.stderr
+    said = result.stderr.splitlines()
+    assert len(said) == 18 and all('did you mean steps?' in line for line in said)
+    real = piped('papermill', *lines[1], cwd=toy)
+    assert real.returncode == 2 and real.stderr.splitlines() == said[:1] and real.stdout == ''
+    assert not run_folders(toy, 'train_quick') and not list(tmp_path.iterdir())
 
 def test_a_foreign_notebook_is_stock(toy):
     code, text = in_terminal('papermill', 'foreign.ipynb', '-p', 'steps', '5', cwd=toy)
@@ -234,3 +268,206 @@ def test_the_door_costs_nothing_elsewhere():
         [sys.executable, '-c', code], env=environment(), capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines() == ['[]', "['enigma-lab-door'] True False"]
+
+# inside the notebook, where no command line is read
+
+PLAIN = """from dataclasses import dataclass
+
+from enigma_lab.lab.settings import Settings, from_notebook
+
+@dataclass(frozen=True)
+class Plain:
+    steps:int = 3
+    rate:float = .1
+    preset:str = 'cpu'
+
+config = from_notebook(Settings(Plain, dict(cpu={})), globals())
+print(config)"""
+
+def notebook_of(path, *sources):
+    "A notebook whose first cell has the parameters."
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    cells[0].metadata['tags'] = ['parameters']
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+    return path
+
+def executed(path, **parameters):
+    "What a notebook prints when a program runs it, or the error that ends it."
+    import papermill
+    out = path.with_name('executed.ipynb')
+    try: papermill.execute_notebook(path, out, parameters, progress_bar=False)
+    except papermill.PapermillExecutionError as error: return error.evalue
+    return nbformat.read(out, 4).cells[-1].outputs[0].text
+
+def test_a_program_that_runs_a_notebook(tmp_path):
+    path = notebook_of(tmp_path/'plain.ipynb', "steps = None\nrate = None\npreset = 'cpu'", PLAIN)
+    assert 'steps=5' in executed(path, steps=5)
+    assert executed(path, stepps=5) == ("this notebook has no parameter 'stepps'; it has [steps, "
+                                        "rate, preset, config]; did you mean steps?")
+
+def real(name):
+    "The sources of a training notebook's cells, to the one that makes the config."
+    sources = [c.source for c in nbformat.read(ROOT/'nbs'/f'{name}.ipynb', 4).cells
+               if c.cell_type == 'code']
+    last = next(i for i, source in enumerate(sources) if 'from_notebook(' in source)
+    return [*sources[:last], sources[last] + '\nprint(config)']
+
+@pytest.mark.proof('lab.settings', seeds=(0,))
+@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT/'nbs').glob('train_*.ipynb')))
+def test_every_training_refuses_what_it_does_not_have(tmp_path, name):
+    path = notebook_of(tmp_path/'a.ipynb', *real(name))
+    assert 'did you mean max_steps?' in executed(path, max_stepss=5)
+
+@pytest.mark.proof('lab.settings', seeds=(0,))
+@pytest.mark.parametrize('given, said', [
+    (dict(max_steps=5), 'max_steps=5'), (dict(max_steps='5'), 'max_steps=5'),
+    (dict(max_steps=5.5), 'max_steps must be a whole number, got 5.5'),
+    (dict(max_steps='5.5'), "max_steps must be a whole number, got '5.5'"),
+    (dict(max_steps=True), 'max_steps must be a whole number, got True'),
+    (dict(learning_rate=float('nan')), 'learning_rate must be a finite number'),
+    (dict(preset='smok'), 'preset must be one of')])
+def test_values_given_by_a_program(tmp_path, given, said):
+    path = notebook_of(tmp_path/'a.ipynb', *real('train_maskpro'))
+    assert said in executed(path, **given)
+
+@pytest.mark.proof('lab.settings', seeds=(0,))
+def test_an_edited_parameters_cell(tmp_path):
+    "As in JupyterLab: nobody injects, the cell itself is changed, run, corrected and run again."
+    import nbclient
+    first, *rest = real('train_maskpro')
+    def run(*sources):
+        nb = nbformat.read(notebook_of(tmp_path/'a.ipynb', *sources), 4)
+        try: nbclient.NotebookClient(nb).execute()
+        except nbclient.exceptions.CellExecutionError as error: return error.evalue
+        return nb.cells[-1].outputs[0].text
+    wrong = first + '\nmax_stepss: int = 5'
+    assert 'did you mean max_steps?' in run(wrong, *rest)
+    assert 'did you mean max_steps?' in run(first, *rest[:-1], 'max_stepss = 5', rest[-1])
+    tried = f"try:\n    {rest[-1].splitlines()[-2]}\nexcept ValueError: print('refused')"
+    assert 'max_steps=5' in run(wrong, *rest[:-1], tried, first + '\nmax_steps = 5', rest[-1])
+
+# the end of a run
+
+def wait_for(condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until: time.sleep(.2)
+    assert condition()
+
+def lines_of(root):
+    return sum(len(path.read_text().splitlines()) for path in root.rglob('history.jsonl'))
+
+@pytest.mark.proof('lab.papermill_plugin', 'lab.trainer', seeds=(0,))
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_papermill_saves_a_checkpoint(tmp_path, number):
+    environ = dict(environment(), ENIGMA_RUNS=str(tmp_path))
+    command = ['papermill', str(ROOT/'nbs'/'train_enigma.ipynb'), '-p', 'preset', 'smoke',
+               '-p', 'max_steps', '4000', '-p', 'test', 'False']
+    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    try:
+        wait_for(lambda: lines_of(tmp_path) > 4)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    finally: process.kill()
+    run = Run(next((tmp_path/'train_enigma').iterdir()))
+    assert process.returncode == 1 and 'the same command with resume=auto goes on' in said
+    assert run_state(run) == 'stopped' and run.env['stopped'] == number.name
+    assert (run.path/'checkpoints'/f"checkpoint-{run.env['stopped_step']}").is_dir()
+    assert 'stopped by' in (run.path/'train_enigma.ipynb').read_text() # papermill has saved it
+
+@pytest.mark.proof('lab.trainer')
+def test_nohup_is_heard():
+    "A signal that is ignored does not end a training."
+    from enigma_lab.lab.trainer import StopOnSignal, listening
+    before, stop = signal.signal(signal.SIGHUP, signal.SIG_IGN), StopOnSignal()
+    try:
+        with listening(stop):
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.number == 0
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally: signal.signal(signal.SIGHUP, before)
+
+# the line of a run
+
+LINE = re.compile(r'step ([\d,]+) · (\d+) % · (\d+:\d\d)(?: · ETA (\d+:\d\d))? · loss \d+\.\d{3} · '
+                  r'val \d+\.\d{3}(?: nats/token)? · [\d,]+ tokens/s')
+
+def seconds(text): return sum(60**i * int(part) for i, part in enumerate(text.split(':')[::-1]))
+
+@pytest.mark.proof('lab.progress', 'lab.task', seeds=(0,))
+def test_the_line_of_a_run_and_of_its_resume(tmp_path, toy_text):
+    command = [sys.executable, '-m', 'enigma_lab.lm.train', 'preset=smoke', f'data={toy_text}',
+               'max_steps=150', 'eval_steps=10', 'save_steps=10', 'test=false', 'resume=auto']
+    process = subprocess.Popen(command, env=dict(environment(), ENIGMA_RUNS=str(tmp_path/'runs')),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: lines_of(tmp_path) > 10)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally: process.kill()
+    first = Run(next((tmp_path/'runs'/'train_enigma').iterdir()))
+    spent = max(row['wall_s'] for row in first.history if 'wall_s' in row)
+    code, text = in_terminal(*command, cwd=tmp_path, columns=80, ENIGMA_RUNS=str(tmp_path/'runs'))
+    assert code == 0, text
+    shown = [LINE.fullmatch(line) for line in screen(text) if line.startswith('step')]
+    assert all(shown) and 'loss in nats per token' in screen(text), text
+    assert all(len(line) < 80 for line in screen(text) if line.startswith('step'))
+    run = Run(max((tmp_path/'runs'/'train_enigma').iterdir()))
+    looks = {row['step']: row for row in run.history if 'val_nll_nats' in row}
+    assert [int(line[1]) for line in shown] == [*looks] == [*range(10, 151, 10)]
+    for line, row in zip(shown, looks.values()):
+        share, wall = row['progress'], row['wall_s']
+        assert (int(line[2]), seconds(line[3])) == (round(100*share), round(wall))
+        left = wall*(1 - share)/share
+        assert line[4] is None if share == 1 else seconds(line[4]) == round(left)
+    # what was spent before the resume counts
+    later = [row for row in looks.values() if row['step'] > first.env['stopped_step']]
+    assert later and later[0]['wall_s'] >= spent and later[0]['progress'] < 1
+
+# without a terminal
+
+def close_terminal_after(line, word, cwd):
+    "Run a shell line in a terminal that is closed once it has shown a word: what it has shown."
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(cwd)
+        os.execvpe('sh', ['sh', '-c', line], environment())
+    shown = b''
+    while word not in shown: shown += os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGHUP # the shell has heard it
+    return shown.decode()
+
+@pytest.mark.proof('cli', 'lab.notebooks', 'lab.papermill_plugin')
+def test_a_detached_training_survives_its_terminal(toy):
+    before = run_folders(toy, 'train_toy')
+    shown = close_terminal_after('enigma-lab train train_toy steps=8 --detach; sleep 60',
+                                 b'goes on\r\n', toy)
+    folder, = set(run_folders(toy, 'train_toy')) - set(before)
+    assert f'this run is recorded in runs/train_toy/{folder.name}\r\n' in shown
+    assert f'tail -f runs/train_toy/{folder.name}/log.txt' in shown
+    wait_for((folder/'metrics.json').exists, 60)
+    pid = int(re.search(r'as process (\d+)', shown)[1])
+    wait_for(lambda: not process_exists(pid), 20)
+    log = (folder/'log.txt').read_text()
+    assert 'step 8 · 100 % · loss 0.375 · val 2.011 bits/char · 5,100 tokens/s\n' in log
+    assert '\r' not in log and log.count('step ') == 3 # the first, the look, the last
+
+def test_a_detached_training_is_checked_first(toy):
+    before = run_folders(toy, 'train_toy')
+    for word, said in {'stepz=5': 'did you mean steps?', 'steps': 'written name=value'}.items():
+        result = piped('enigma-lab', 'train', 'train_toy', word, '--detach', cwd=toy)
+        assert result.returncode == 2 and said in result.stderr and result.stdout == ''
+    assert run_folders(toy, 'train_toy') == before
+
+@pytest.mark.proof('cli', 'lab.notebooks')
+@pytest.mark.parametrize('word, said', [('gpus=99', 'gpus=99 asked, this machine has'),
+                                        ('max_steps=5.5', 'max_steps must be a whole number')])
+def test_values_of_a_detached_training(tmp_path, word, said):
+    environ = dict(environment(), ENIGMA_RUNS=str(tmp_path))
+    result = subprocess.run(['enigma-lab', 'train', 'train_enigma', word, '--detach'], cwd=ROOT,
+                            env=environ, capture_output=True, text=True)
+    assert result.returncode == 2 and said in result.stderr and not list(tmp_path.iterdir())

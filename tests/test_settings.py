@@ -10,8 +10,8 @@ import nbformat
 import pytest
 import yaml
 
-from enigma_lab.dev.parameters import find_settings, read_head, training_notebooks
-from enigma_lab.lab.notebooks import notebook_parameters
+from enigma_lab.dev.parameters import training_notebooks
+from enigma_lab.lab.notebooks import find_settings, notebook_parameters, read_head
 from enigma_lab.lab.runs import checkout
 from enigma_lab.lab.settings import (
     check_value, from_notebook, kinds_of, make_settings, write_settings)

@@ -158,6 +158,7 @@ class StatusLine:
         print(line, end='' if self.open else '\n', file=self.out, flush=True)
         self.due = time.monotonic() + (2 if self.terminal else 60)
 
+# %% ../../nbs/lab/28_progress.ipynb #76e9744e
 def follow(
     run_dir:str|Path, # a run's folder
     out=None, # a text stream; `None`: stderr
