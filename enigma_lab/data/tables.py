@@ -136,7 +136,8 @@ def say(
     count:Count, # with notes
 ):
     "Log the notes of a count as a warning."
-    if count.notes: logging.getLogger(__name__).warning('%s: %s', name, '; '.join(count.notes))
+    short = name.rstrip('/').rpartition('/')[2] # a log is read by those who know the folder
+    if count.notes: logging.getLogger(__name__).warning('%s: %s', short, '; '.join(count.notes))
 
 # %% ../../nbs/data/08_tables.ipynb #93137ce9
 MAGIC = {b'\x1f\x8b': 'gz', b'BZh': 'bz2', b'\xfd7zXZ\0': 'xz', b'\x28\xb5\x2f\xfd': 'zst'}
