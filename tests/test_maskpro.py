@@ -1,14 +1,15 @@
 "Learn masks from outside: four commands, presets, a kill, two processes, language models."
-import json, signal, subprocess, sys
+import json, os, shutil, signal, subprocess, sys, time
 
 import nbformat, pytest, torch
+from safetensors.torch import load_file
 
-from enigma_lab.lab.runs import checkout, list_runs
+from enigma_lab.lab.runs import checkout, list_runs, runs_in
 from enigma_lab.ddpm.train import make_ddpm_config, train_ddpm
 from enigma_lab.maskpro.learn import learn_masks
 from enigma_lab.maskpro.masks import verify_masks
 from enigma_lab.maskpro.presets import paper_presets, make_maskpro_config
-from enigma_lab.maskpro.train import baseline, learn, make_masks
+from enigma_lab.maskpro.train import baseline, evaluate, learn, make_masks, train_maskpro
 from enigma_lab.maskpro.modes import run_mode
 from enigma_lab.maskpro.storage import read_masks
 
@@ -104,30 +105,116 @@ def test_two_processes_learn_the_mask_of_one(home):
         losses = [[row['loss'] for row in run.history if 'loss' in row] for run in runs]
         assert losses[0] == losses[1]
 
+LONG = dict(budget=300, eval_steps=5, compute_fid=False, test=False, seed=5)
+
+def wait_for_checkpoint(process, folder):
+    "Wait until a checkpoint below a folder is whole; return its record's folder."
+    deadline = time.time() + 240
+    while not (found := list(folder.glob('**/checkpoints/checkpoint-*/digests.json'))):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(.01)
+    return found[0].parents[2]
+
+def end_after_a_checkpoint(process, folder, number):
+    "Send a signal to the process that learns in a folder of records, after its first checkpoint."
+    record = wait_for_checkpoint(process, folder)
+    os.kill(json.loads((record/'env.json').read_text())['pid'], number)
+    return process.wait()
+
+@pytest.fixture(scope='module')
+def whole(home):
+    "The learning that nobody disturbs."
+    return train_maskpro('smoke', **LONG)
+
+def same_end(run, whole):
+    "Compare everything that was learned and found with the undisturbed run's, bit for bit."
+    logits = [load_file(r.path/'logits'/'logits.safetensors') for r in (run, whole)]
+    assert all(torch.equal(logits[0][k], logits[1][k]) for k in logits[1])
+    of = lambda r: {k: v for k, v in r.metrics.items() if not k.endswith('_s')}
+    losses = lambda r: [row['loss'] for row in r.history if 'loss' in row]
+    return same_masks(run, whole) and of(run) == of(whole) and losses(run) == losses(whole)
+
 LEARN = (
     "import sys; from enigma_lab.maskpro.train import learn, open_record\n"
-    "learn(open_record(sys.argv[1]), show=lambda row: print(row['step'], flush=True))"
+    "learn(open_record(sys.argv[1]))"
 )
+TRAIN = "import json, sys; from enigma_lab.maskpro.train import train_maskpro\n" \
+        "train_maskpro('smoke', **json.loads(sys.argv[1]))"
+PROOF = pytest.mark.proof('maskpro.train', 'maskpro.learn', 'maskpro.masks', 'lab.checkpoint',
+                          'lab.sweep', seeds=(5,))
 
-@pytest.mark.proof('maskpro.train', 'maskpro.learn', 'maskpro.masks', seeds=(0,))
-def test_killed_and_resumed(home):
-    "SIGKILL in the middle; the record goes on where its last state was, to the same mask."
-    whole, cut = (make_masks(make_maskpro_config('smoke', budget=240)) for _ in range(2))
-    learn(whole)
-    process = subprocess.Popen(
-        [sys.executable, '-c', LEARN, cut.name], stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if int(line) >= 22: process.send_signal(signal.SIGKILL); break
+def start(*words): return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+@PROOF
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_record_goes_on(home, whole, number):
+    "Its step of learning is called again."
+    words = [f'{k}={v}' for k, v in LONG.items()]
+    begun = command('enigma-lab', 'maskpro', 'masks', 'preset=smoke', *words)
+    assert begun.returncode == 0, begun.stderr
+    cut = newest()
+    process = start(sys.executable, '-c', LEARN, cut.name)
+    wait_for_checkpoint(process, cut.path)
+    process.send_signal(number)
     process.wait()
-    assert (cut.path / 'state.safetensors').is_file() and not (
-        cut.path / 'learned_masks.safetensors'
-    ).exists()
-    learn(cut)
-    assert same_masks(whole, cut)
-    assert [row['loss'] for row in cut.history if 'loss' in row] == [
-        row['loss'] for row in whole.history if 'loss' in row
-    ]
+    assert not (cut.path/'learned_masks.safetensors').exists()
+    assert cut.env.get('stopped') == (number.name if number == signal.SIGTERM else None)
+    learn(cut); evaluate(cut)
+    assert same_end(cut, whole)
+
+@PROOF
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_resume_auto(home, whole, number, tmp_path, monkeypatch):
+    "All four steps in a new record, after the runs folder has moved; then it is the answer."
+    first, second = tmp_path/'first', tmp_path/'second'
+    shutil.copytree(home/'runs'/'train_ddpm', first/'train_ddpm')
+    monkeypatch.setenv('ENIGMA_RUNS', str(first))
+    process = start(sys.executable, '-c', TRAIN, json.dumps(LONG))
+    end_after_a_checkpoint(process, first/'train_maskpro', number)
+    said = process.stderr.read()
+    assert (number == signal.SIGKILL) or 'the same command with resume=auto goes on' in said
+    first.rename(second)
+    monkeypatch.setenv('ENIGMA_RUNS', str(second))
+    killed, = list_runs('train_maskpro')
+    words = [f'{k}={v}' for k, v in LONG.items()] + ['preset=smoke', 'resume=auto']
+    for _ in range(2):
+        done = command('enigma-lab', 'train', 'train_maskpro', *words)
+        assert done.returncode == 0, done.stderr
+        assert len(list_runs('train_maskpro')) == 2
+    resumed = newest()
+    assert same_end(resumed, whole) and killed.name in [
+        row.get('resumed_from') for row in resumed.history]
+
+@PROOF
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_preset_of_a_mode_goes_on(home, whole, number):
+    "The trial is killed, its sweep is called again: one folder, and the end of the undisturbed."
+    words = [f'{k}={v}' for k, v in LONG.items() if k != 'test']
+    call = ['enigma-lab', 'maskpro', 'custom', 'smoke', '--validation', *words]
+    folder = home/'runs'/'sweeps'/'maskpro-presets'/'train_maskpro'
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    end_after_a_checkpoint(start(*call), folder, number)
+    assert len(list(folder.iterdir())) == 1 and not runs_in(folder)[0].finished
+    done = command(*call)
+    assert done.returncode == 0 and 'finished' in done.stdout, done.stderr
+    run, = runs_in(folder)
+    assert len(list(folder.iterdir())) == 1 and any('resumed_from' in row for row in run.history)
+    assert same_end(run, whole)
+
+@PROOF
+def test_two_processes_go_on(home):
+    "Both are killed; both go on from the state that one of them wrote."
+    how = dict(LONG, processes=2, batch_size=8, budget=200)
+    undisturbed = train_maskpro('smoke', **how)
+    process = subprocess.Popen([sys.executable, '-c', TRAIN, json.dumps(how)],
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    while newest() == undisturbed:
+        assert process.poll() is None
+        time.sleep(.01)
+    wait_for_checkpoint(process, newest().path)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert same_end(train_maskpro('smoke', resume='auto', **how), undisturbed)
 
 @pytest.mark.proof(
     'maskpro.train', 'maskpro.config', 'maskpro.presets', 'maskpro.modes', 'maskpro.learn',

@@ -8,11 +8,10 @@ __all__ = ['preset_groups', 'run_mode', 'maskpro_runs', 'learning_state', 'progr
 # %% ../../nbs/maskpro/57_modes.ipynb #fca63647
 import time
 
-from ..lab.sweep import sweep
 from ..lab.runs import Run, list_runs, runs_in, runs_root
-from ..ddpm.train import find_pipeline
+from ..lab.sweep import sweep
 from .presets import paper_presets, presets as known_presets
-from .train import config_of
+from .train import config_of, model_name
 
 # %% ../../nbs/maskpro/57_modes.ipynb #32c55502
 preset_groups = dict(quick=paper_presets[:1], standard=paper_presets[1:2], full=paper_presets,
@@ -33,8 +32,8 @@ def run_mode(
             f"presets are named for mode 'custom' and only there, got {list(presets)} for {mode!r}")
     if unknown := sorted(set(presets) - known_presets.keys()):
         raise ValueError(f"preset must be one of {sorted(known_presets)}, got {unknown}")
-    # a sweep's cells have a runs folder of their own
-    fixed['model'] = find_pipeline(fixed.get('model', ''))
+    # the newest now; a later one must not take its place
+    fixed['model'] = model_name(fixed.get('model', ''))
     cells = [dict(preset=preset) for preset in preset_groups[mode] or presets]
     return sweep('enigma_lab.maskpro.train:train_maskpro', cells, name, parallel, **fixed)
 
