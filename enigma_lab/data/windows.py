@@ -121,6 +121,7 @@ def encode_texts(
     texts:Iterable[str], # documents or messages, of any length
 )->list[list[int]]: # one list of rows for each
     "Encode plain text: no special token is added, and none is read out of the text."
+    if hasattr(texts, 'token_rows'): return texts.token_rows() # they came as tokens
     rows = [[]]
     for ids, ends in encode_pieces(tokenizer, texts):
         rows[-1] += ids

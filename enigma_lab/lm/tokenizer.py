@@ -122,6 +122,7 @@ def folder_tokenizer(
         raise FileNotFoundError("a tokenizer's folder holds tokenizer.json or vocab.txt, got "
                                 f"{folder} ({type(e).__name__})") from None
 
+# %% ../../nbs/lm/10_tokenizer.ipynb #5ed5c30b
 def hub_tokenizer(
     name:str, # such as 'bert-base-chinese'
 ): # with the marks that it needs
