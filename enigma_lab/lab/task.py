@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Task', 'find_task', 'fit_and_save', 'split_changes', 'run_task', 'training_report', 'best_val_loss', 'read_words',
-           'read_arguments', 'main']
+           'read_arguments', 'warning_lines', 'main']
 
 # %% ../../nbs/lab/35_task.ipynb #b572cd1e
 import argparse, signal, sys
@@ -156,6 +156,15 @@ def read_arguments(
     if given.no_test: named['test'] = False
     return make_settings(settings, {**named, **read_words(given.settings)}, text=True)
 
+# %% ../../nbs/lab/35_task.ipynb #1221d586
+def warning_lines(
+    metrics:dict, # of a run
+)->list[str]: # a line for each warning; one line where none was found; empty if nobody looked
+    "Say the warnings of a record in words."
+    if 'warnings' not in metrics: return []
+    found = [f"warning: {w['what']}; {w['remedy']}" for w in metrics['warnings']]
+    return found or ['no warning: all that was measured lies within its limits']
+
 # %% ../../nbs/lab/35_task.ipynb #afc58a37
 def main(
     task:Task, # what to train
@@ -175,3 +184,4 @@ def main(
         print('stopped; the same command with resume=auto goes on', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     print(f"{run.path}: {', '.join(headlines(run.metrics))}")
+    for line in warning_lines(run.metrics): print(line)

@@ -14,15 +14,16 @@ import transformers
 from ..data.text import Corpus, load_text
 from ..data.tokens import TokenWindows, find_tokens, load_tokens
 from ..data.windows import Windows
+from ..lab.checkpoint import save_model
 from ..lab.config import TrainingConfig, check_precision
 from ..lab.runs import Run
 from ..lab.settings import Settings, make_settings
 from ..lab.task import Task, main, run_task, training_report
-from ..lab.checkpoint import save_model
 from .baselines import compressor_bits, compressors
 from .evaluate import evaluate_text, machine_report
 from .model import EnigmaConfig, EnigmaForCausalLM, parameter_card
 from .tokenizer import load_tokenizer
+from .warnings import look_for_warnings
 
 # %% ../../nbs/lm/50_train.ipynb #bad6320b
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ def evaluate(
     return dict(val_bits_per_char=validation['bits_per_char'], eval_window=validation['window'],
         eval_stride=validation['stride'],
         **(evaluate_test(run, parts) if test else {}), **machine_report(parts.model),
+        **look_for_warnings(run.history, parts.model, parts.tokenizer, parts.corpus.train,
+                            parts.corpus.validation),
         **parts.corpus.card(), parameters=card['total'],
         reachable_parameters=card['reachable'], vocabulary=len(parts.tokenizer),
         **training_report(run))
