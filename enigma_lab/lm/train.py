@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import transformers
 
+from ..data.leaks import LeakReport, check_mode, remove_leaks
 from ..data.text import Corpus, Windows, load_text
 from ..lab.config import TrainingConfig, check_precision
 from ..lab.runs import Run
@@ -30,6 +31,7 @@ class TrainConfig(TrainingConfig):
     data:str = 'auto' # 'auto', 'tasks', a file, a folder, or a hub id
     max_chars:int = 0 # read no more of the data; 0: all
     isolate:bool = False # documents of a window do not see each other
+    leaks:str = 'auto' # held-out text in train: 'auto' | 'remove' | 'report' | 'off'
     tokenizer:str = 'auto' # 'auto' (characters of the text), a tokenizer's folder, or a vocab.txt
     max_vocab:int = 0 # rows of the vocabulary at most; 0: a row for each character
     machine:str = 'none' # 'none' | 'input' | 'both' | 'between'
@@ -42,6 +44,7 @@ class TrainConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_precision(self)
+        check_mode(self.leaks)
         self.model_config()
 
     def model_config(self,
@@ -96,19 +99,20 @@ class TaskData:
     model:EnigmaForCausalLM # untrained
     train:Windows # to learn from
     validation:Windows # to choose by
+    leaks:LeakReport|None = None # what train shared with held-out text; `None`: not looked
 
 def prepare(
     config:TrainConfig, # what to do
 )->TaskData: # ready to train
     "Read the text, make the alphabet, build the model."
-    corpus = load_text(config.data, config.max_chars or None)
+    corpus, leaks = remove_leaks(load_text(config.data, config.max_chars or None), config.leaks)
     tokenizer = load_tokenizer(config.tokenizer, corpus.train, config.max_vocab or None)
     shape = config.model_config(tokenizer)
     transformers.set_seed(config.seed)
     model = EnigmaForCausalLM(shape).to(config.device)
     windows = [Windows(docs, tokenizer, shape.max_len, config.isolate)
                for docs in (corpus.train, corpus.validation)]
-    return TaskData(corpus, tokenizer, model, *windows)
+    return TaskData(corpus, tokenizer, model, *windows, leaks)
 
 # %% ../../nbs/lm/50_train.ipynb #f112cee9
 def evaluate(
@@ -122,7 +126,8 @@ def evaluate(
     return dict(val_bits_per_char=validation['bits_per_char'], eval_window=validation['window'],
         eval_stride=validation['stride'],
         **(evaluate_test(run, parts) if test else {}), **machine_report(parts.model),
-        **parts.corpus.card(), parameters=card['total'],
+        **parts.corpus.card(), **(parts.leaks.card() if parts.leaks else {}),
+        parameters=card['total'],
         reachable_parameters=card['reachable'], vocabulary=len(parts.tokenizer),
         **training_report(run))
 
