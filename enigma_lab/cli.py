@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line',
            'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train',
-           'tokenizer', 'showcase', 'find_model', 'load_model', 'generate', 'questions', 'chat', 'decoder_scores',
-           'sgdd', 'run_presets', 'print_look', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table',
-           'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs',
-           'bench_names', 'bench']
+           'tokenizer', 'showcase', 'data', 'find_model', 'load_model', 'generate', 'questions', 'chat',
+           'decoder_scores', 'sgdd', 'run_presets', 'print_look', 'maskpro', 'certify', 'run_value', 'cell_text',
+           'fit_table', 'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs', 'runs',
+           'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
@@ -239,6 +239,22 @@ def showcase(
         more = kept_beside(found)
     made = make_showcase(found, name, more)
     print(f'{made.path}: {folder_bytes(made.path):,} bytes')
+
+# %% ../nbs/cli.ipynb #82bed7bb
+@command('lm')
+def data(
+    source:str, # 'auto', 'tasks', a file, a folder, or a hub id
+    *,
+    tokenizer:str='auto', # 'auto' (characters of the text), a tokenizer's folder, or a vocab.txt
+    window:int=256, # tokens of a padded row
+):
+    "Count what is in a text: documents, tokens, lengths, scripts, duplicates and leaks."
+    from enigma_lab.data.analysis import analyse
+    from enigma_lab.data.text import load_text
+    from enigma_lab.lm.tokenizer import load_tokenizer
+    if window < 1: raise ValueError(f"window must be at least 1, got {window}")
+    corpus = load_text(source)
+    print(analyse(corpus, load_tokenizer(tokenizer, corpus.train), window))
 
 # %% ../nbs/cli.ipynb #2a16ef66
 def find_model(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import transformers
 
+from ..data.leaks import LeakReport, check_mode, remove_leaks
 from ..data.text import Corpus, load_text
 from ..data.tokens import TokenWindows, find_tokens, load_tokens
 from ..data.windows import Windows
@@ -33,6 +34,7 @@ class TrainConfig(TrainingConfig):
     data:str = 'auto' # 'auto', 'tasks', a file, a folder (of text or tokens), or a hub id
     max_chars:int = 0 # read no more of the data; 0: all
     isolate:bool = False # documents of a window do not see each other
+    leaks:str = 'auto' # held-out text in train: 'auto' | 'remove' | 'report' | 'off'
     tokenizer:str = 'auto' # 'auto' (characters of the text), a folder, a vocab.txt, or a hub name
     max_vocab:int = 0 # rows of the vocabulary at most; 0: a row for each character
     machine:str = 'none' # 'none' | 'input' | 'both' | 'between'
@@ -45,6 +47,7 @@ class TrainConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_precision(self)
+        check_mode(self.leaks)
         self.model_config()
 
     def model_config(self,
@@ -101,36 +104,38 @@ class TaskData:
     model:EnigmaForCausalLM # untrained
     train:Windows # to learn from
     validation:Windows # to choose by
+    leaks:LeakReport|None = None # what train shared with held-out text; `None`: not looked
 
 def read_data(
     config:TrainConfig, # names data and tokenizer
-)->tuple: # a `Corpus`, its tokenizer, and what cuts it into windows
+)->tuple: # a `Corpus`, its `LeakReport`, its tokenizer, and what cuts it into windows
     "Read text and make its alphabet, or read tokens of a tokenizer that exists."
     limit = config.max_chars or None
     if not find_tokens(config.data):
-        corpus = load_text(config.data, limit)
+        corpus, leaks = remove_leaks(load_text(config.data, limit), config.leaks)
         made = load_tokenizer(config.tokenizer, corpus.train, config.max_vocab or None)
-        return corpus, made, Windows
+        return corpus, leaks, made, Windows
     if config.tokenizer == 'auto':
         raise ValueError(f"{config.data} holds tokens, which only the tokenizer that made them can "
                          "read, got tokenizer='auto'; give its folder, its vocab.txt or its name, "
                          "such as bert-base-chinese")
     tokenizer = load_tokenizer(config.tokenizer)
-    return load_tokens(config.data, tokenizer, limit), tokenizer, TokenWindows
+    corpus, leaks = remove_leaks(load_tokens(config.data, tokenizer, limit), config.leaks)
+    return corpus, leaks, tokenizer, TokenWindows
 
 # %% ../../nbs/lm/50_train.ipynb #e1227888
 def prepare(
     config:TrainConfig, # what to do
 )->TaskData: # ready to train
     "Read the data, build the model."
-    corpus, tokenizer, cut = read_data(config)
+    corpus, leaks, tokenizer, cut = read_data(config)
     shape = config.model_config(tokenizer)
     tokenizer.model_max_length = shape.max_len # what truncation=True cuts to
     transformers.set_seed(config.seed)
     model = EnigmaForCausalLM(shape).to(config.device)
     windows = [cut(docs, tokenizer, shape.max_len, config.isolate)
                for docs in (corpus.train, corpus.validation)]
-    return TaskData(corpus, tokenizer, model, *windows)
+    return TaskData(corpus, tokenizer, model, *windows, leaks)
 
 # %% ../../nbs/lm/50_train.ipynb #f112cee9
 def evaluate(
@@ -146,7 +151,8 @@ def evaluate(
         **(evaluate_test(run, parts) if test else {}), **machine_report(parts.model),
         **look_for_warnings(run.history, parts.model, parts.tokenizer, parts.corpus.train,
                             parts.corpus.validation),
-        **parts.corpus.card(), parameters=card['total'],
+        **parts.corpus.card(), **(parts.leaks.card() if parts.leaks else {}),
+        parameters=card['total'],
         reachable_parameters=card['reachable'], vocabulary=len(parts.tokenizer),
         **training_report(run))
 
