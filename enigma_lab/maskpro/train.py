@@ -163,7 +163,7 @@ def open_record(
             f"a step goes on with a record of train_maskpro, got {name!r}, "
             f"there are {[r.name for r in known[-5:]]}: run `enigma-lab maskpro masks` first")
     run = named[-1]
-    watched = {'tracker', 'project', 'experiment', 'model'}
+    watched = {'tracker', 'project', 'experiment', 'model', 'node_rank', 'master'}
     now = run.config if config is None else json.loads(json.dumps(asdict(config)))
     differing = {k: (v, now[k]) for k, v in run.config.items()
                  if now[k] != v and k not in watched}
@@ -249,7 +249,8 @@ def learn(
             f"learned_masks.safetensors; start a new record with `enigma-lab maskpro masks`")
     config = config_of(run)
     if config.world == 1: return learn_here(run, task, show)
-    launch(train.learn_here, run, gpus=config.gpus, processes=config.processes)
+    launch(train.learn_here, run, gpus=config.gpus, processes=config.processes,
+           nodes=config.nodes, node_rank=config.node_rank, master=config.master)
 
 # %% ../../nbs/maskpro/55_train.ipynb #4edf6e3e
 def learn_here(
