@@ -223,4 +223,5 @@ def main(
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
-    print(f"{run.path}: {', '.join(headlines(run.metrics))}")
+    # others of its world have no result
+    if run.finished and rank() == 0: print(f"{run.path}: {', '.join(headlines(run.metrics))}")

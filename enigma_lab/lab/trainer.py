@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['rate_factor', 'same_everywhere', 'Clock', 'LogReader', 'history_row', 'Recorder', 'Budget', 'Stopped', 'StopOnSignal',
-           'listening', 'is_out_of_memory', 'memory_text', 'unwritable_text', 'ScheduledTrainer', 'RecordingTrainer',
-           'training_arguments', 'check_measure', 'thinned', 'quiet_transformers', 'make_trainer', 'note_end', 'fit']
+           'listening', 'is_out_of_memory', 'memory_text', 'unwritable_text', 'ScheduledTrainer', 'DealingTrainer',
+           'SharingTrainer', 'RecordingTrainer', 'training_arguments', 'check_measure', 'thinned', 'quiet_transformers',
+           'make_trainer', 'note_end', 'fit']
 
 # %% ../../nbs/lab/30_trainer.ipynb #223d1c7d
 import math, shutil, signal, threading, time
@@ -20,14 +21,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .checkpoint import KeepBest, Sealer, take_over
 from .config import TrainingConfig, check_precision, count_steps
-from .launch import STOPPING, Ended, rank, world_size
+from .launch import Ended, STOPPING, rank, world_size
 from .optimizer import make_optimizer
 from .progress import Measure, is_evaluation
 from .runs import Run
+from .shards import ShardLoader, Shards
 from .trackers import open_tracker
 
 # %% ../../nbs/lab/30_trainer.ipynb #aaa1cc74
@@ -296,8 +299,78 @@ class ScheduledTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
+# %% ../../nbs/lab/30_trainer.ipynb #f1d47c69
+class DealingTrainer(ScheduledTrainer):
+    "Train on this process's pieces of the batches."
+    def shards(self,
+        data:Dataset, # samples
+        batch_size:int, # of a process
+        seed:int|None, # of the order; `None`: as they lie
+    )->ShardLoader: # for this process
+        "Deal samples to the processes."
+        pieces = Shards(len(data), batch_size, self.args.process_index, self.args.world_size, seed)
+        return ShardLoader(data, pieces, self.data_collator, self.model_accepts_loss_kwargs,
+                           pin_memory=self.args.dataloader_pin_memory)
+
+    def get_train_dataloader(self):
+        "Deal the training samples, of which each is seen once an epoch."
+        if self.args.world_size == 1: return super().get_train_dataloader()
+        return self.shards(self.train_dataset, self._train_batch_size, self.config.seed)
+
+    def get_eval_dataloader(self,
+        eval_dataset=None, # samples; `None`: those that the trainer has
+    ):
+        "Deal the samples of validation."
+        if self.args.world_size == 1: return super().get_eval_dataloader(eval_dataset)
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.shards(data, self.args.eval_batch_size, None)
+
+    def compute_loss(self,
+        model, # wrapped
+        inputs, # a batch, or a piece of one
+        return_outputs=False, # also what the model returned
+        num_items_in_batch=None, # labels of the update
+    ): # the loss, or the loss and the outputs
+        "Compute the loss of a batch, weighted by this process's share."
+        mine, whole = inputs.pop('mine', 1), inputs.pop('whole', self.args.world_size)
+        found = super().compute_loss(model, inputs, True, num_items_in_batch)
+        weight = mine * self.args.world_size / whole
+        loss = found[0] if self.model_accepts_loss_kwargs else found[0] * weight
+        return (loss, found[1]) if return_outputs else loss
+
+# %% ../../nbs/lab/30_trainer.ipynb #03d2f74d
+class SharingTrainer(DealingTrainer):
+    "Count and judge, over all processes, what each has of the batches."
+    def _track_num_input_tokens(self,
+        inputs, # a batch, or a piece of one
+    ):
+        "Count what the model is fed with, an empty piece not."
+        kept = slice(0 if inputs.get('mine', 1) == 0 else None)
+        counted = {k: v[kept] for k, v in inputs.items() if torch.is_tensor(v)}
+        super()._track_num_input_tokens(counted)
+
+    def evaluation_loop(self,
+        dataloader, # of validation
+        description, # unused
+        prediction_loss_only=None, # unused: there is a loss and nothing else
+        ignore_keys=None, # of the outputs
+        metric_key_prefix='eval', # of the metric
+    )->EvalLoopOutput: # with the loss, a mean over the samples
+        "Look at validation, each sample once."
+        if self.args.world_size == 1:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self.model.eval()
+        total, count = 0., 0
+        for inputs in dataloader:
+            whole = inputs['whole']
+            loss, _, _ = self.prediction_step(self.model, inputs, True, ignore_keys)
+            total += whole * self.accelerator.reduce(loss, 'mean').item()
+            count += whole
+        return EvalLoopOutput(None, None, {f'{metric_key_prefix}_loss': total/count}, count)
+
 # %% ../../nbs/lab/30_trainer.ipynb #430cba74
-class RecordingTrainer(ScheduledTrainer):
+class RecordingTrainer(SharingTrainer):
     "Train, and refuse to go on from what would be lost: a loss that is no number."
     def training_step(self,
         model, # wrapped
