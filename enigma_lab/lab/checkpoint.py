@@ -205,9 +205,12 @@ def same_training(
     run:Run, # what was done
 )->dict: # field -> (then, now), of those that differ; empty: the same
     "Compare a config with a run's."
-    now, then = json.loads(json.dumps(asdict(config))), run.config
+    now = json.loads(json.dumps(asdict(config)))
+    unknown = dict(nodes=1, sharded=False) # to older records, which had no others
+    then = {k: v for k, v in unknown.items() if k in now} | run.config
     # watched, evaluated and named otherwise, it is the same
-    seen_only = {'resume', 'tracker', 'project', 'experiment', 'test', 'loop', 'note'}
+    seen_only = {'resume', 'tracker', 'project', 'experiment', 'test', 'loop', 'note',
+                 'node_rank', 'master'}
     return {k: (then.get(k), now.get(k)) for k in sorted({*now, *then} - seen_only)
             if then.get(k) != now.get(k)}
 
@@ -307,7 +310,7 @@ def check_same(
 ):
     "Refuse to go on with a run of other settings."
     differing = same_training(config, run)
-    if {'gpus', 'processes'} & differing.keys():
+    if {'gpus', 'processes', 'nodes'} & differing.keys():
         raise ValueError(
             "a run is resumed by as many processes as began it, for each has its own random "
             f"state, got {differing} (then, now) against {run.name}")

@@ -9,7 +9,7 @@ __all__ = ['TrainingConfig', 'check_training', 'check_batch', 'make_from_preset'
 import math
 from dataclasses import dataclass
 
-from .launch import check_processes, local_rank
+from .launch import check_processes, found_world, local_rank
 from .settings import Settings, check_fields, make_settings
 from .trackers import check_tracker
 
@@ -17,8 +17,11 @@ from .trackers import check_tracker
 @dataclass(frozen=True)
 class TrainingConfig:
     "Hold the settings that every training has in common."
-    gpus:int = 0 # CUDA devices, one process each; 0: the CPU
-    processes:int = 1 # on the CPU
+    gpus:int = 0 # CUDA devices of each machine, one process each; 0: the CPU
+    processes:int = 1 # on the CPU of each machine
+    nodes:int = 1 # machines; give each the same command and its own `node_rank`
+    node_rank:int = 0 # which machine this is, from 0
+    master:str = '127.0.0.1:0' # host:port of machine 0, by which several find each other
     seed:int = 0 # of weights, order and dropout
     epochs:float = 0. # passes over the training windows at most; 0: no limit
     max_steps:int = 0 # updates at most; 0: no limit
@@ -50,11 +53,15 @@ class TrainingConfig:
 
     @property
     def world(self): # processes that train together
-        return max(self.gpus, self.processes)
+        return max(self.gpus, self.processes) * self.nodes
 
     @property
-    def device(self): # of this process
-        return f'cuda:{local_rank()}' if self.gpus else 'cpu'
+    def alone(self): # whether this process trains; else others are started, or this is one of them
+        return self.world == 1 or found_world() is not None
+
+    @property
+    def device(self): # of this process; one that starts others leaves the GPUs to them
+        return f'cuda:{local_rank()}' if self.gpus and self.alone else 'cpu'
 
     @property
     def accumulation(self): # forward passes of an update, in each process
@@ -67,7 +74,7 @@ def check_training(
 ):
     "Refuse a training that cannot be run."
     check_fields(c)
-    check_processes(c.gpus, c.processes)
+    check_processes(c.gpus, c.processes, c.nodes, c.node_rank, c.master)
     check_tracker(c.tracker)
     for name in ('batch_size', 'gradient_accumulation_steps', 'eval_steps', 'save_steps',
                  'eval_windows'):

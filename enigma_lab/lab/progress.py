@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['WORDS', 'Measure', 'measure_of', 'clock', 'newest_state', 'seconds_left', 'validation_words', 'speed_words',
            'is_evaluation', 'progress_line', 'print_evaluation', 'new_rows', 'StatusLine', 'follow', 'own_record',
-           'followed', 'draw_history', 'evaluation_text', 'LiveCurve', 'watched', 'peak_mib', 'cost_card']
+           'followed', 'draw_history', 'evaluation_text', 'LiveCurve', 'watched', 'peak_mib', 'probe_pass', 'cost_card']
 
 # %% ../../nbs/lab/28_progress.ipynb #23bd4624
 import json, math, os, shutil, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .config import TrainingConfig, count_steps
-from .launch import rank
+from .launch import in_child, rank, threads_each, why_spawn
 from .runs import Run, read_json, runs_root
 from .system import peak_memory
 
@@ -290,6 +291,29 @@ def peak_mib()->float: # of this process since its start (CPU) or of the device
         return torch.cuda.max_memory_allocated() / 2**20
     return peak_memory()
 
+# %% ../../nbs/lab/28_progress.ipynb #f85d61d1
+def probe_pass(
+    config:TrainingConfig, # batch and devices
+    model:nn.Module, # on any device
+    train:Dataset, # windows
+    repeats:int, # passes
+)->tuple[float,float]: # seconds of a forward and backward pass, the median; peak memory in MiB
+    "Measure a pass, in the process that this is."
+    device = 'cuda:0' if config.gpus and not config.alone else config.device
+    rows = [train[i % len(train)] for i in range(config.batch_size)]
+    batch = {k: torch.stack([row[k] for row in rows]).to(device) for k in rows[0]}
+    state, seconds = model.training, []
+    model.to(device)
+    if not config.alone: torch.set_num_threads(threads_each(config.world//config.nodes))
+    with torch.random.fork_rng():
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            model.train()(**batch).loss.backward()
+            if config.gpus: torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+    model.zero_grad(set_to_none=True); model.train(state)
+    return sorted(seconds)[len(seconds)//2], peak_mib()
+
 # %% ../../nbs/lab/28_progress.ipynb #54cdba2c
 def cost_card(
     config:TrainingConfig, # batch and budgets
@@ -299,21 +323,14 @@ def cost_card(
     measure:Measure=Measure(), # whose `counted` names what is fed
 )->dict: # parameters, steps, tokens (or what is counted), minutes, memory
     "Estimate what a training will cost, from a short probe."
-    batch = {k: torch.stack([train[i % len(train)][k] for i in range(config.batch_size)]).to(
-        model.device) for k in train[0]}
-    state = model.training
-    seconds = []
-    with torch.random.fork_rng():
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            model.train()(**batch).loss.backward()
-            if config.gpus: torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-    model.zero_grad(set_to_none=True); model.train(state)
-    per_step = sorted(seconds)[len(seconds)//2] * config.accumulation
+    # a process that will be copied stays as it is
+    here = config.alone or why_spawn(config.world//config.nodes, config.nodes)
+    probe = probe_pass if here else partial(in_child, probe_pass)
+    seconds, peak = probe(config, model, train, repeats)
+    per_step = seconds * config.accumulation
     steps = count_steps(config, len(train))
     if config.minutes: steps = min(steps, max(1, int(60*config.minutes / per_step)))
-    each = batch['input_ids'].numel() * config.accumulation * config.world
+    each = train[0]['input_ids'].numel() * config.batch_size * config.accumulation * config.world
     return dict({measure.counted: steps*each, f'{measure.counted}_per_s': round(each/per_step)},
                 parameters=sum(p.numel() for p in model.parameters()), steps=steps,
-                minutes=round(steps*per_step/60, 2), peak_mib=round(peak_mib()))
+                minutes=round(steps*per_step/60, 2), peak_mib=round(peak))

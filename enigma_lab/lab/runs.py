@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'ALIASES', 'TASK_ALIASES', 'PARTS', 'FOUR', 'MODEL_FILES', 'HEADLINES', 'BEAT', 'checkout', 'runs_root',
-           'write_json', 'write_whole', 'read_json', 'load_average', 'environment', 'slug', 'renamed', 'RecordNames',
-           'RunReader', 'cut_half_line', 'RunWriter', 'read_part', 'Run', 'new_run_dir', 'process_began',
+           'write_json', 'write_whole', 'read_json', 'device_names', 'load_average', 'environment', 'slug', 'renamed',
+           'RecordNames', 'RunReader', 'cut_half_line', 'RunWriter', 'read_part', 'Run', 'new_run_dir', 'process_began',
            'this_process', 'start_run', 'finish_run', 'PackedRun', 'read_records', 'small_files', 'pack_runs',
            'pack_sweep', 'is_model', 'weights_digest', 'runs_in', 'list_runs', 'open_run', 'ModelFolder', 'runs_roots',
            'named_run', 'reference', 'find_run', 'find_model', 'load_runs', 'compare_runs', 'plot_runs', 'headlines',
@@ -102,6 +102,15 @@ def _blas():
 PACKAGES = ('torch transformers accelerate datasets tokenizers diffusers peft numpy nbdev '
     'papermill').split()
 
+def device_names()->list[str]: # empty on the CPU
+    "Name the CUDA devices without using them: a process that has used one cannot be forked."
+    import torch
+    count = torch.cuda.device_count()
+    if torch.cuda.is_initialized(): return [torch.cuda.get_device_name(i) for i in range(count)]
+    named = _output('nvidia-smi', '--query-gpu=name', '--format=csv,noheader') if count else ''
+    names = [line.strip() for line in (named or '').splitlines()]
+    return names[:count] + ['CUDA device']*(count - len(names))
+
 def load_average()->list|None: # over 1, 5 and 15 minutes; `None`: not known here
     "Tell how many processes want to run."
     return list(os.getloadavg()) if hasattr(os, 'getloadavg') else None
@@ -109,7 +118,7 @@ def load_average()->list|None: # over 1, 5 and 15 minutes; `None`: not known her
 def environment()->dict: # ready for env.json
     "Tell what a run depends on beside its config."
     import torch
-    here, cuda = checkout(Path(enigma_lab.__file__).parent) or Path('.'), torch.cuda
+    here = checkout(Path(enigma_lab.__file__).parent) or Path('.')
     changes = _output('git', 'status', '--porcelain', '--untracked-files=no', cwd=here)
     return dict(
         git_sha=_output('git', 'rev-parse', 'HEAD', cwd=here) or None,
@@ -117,7 +126,7 @@ def environment()->dict: # ready for env.json
         python=platform.python_version(), system=platform.system(),
         versions={p: v for p in PACKAGES if (v := _version(p))},
         threads=torch.get_num_threads(), blas=_blas(), load_average=load_average(),
-        devices=[cuda.get_device_name(i) for i in range(cuda.device_count())] or ['cpu'])
+        devices=device_names() or ['cpu'])
 
 # %% ../../nbs/lab/10_runs.ipynb #ff4c3771
 def slug(

@@ -46,8 +46,11 @@ class MaskProConfig:
     num_samples:int = 400 # images drawn from each model to be judged; at most those held out
     compute_fid:bool = True # judge them
     repeats:int = 8 # how often a held-out image is judged
-    gpus:int = 0 # CUDA devices, one process each; 0: the CPU
-    processes:int = 1 # on the CPU
+    gpus:int = 0 # CUDA devices of each machine, one process each; 0: the CPU
+    processes:int = 1 # on the CPU of each machine
+    nodes:int = 1 # machines; give each the same command and its own `node_rank`
+    node_rank:int = 0 # which machine this is, from 0
+    master:str = '127.0.0.1:0' # host:port of machine 0, by which several find each other
     seed:int = 0 # of masks and batches
     tracker:str = 'none' # 'none' | 'wandb' | 'tensorboard'
     project:str = 'enigma-lab' # what the tracker files the run under
@@ -60,7 +63,7 @@ class MaskProConfig:
 
     @property
     def world(self): # processes
-        return max(self.gpus, self.processes)
+        return max(self.gpus, self.processes) * self.nodes
 
     @property
     def parts(self): # of a batch, over all processes
@@ -72,7 +75,7 @@ def check_config(
 ):
     "Refuse settings that cannot be run."
     check_fields(c)
-    check_processes(c.gpus, c.processes)
+    check_processes(c.gpus, c.processes, c.nodes, c.node_rank, c.master)
     check_tracker(c.tracker)
     make_method(c.estimator)
     for name in ('batch_size', 'gradient_accumulation_steps', 'eval_steps', 'repeats'):

@@ -302,7 +302,8 @@ def learn(
             f"learned_masks.safetensors; start a new record with `enigma-lab maskpro masks`")
     config = config_of(claim(run))
     if config.world == 1: return learn_here(run, task, show)
-    launch(train.learn_here, run, gpus=config.gpus, processes=config.processes)
+    launch(train.learn_here, run, gpus=config.gpus, processes=config.processes,
+           nodes=config.nodes, node_rank=config.node_rank, master=config.master)
 
 # %% ../../nbs/maskpro/55_train.ipynb #4edf6e3e
 def learn_here(
