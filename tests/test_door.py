@@ -349,8 +349,8 @@ def test_an_edited_parameters_cell(tmp_path):
 
 # the end of a run
 
-def wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
+def wait_for(condition, seconds=400):
+    until = time.monotonic() + seconds # long, for the machine may be busy with other things
     while not condition() and time.monotonic() < until: time.sleep(.2)
     assert condition()
 
@@ -368,7 +368,7 @@ def test_a_signal_to_papermill_saves_a_checkpoint(tmp_path, number):
     try:
         wait_for(lambda: lines_of(tmp_path) > 4)
         process.send_signal(number)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=200)[1]
     finally: process.kill()
     run = Run(next((tmp_path/'train_enigma').iterdir()))
     assert process.returncode == 1 and 'the same command with resume=auto goes on' in said
@@ -406,7 +406,7 @@ def test_the_line_of_a_run_and_of_its_resume(tmp_path, toy_text):
     try:
         wait_for(lambda: lines_of(tmp_path) > 10)
         process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(200) == 128 + signal.SIGTERM
     finally: process.kill()
     first = Run(next((tmp_path/'runs'/'train_enigma').iterdir()))
     spent = max(row['wall_s'] for row in first.history if 'wall_s' in row)
@@ -449,9 +449,9 @@ def test_a_detached_training_survives_its_terminal(toy):
     folder, = set(run_folders(toy, 'train_toy')) - set(before)
     assert f'this run is recorded in runs/train_toy/{folder.name}\r\n' in shown
     assert f'tail -f runs/train_toy/{folder.name}/log.txt' in shown
-    wait_for((folder/'metrics.json').exists, 60)
+    wait_for((folder/'metrics.json').exists)
     pid = int(re.search(r'as process (\d+)', shown)[1])
-    wait_for(lambda: not process_exists(pid), 20)
+    wait_for(lambda: not process_exists(pid))
     log = (folder/'log.txt').read_text()
     assert 'step 8 · 100 % · loss 0.375 · val 2.011 bits/char · 5,100 tokens/s\n' in log
     assert '\r' not in log and log.count('step ') == 3 # the first, the look, the last
