@@ -200,7 +200,15 @@ WHOLE = {  # what: (folder -> (path or data, its texts), {reason: rows dropped},
     ),
     'jsonl with null first': (
         file('a.jsonl', jsonl(nulls), texts=PLAIN),
-        {'text in another column': 2},
+        dict(empty=2),
+    ),
+    'jsonl with titles': (
+        file(
+            'a.jsonl',
+            jsonl([dict(title=f't{i}', text=t) for i, t in enumerate(['', *PLAIN])]),
+            texts=PLAIN,
+        ),
+        dict(empty=1),
     ),
     'jsonl with NaN': (file('a.jsonl', jsonl([dict(text=float('nan')), *ROWS])), dict(empty=1)),
     'jsonl with one broken line': (
