@@ -1,6 +1,7 @@
 """Hostile data: each file is read whole with a count of what is not kept, or it is refused.
 
-A refusal states the rule, the place and the remedy. What a file holds is known because a library wrote it: csv, json, pandas, pyarrow, datasets."""
+A refusal states the rule, the place and the remedy. What a file holds is known because a library
+wrote it: csv, json, pandas, pyarrow, datasets."""
 
 import bz2, csv, gzip, json, lzma, os
 
@@ -199,7 +200,15 @@ WHOLE = {  # what: (folder -> (path or data, its texts), {reason: rows dropped},
     ),
     'jsonl with null first': (
         file('a.jsonl', jsonl(nulls), texts=PLAIN),
-        {'text in another column': 2},
+        dict(empty=2),
+    ),
+    'jsonl with titles': (
+        file(
+            'a.jsonl',
+            jsonl([dict(title=f't{i}', text=t) for i, t in enumerate(['', *PLAIN])]),
+            texts=PLAIN,
+        ),
+        dict(empty=1),
     ),
     'jsonl with NaN': (file('a.jsonl', jsonl([dict(text=float('nan')), *ROWS])), dict(empty=1)),
     'jsonl with one broken line': (
@@ -409,6 +418,10 @@ REFUSED = {  # what: (folder -> (path or data, _), fragments of the message)
     'jsonl with a key twice': (
         file('a.jsonl', '{"text": "a", "text": "b"}\n' * 3),
         ['a key twice: 3', 'line 1'],
+    ),
+    'jsonl over several lines, with a key twice': (
+        file('a.jsonl', jsonl(ROWS[:3], indent=1) + '{\n"text": "a",\n"text": "b"\n}'),
+        ['a key twice: 1', 'a.jsonl line 13'],
     ),
     'jsonl with half a surrogate pair': (
         file('a.jsonl', '{"text": "\\ud83d"}\n' * 3),

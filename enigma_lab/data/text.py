@@ -79,7 +79,7 @@ def find_text(
     rows:list[dict], # the first rows of a table
     name:str, # of the table, for the error
     column:str|None=None, # that is asked for
-)->tuple[str|None,list]: # the column (`None`: rows are conversations); other columns of texts
+)->tuple[str|None,list]: # the column (`None`: rows are conversations); columns in its place
     "Find the column `text`, else the only one that holds texts."
     columns = list(dict.fromkeys(key for row in rows for key in row))
     texts = [c for c in columns if any(is_text(row.get(c)) for row in rows)]
@@ -94,7 +94,9 @@ def find_text(
                              "rename one to text, or name it with column=")
         column = texts[0]
     column = column or 'text'
-    return column, [c for c in texts if c != column]
+    with_text = [row for row in rows if not is_blank(row.get(column))]
+    instead = [c for c in texts if any(is_blank(row.get(c)) for row in with_text)]
+    return column, instead
 
 def text_column(
     row:dict, # the first row of a table
@@ -107,7 +109,7 @@ def text_column(
 def row_text(
     row:dict, # of a table
     column:str|None, # of the text; `None`: the row is a conversation
-    others:list[str], # other columns of texts
+    others:list[str], # columns that may stand in its place
 )->str|Fault: # the text, '' if there is none
     "Read the text of one row."
     if column is None:
