@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line',
            'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train',
-           'tokenizer', 'showcase', 'data', 'find_model', 'load_model', 'generate', 'questions', 'chat',
-           'decoder_scores', 'sgdd', 'run_presets', 'print_look', 'maskpro', 'certify', 'run_value', 'cell_text',
-           'fit_table', 'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs', 'runs',
-           'docs', 'bench_names', 'bench']
+           'tokenizer', 'showcase', 'data', 'load_model', 'generate', 'questions', 'chat', 'decoder_scores', 'sgdd',
+           'run_presets', 'print_look', 'learn_record', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table',
+           'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs',
+           'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
@@ -122,7 +122,9 @@ def main(
     try:
         call(function, values)
         sys.stdout.flush()
-    except KeyboardInterrupt: sys.exit(130)
+    except KeyboardInterrupt as stopped: # by Ctrl-C, or with a checkpoint and a line about it
+        if str(stopped): print(f'enigma-lab: {stopped}', file=sys.stderr)
+        sys.exit(128 + getattr(stopped, 'number', 2))
     except BrokenPipeError: # whoever read us, e.g. `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
@@ -256,25 +258,16 @@ def data(
     corpus = load_text(source)
     print(analyse(corpus, load_tokenizer(tokenizer, corpus.train), window))
 
-# %% ../nbs/cli.ipynb #2a16ef66
-def find_model(
-    run:str, # as on the command line
-    *where:str, # notebook, and folder of the showcase, as for `find_run`
-): # a `lab.runs.Run`
-    "Find a run that has a model. Raise FileNotFoundError if it has none."
-    from enigma_lab.lab.runs import find_run
-    found = find_run('' if run == '-' else run, *where)
-    if not found.checkpoint.is_dir():
-        raise FileNotFoundError("a model is read from a run's checkpoint, "
-                                f"and {found.name} has none; name another run")
-    return found
-
 # %% ../nbs/cli.ipynb #7eb094b7
 def load_model(
     run:str, # as on the command line
 ): # a model in eval mode, and its tokenizer
     "Load the language model of a run."
+    from enigma_lab.lab.runs import find_model
     found = find_model(run)
+    if not (found.checkpoint/'config.json').is_file(): # an adapter, which goes to its base
+        from enigma_lab.lm.lora import load_adapted
+        return load_adapted(found)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
     import enigma_lab.lm.model  # noqa: F401, tells transformers the model's class
@@ -314,8 +307,9 @@ def questions():
 # %% ../nbs/cli.ipynb #3a3aec25
 @command('lm')
 def chat(
-    run:str='', # of train_lora; '' or -: the newest
+    run:str='', # of train_lora, or its folder; '' or -: the newest
     *,
+    base:str='', # where its base is now; empty: where the adapter knows it
     system:str='', # said before everything else
     max_new_tokens:int=200, # of a reply, at most
     temperature:float=0., # 0: always the likeliest token
@@ -324,11 +318,11 @@ def chat(
     seed:int=0, # of the choices
 ):
     "Talk to a tuned model."
-    from enigma_lab.lab.runs import find_run
-    found = find_run('' if run == '-' else run, 'train_lora')
+    from enigma_lab.lab.runs import find_model
+    found = find_model(run, 'train_lora')
     from enigma_lab.lm.generate import PrefixCache, stream_reply
     from enigma_lab.lm.lora import load_adapted
-    model, tokenizer = load_adapted(found)
+    model, tokenizer = load_adapted(found, base)
     memory, messages = PrefixCache(model), [dict(role='system', content=system)]*bool(system)
     for line in questions():
         messages.append(dict(role='user', content=line))
@@ -369,6 +363,7 @@ def sgdd(
     "Evaluate a sentence decoder, or read sentences from their vectors."
     if action not in ('evaluate', 'read'):
         raise ValueError(f"action must be 'evaluate' or 'read', got {action!r}")
+    from enigma_lab.lab.runs import find_model
     found = find_model(run, 'train_sgdd', 'sgdd')
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
@@ -408,6 +403,17 @@ def print_look(
     print(f"{row['step']:>6} updates   validation {row['val_loss']:.4f}   "
           f"changed {row['changed']:.1%}", flush=True)
 
+def learn_record(
+    run, # a `lab.runs.Run` with initial masks
+)->dict: # the summary
+    "Learn the masks of a record; when a signal stops it, tell how to go on."
+    from enigma_lab.maskpro.train import learn
+    try: learn(run, show=print_look)
+    except KeyboardInterrupt:
+        print(f'`enigma-lab maskpro learn {run.name}` goes on', file=sys.stderr)
+        raise
+    return read_json(run.path/'training_summary.json')
+
 # %% ../nbs/cli.ipynb #c9908843
 @command('masks')
 def maskpro(
@@ -430,9 +436,7 @@ def maskpro(
     if len(words) > 1: raise ValueError(f"{action} takes one record, got {list(words)}")
     run = steps.open_record(words[0] if words else '')
     if action == 'baseline': found = steps.baseline(run)
-    elif action == 'learn':
-        steps.learn(run, show=print_look)
-        found = read_json(run.path/'training_summary.json')
+    elif action == 'learn': found = learn_record(run)
     else:
         found = steps.evaluate(run, None if num_samples < 0 else num_samples,
                                False if no_fid else None, not validation)

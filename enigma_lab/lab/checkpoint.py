@@ -193,10 +193,11 @@ def digest_dataset(
     return total.hexdigest()
 
 def digest_data(
-    parts, # of a task, with `train` and `validation`
+    parts, # of a task, with `train`, `validation`, and perhaps `identity` of what it begins from
 )->str: # sha256, hexadecimal
     "Return a digest of what a training reads."
     both = digest_dataset(parts.train) + digest_dataset(parts.validation)
+    both += getattr(parts, 'identity', '')
     return hashlib.sha256(both.encode()).hexdigest()
 
 # %% ../../nbs/lab/29_checkpoint.ipynb #28841f5f

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROJECTIONS', 'presets', 'settings', 'task', 'EXAMINED', 'untie', 'quiet', 'add_lora', 'merged', 'trainable_card',
-           'fingerprint', 'save_adapter', 'Saving', 'read_origin', 'load_base', 'load_adapted', 'TuneConfig',
-           'make_tune_config', 'TuneTaskData', 'prepare_tuning', 'answers', 'grams', 'nearest_answers',
+           'fingerprint', 'save_adapter', 'Saving', 'read_origin', 'load_whole', 'load_base', 'load_adapted',
+           'TuneConfig', 'make_tune_config', 'TuneTaskData', 'prepare_tuning', 'answers', 'grams', 'nearest_answers',
            'evaluate_tuning', 'save_tuned', 'load_tuned', 'tune', 'exam_table', 'plot_exam']
 
 # %% ../../nbs/lm/60_lora.ipynb #84d7b221
-import copy, hashlib, json, warnings
+import copy, hashlib, json, os, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ from torch import nn
 from ..data.instruct import (
     ChatCorpus, ChatWindows, check_characters, encode_chat, load_chats, question)
 from ..data.tasks import FAMILIES, exact_match
+from ..lab.checkpoint import save_model
 from ..lab.config import TrainingConfig, check_precision
-from ..lab.runs import Run, find_run, write_json
+from ..lab.runs import Run, find_model, read_json, reference, weights_digest, write_json
 from ..lab.settings import Settings, make_settings
 from ..lab.task import Task, best_val_loss, main, run_task, training_report
-from ..lab.checkpoint import save_model
 from .generate import generate, pad_left
-from .model import EnigmaForCausalLM
+from .model import EnigmaConfig, EnigmaForCausalLM
 
 # %% ../../nbs/lm/60_lora.ipynb #e36a46a8
 PROJECTIONS = 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj'
@@ -108,7 +108,7 @@ def save_adapter(
     run:Run, # an open record
     model, # a `PeftModel`
     tokenizer, # saved beside it
-    base:dict, # 'run' and 'fingerprint' of the base
+    base:dict, # 'run', 'fingerprint' and more about the base
 )->Path: # run/checkpoint
     "Save an adapter and the name of its base, whole or not at all."
     with quiet(): return save_model(run, Saving(model, base), tokenizer)
@@ -151,36 +151,60 @@ def read_origin(
             f"an adapter's folder must be as it was saved, got {type(e).__name__}: {e} in "
             f"{path}") from None
 
+# %% ../../nbs/lm/60_lora.ipynb #9ea204c7
+def load_whole(
+    run:Run, # or folder of a model
+)->EnigmaForCausalLM: # in eval mode
+    "Load a base. Raise ValueError for an adapter, another kind of model, or missing weights."
+    folder, kind = run.checkpoint, EnigmaConfig.model_type
+    if not (folder/'config.json').is_file():
+        raise ValueError(f"a base must be a whole model, and {folder} holds an adapter; name the "
+                         "base of that adapter, or a model tuned with method='full'")
+    if (found := read_json(folder/'config.json').get('model_type')) != kind:
+        raise ValueError(f"a base must be a model of the kind {kind!r}, got {found!r} in {folder}")
+    model, about = EnigmaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    if lost := sorted(about['missing_keys']):
+        raise ValueError(f"a base must be whole, and {folder} lacks {', '.join(lost[:3])}")
+    return model.eval()
+
 # %% ../../nbs/lm/60_lora.ipynb #54b8ec94
 def load_base(
     origin:dict, # 'run' and 'fingerprint' of the base that an adapter was trained on
-    base:str='', # another run to take it from; empty: the one of `origin`
+    base:str='', # a run or a folder to take it from; empty: the one of `origin`
+    at:Path|None=None, # folder of the adapter's run, from where `origin` leads to the base, too
 )->EnigmaForCausalLM: # in eval mode
     "Load the base of an adapter, and check that it is the same."
-    name = base or origin['run']
-    model = EnigmaForCausalLM.from_pretrained(find_run(name).checkpoint).eval()
-    if (own := fingerprint(model)) != origin['fingerprint']:
-        raise ValueError(
-            f"an adapter belongs to the base it was trained on, {origin['run']} with fingerprint "
-            f"{origin['fingerprint']}, got {own} of {name}")
-    return model
+    near = at and origin.get('near')
+    names, others = [base] if base else [origin['run'], *([str(at/near)] if near else [])], {}
+    for name in names:
+        try: model = load_whole(find_model(name))
+        except (FileNotFoundError, ValueError) as error:
+            if base: raise
+            others[name] = str(error)
+            continue
+        if (own := fingerprint(model)) == origin['fingerprint']: return model
+        others[name] = f'fingerprint {own}'
+    raise ValueError(
+        f"an adapter belongs to the base it was trained on, {origin['run']} with fingerprint "
+        f"{origin['fingerprint']}, got {others}; name the run or the folder where it is now as "
+        "base")
 
 # %% ../../nbs/lm/60_lora.ipynb #eef3f565
 def load_adapted(
-    run:str|Run='', # the run of a tuning; empty: the newest
-    base:str='', # the base's run; empty: the one the adapter names
+    run:str|Run='', # the run of a tuning, or its folder; empty: the newest
+    base:str='', # the base's run, or its folder; empty: the one the adapter names
     merge:bool=True, # add the adapters in; False: keep them beside the base
 ): # model in eval mode, tokenizer
     "Load a tuned model: its base, checked, with its adapter."
     import peft
     from transformers import AutoTokenizer
-    run = run if isinstance(run, Run) else find_run(run, 'train_lora')
+    run = run if isinstance(run, Run) else find_model(run, 'train_lora')
     path = run.checkpoint
     # tuned as a whole, or merged
     if (path/'config.json').is_file():
-        return EnigmaForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+        return load_whole(run), AutoTokenizer.from_pretrained(path)
     origin, targets = read_origin(path)
-    model = load_base(origin, base)
+    model = load_base(origin, base, run.path)
     if 'lm_head' in targets: untie(model)
     try:
         with quiet(): model = peft.PeftModel.from_pretrained(model, str(path)).eval()
@@ -195,7 +219,7 @@ def load_adapted(
 class TuneConfig(TrainingConfig):
     "Hold what decides an instruction tuning: base, data and preset."
     preset:str = 'cpu' # preset, see `presets`
-    base:str = '' # the base's run; empty: the newest of train_enigma, or the showcase's of tasks
+    base:str = '' # a run, a model's folder; empty: the newest of train_enigma, else the showcase's
     data:str = 'tasks' # 'tasks', a file, a folder, or a hub id
     max_chats:int = 0 # read no more rows (of the tasks: questions of each family); 0: all, and 400
     window:int = 0 # tokens of a training window; 0: the base's context
@@ -236,13 +260,18 @@ def make_tune_config(
 @dataclass(frozen=True)
 class TuneTaskData:
     "Hold what a tuning works with."
-    base:Run # record of the base
+    base:Run # record of the base, or its folder
     corpus:ChatCorpus # conversations
     tokenizer:object # the base's
     model:object # a `PeftModel`, or the base itself
     train:ChatWindows # to learn from
     validation:ChatWindows # to choose by
-    origin:dict # name and fingerprint of the base
+    origin:dict # name, fingerprint and digest of the base
+
+    @property
+    def identity(self)->str: # hexadecimal
+        "Name what a resumed tuning must share beside its windows: the base."
+        return self.origin['fingerprint']
 
 # %% ../../nbs/lm/60_lora.ipynb #72e9e961
 def prepare_tuning(
@@ -250,12 +279,12 @@ def prepare_tuning(
 )->TuneTaskData: # ready to train
     "Load the base, read the conversations, attach what learns."
     from transformers import AutoTokenizer
-    base = find_run(config.base, showcase='train_enigma-tasks')
-    model = EnigmaForCausalLM.from_pretrained(base.checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(base.checkpoint)
+    base = find_model(config.base, showcase='train_enigma-tasks')
+    model, tokenizer = load_whole(base), AutoTokenizer.from_pretrained(base.checkpoint)
     corpus = load_chats(config.data, config.max_chats or None)
     check_characters(tokenizer, corpus.train)
-    origin = dict(run=base.name, fingerprint=fingerprint(model))
+    origin = dict(run=reference(base), fingerprint=fingerprint(model),
+                  digest=weights_digest(base.checkpoint))
     if config.window > model.config.max_len:
         raise ValueError(
             f"window must lie within the base's context of {model.config.max_len} tokens, got "
@@ -331,7 +360,7 @@ def evaluate_tuning(
     found = dict(parts.corpus.card(), **{f'packed_{k}': v for k, v in parts.train.card().items()},
         **{f'parameters_{k}': v for k, v in trainable_card(parts.model).items()},
         val_nll_nats=best_val_loss(run), **training_report(run), base=parts.origin['run'],
-        base_fingerprint=parts.origin['fingerprint'])
+        base_fingerprint=parts.origin['fingerprint'], base_digest=parts.origin['digest'])
     if parts.corpus.source != 'tasks': return found
     chats = parts.corpus.read_test(run) if test else parts.corpus.validation
     before = EnigmaForCausalLM.from_pretrained(parts.base.checkpoint).to(tuned.device).eval()
@@ -352,7 +381,8 @@ def save_tuned(
 ):
     "Save the adapter, or the model that was tuned as a whole."
     if hasattr(parts.model, 'peft_config'):
-        save_adapter(run, parts.model, parts.tokenizer, parts.origin)
+        near = os.path.relpath(parts.base.path, run.path.resolve())
+        save_adapter(run, parts.model, parts.tokenizer, dict(parts.origin, near=near))
     else: save_model(run, parts.model, parts.tokenizer)
 
 def load_tuned(

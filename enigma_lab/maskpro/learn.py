@@ -25,8 +25,6 @@ from .scores import initial_mask
 from .subsets import NMDistribution
 
 # %% ../../nbs/maskpro/50_learn.ipynb #22c5c2d9
-STATE = 'state.safetensors' # of a learner, in its checkpoint
-
 def parts_of(
     batch, # a list of parts, or one part
 )->list: # parts
@@ -111,10 +109,12 @@ class Learner:
         return (self.objective.forwards + self.estimator.forwards <= self.config.budget
                 and self.progress < 1)
 
-    @property
-    def over(self): # no room, or no patience any more
-        patience = self.config.patience
-        return not self.room or bool(patience and self.waited >= patience)
+# %% ../../nbs/maskpro/50_learn.ipynb #9715197f
+@patch
+def is_over(self:Learner)->bool: # no room, or no patience any more
+    "Tell whether the learning has come to its end."
+    patience = self.config.patience
+    return not self.room or bool(patience and self.waited >= patience)
 
 # %% ../../nbs/maskpro/50_learn.ipynb #7351c85a
 @patch
@@ -205,6 +205,18 @@ def save(self:Learner,
         dict(numbers=json.dumps(numbers), identity=json.dumps(self.identity()),
         history=json.dumps(list(history))))
 
+# %% ../../nbs/maskpro/50_learn.ipynb #e7b17fd1
+STATE = 'state.safetensors' # of a learner, in its checkpoint
+
+def remove_older(
+    newest:Path, # a checkpoint
+):
+    "Remove what is older than the checkpoint before the newest, and what was being written."
+    number = lambda path: int(path.name.rpartition('-')[2])
+    for path in newest.parent.glob('part-of-*'): shutil.rmtree(path, ignore_errors=True)
+    older = [p for p in newest.parent.glob('checkpoint-*') if number(p) < number(newest)]
+    for path in sorted(older, key=number)[:-1]: shutil.rmtree(path, ignore_errors=True)
+
 # %% ../../nbs/maskpro/50_learn.ipynb #f74009bb
 @patch
 def checkpoint(self:Learner,
@@ -228,15 +240,6 @@ def checkpoint(self:Learner,
         raise OSError(unwritable_text(whole, error)) from error
     remove_older(whole)
     return whole
-
-def remove_older(
-    newest:Path, # a checkpoint
-):
-    "Remove what is older than the checkpoint before the newest, and what was being written."
-    number = lambda path: int(path.name.rpartition('-')[2])
-    for path in newest.parent.glob('part-of-*'): shutil.rmtree(path, ignore_errors=True)
-    older = [p for p in newest.parent.glob('checkpoint-*') if number(p) < number(newest)]
-    for path in sorted(older, key=number)[:-1]: shutil.rmtree(path, ignore_errors=True)
 
 # %% ../../nbs/maskpro/50_learn.ipynb #16cb38a6
 @patch
@@ -313,7 +316,7 @@ def run_learner(
     def enter(row):
         history.append(row)
         if log: log(row)
-    while not learner.over and not asked:
+    while not learner.is_over() and not asked:
         enter(learner.step())
         looks = learner.steps % learner.config.eval_steps == 0 or not learner.room
         if looks: enter(learner.look(validation))

@@ -34,6 +34,7 @@ def run_mode(
         raise ValueError(f"preset must be one of {sorted(known_presets)}, got {unknown}")
     # the newest now; a later one must not take its place
     fixed['model'] = model_name(fixed.get('model', ''))
+    fixed['resume'] = fixed.get('resume') != 'none' # a sweep goes on unless told otherwise
     cells = [dict(preset=preset) for preset in preset_groups[mode] or presets]
     return sweep('enigma_lab.maskpro.train:train_maskpro', cells, name, parallel, **fixed)
 

@@ -35,6 +35,8 @@ from ..lab.runs import (
 from ..lab.stats import minimal_detectable_effect
 from ..lab.trackers import open_tracker
 from ..lab.trainer import StopOnSignal, listening, note_end
+
+# %% ../../nbs/maskpro/55_train.ipynb #e78356c0
 from .config import MaskProConfig, steps_of
 from .estimators import make_method
 from .evaluate import evaluate_models
@@ -158,6 +160,7 @@ def take_learning(
     take_checkpoints(run, checkpoint)
     run.log(resumed_from=old.name, step=read_json(checkpoint/'trainer_state.json')['global_step'])
 
+# %% ../../nbs/maskpro/55_train.ipynb #51cc09af
 def make_masks(
     config:MaskProConfig, # what to do
     note:str='', # appended to the record's folder, in place of the config's

@@ -420,6 +420,8 @@ def from_pretrained(cls:SGDDModel,
             f"a model's folder must hold {missing}, which are missing in {path}")
     stored = json.loads((path/'config.json').read_text())
     weights = load_file(path/'model.safetensors')
+    if 'origin' not in stored:
+        raise ValueError(f"a model's folder must hold a sentence decoder, got {path}")
     origin = stored.pop('origin')
     if lost := {'z_mean', 'z_std'} - weights.keys():
         raise ValueError(

@@ -18,13 +18,13 @@ from transformers import TrainerCallback
 
 from ..data.pairs import both_sides, load_pairs
 from ..data.sentences import load_sentences, meaning
+from ..lab.checkpoint import save_model
 from ..lab.config import TrainingConfig, check_precision
 from ..lab.progress import Measure
-from ..lab.runs import Run, find_run, write_json
+from ..lab.runs import Run, find_model, reference, weights_digest, write_json
 from ..lab.settings import Settings, make_settings, read_settings_file
 from ..lab.stats import bootstrap
 from ..lab.task import Task, best_val_loss, main, run_task, training_report
-from ..lab.checkpoint import save_model
 from .encoder import SemanticEncoder, encode_cached
 from .metrics import evaluate_generation
 from .model import (
@@ -38,7 +38,7 @@ class SGDDTrainConfig(TrainingConfig):
     preset:str = 'cpu' # preset, see `presets`
     data:str = 'hard' # 'small', 'hard', 'paraphrase', 'docs', a file, a folder, or a hub id
     phase:int = 1 # 1: a sentence from its own vector; 2: another from it, starting from `base`
-    base:str = '' # run of phase 1; phase 2 needs it
+    base:str = '' # run of phase 1, or a model's folder; phase 2 needs it
     pairs:bool = False # the data are pairs, and phase 1 learns to write both sides of each
     max_sentences:int = 0 # of training; 0: all
     max_words:int = 12 # of a sentence of natural text
@@ -131,6 +131,12 @@ class SGDDTaskData:
     train:SentenceVectors # to learn from
     validation:SentenceVectors # to choose by
     z:Tensor # (N, encoder_dim) vectors of the training sources
+    base:dict = field(default_factory=dict) # of phase 2: name and digest of the run begun from
+
+    @property
+    def identity(self)->str: # hexadecimal; empty: there is no base
+        "Name what a resumed training must share beside its data: the base."
+        return self.base.get('base_digest', '')
 
 def read_corpus(
     data:str, # of `load_sentences`, or of `load_pairs`
@@ -166,8 +172,10 @@ def prepare_sgdd(
     corpus = read_corpus(config.data, config.phase, config.pairs, config.max_sentences,
                          config.max_words)
     torch.manual_seed(config.seed)
-    model = (SGDDModel.from_pretrained(find_run(config.base, 'train_sgdd').checkpoint)
-             if config.phase == 2 else new_model(config, corpus.train))
+    base = find_model(config.base, 'train_sgdd') if config.phase == 2 else None
+    origin = base and dict(base=reference(base), base_digest=weights_digest(base.checkpoint))
+    model = (SGDDModel.from_pretrained(base.checkpoint) if base
+             else new_model(config, corpus.train))
     model.encoder.to(config.device)
     train, z = vectors_of(corpus.train, model, config.seed)
     validation, _ = vectors_of(corpus.validation, model, hidden=True)
@@ -177,7 +185,7 @@ def prepare_sgdd(
     else:
         model.fit_statistics(z, lengths)
         if config.svd: model.init_embedding()
-    return SGDDTaskData(corpus, model.to(config.device), train, validation, z)
+    return SGDDTaskData(corpus, model.to(config.device), train, validation, z, origin or {})
 
 # %% ../../nbs/sgdd/70_train.ipynb #1a418437
 @torch.no_grad()
@@ -241,7 +249,7 @@ def evaluate_sgdd(
     return dict(found, **parts.corpus.card(), val_denoising_nats=best_val_loss(run),
         **training_report(run),
         **{f'parameters_{k}': v for k, v in model.parameter_card().items()},
-        vocabulary=model.config.vocab_size)
+        vocabulary=model.config.vocab_size, **parts.base)
 
 # %% ../../nbs/sgdd/70_train.ipynb #a3bcdeb8
 def loop_scores(
