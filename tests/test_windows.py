@@ -215,7 +215,8 @@ from enigma_lab.data.windows import encode_texts
 from enigma_lab.lm.tokenizer import load_tokenizer
 made = load_tokenizer('bert-base-chinese')
 texts = json.loads(input())
-print(json.dumps([made(texts).input_ids, encode_texts(made, texts), made.eos_token, made.pad_token]))
+marks = made.eos_token, made.pad_token
+print(json.dumps([made(texts).input_ids, encode_texts(made, texts), *marks]))
 try: load_tokenizer('bert-base-cased')
 except FileNotFoundError as e: print(e)
 """
