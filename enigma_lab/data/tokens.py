@@ -321,6 +321,8 @@ class TokenCorpus(Corpus):
         sizes, parts = {}, dict(train=self.train, validation=self.validation, test=self._test)
         for name, part in parts.items():
             sizes |= {f'{name}_documents': len(part), f'{name}_row_tokens': int(part.lengths.sum())}
+            # what is held out is scored by characters; train may be too long to decode
+            if name != 'train': sizes[f'{name}_characters'] = sum(map(len, part))
         return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
                     padding_dropped=self.padding, **sizes, **self.rows.card())
 
