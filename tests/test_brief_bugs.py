@@ -1,30 +1,30 @@
 """Every bug that document 004 lists, on every task to which it applies.
 
-| bug of the document                        | test                                | tasks          |
-|--------------------------------------------|-------------------------------------|----------------|
-| 1 an imported name does not exist          | test_every_public_name_exists       | all            |
-| 2 `batch_size` passed twice                | test_batches_and_looks              | T              |
-| 3 FutureWarning of `torch.cuda.amp`        | every training here: it is an error | T, loop, masks |
-| 4 a tensor stays on another device         | test_nothing_stays_behind           | T, masks       |
-| 5 a method is missing, epochs without look | test_encode_from_tokens             | sgdd           |
-|                                            | test_a_look_…, test_masks_rate      | T, masks       |
-| 6 gradients cleared, the loss not divided  | test_an_update_is_one_batch         | T, loop        |
-|                                            | test_masks_parts_are_one_batch      | masks          |
-| 7 a schedule of hard-coded length          | test_the_schedule                   | T, loop        |
-| 12 a schedule that counts batches          | test_the_schedule, test_masks_rate  | T, loop, masks |
-| 8 no condition ever, not sometimes         | test_some_conditions_are_dropped    | sgdd           |
-| 9, 13 the best by a wrong key, or from     | test_the_best_is_kept               | T              |
-|   a best loss of 0                         | test_masks_best_and_resume          | masks          |
-| 10 `vocab_size` written into the code      | test_rows_of_the_tokenizer          | enigma, lora,  |
-|                                            |                                     | sgdd           |
-| 11 validation in smaller batches           | test_batches_and_looks              | T              |
-| 14 the last group of an epoch is lost      | test_batches_and_looks,             | T, loop        |
-|                                            | test_an_update_is_one_batch         |                |
-| 15 clipping in each batch                  | test_clipped_once                   | T, loop        |
-| 16 `global_step` is 0 after resuming       | test_resumed                        | T, loop        |
-|                                            | test_masks_best_and_resume          | masks          |
-| 17 another path in half precision          | test_half_precision_is_the_same     | T, loop        |
-| `num_workers` on Windows                   | test_no_workers                     | T              |
+| bug of the document                       | test                               | tasks          |
+|-------------------------------------------|------------------------------------|----------------|
+| 1 an imported name does not exist         | test_every_public_name_exists      | all            |
+| 2 `batch_size` passed twice               | test_batches_and_looks             | T              |
+| 3 FutureWarning of `torch.cuda.amp`       | any training here: it is an error  | T, loop, masks |
+| 4 a tensor stays on another device        | test_nothing_stays_behind          | T, masks       |
+| 5 a method is missing, no look each epoch | test_encode_from_tokens            | sgdd           |
+|                                           | test_a_look_…, test_masks_rate     | T, masks       |
+| 6 gradients cleared, the loss not divided | test_an_update_is_one_batch        | T, loop        |
+|                                           | test_masks_parts_are_one_batch     | masks          |
+| 7 a schedule of hard-coded length         | test_the_schedule                  | T, loop        |
+| 12 a schedule that counts batches         | test_the_schedule, test_masks_rate | T, loop, masks |
+| 8 no condition ever, not sometimes        | test_some_conditions_are_dropped   | sgdd           |
+| 9, 13 the best by a wrong key, or from    | test_the_best_is_kept              | T              |
+|   a best loss of 0                        | test_masks_best_and_resume         | masks          |
+| 10 `vocab_size` written into the code     | test_rows_of_the_tokenizer         | enigma, lora,  |
+|                                           |                                    | sgdd           |
+| 11 validation in smaller batches          | test_batches_and_looks             | T              |
+| 14 the last group of an epoch is lost     | test_batches_and_looks,            | T, loop        |
+|                                           | test_an_update_is_one_batch        |                |
+| 15 clipping in each batch                 | test_clipped_once                  | T, loop        |
+| 16 `global_step` is 0 after resuming      | test_resumed                       | T, loop        |
+|                                           | test_masks_best_and_resume         | masks          |
+| 17 another path in half precision         | test_half_precision_is_the_same    | T, loop        |
+| `num_workers` on Windows                  | test_no_workers                    | T              |
 
 T: train_enigma, train_lora, train_sgdd, train_ddpm. loop: `lab.train_loop`. masks: `learn_masks`,
 which has no optimizer steps to clip and draws a batch for each step, so no group is left over.
