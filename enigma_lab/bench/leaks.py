@@ -198,7 +198,7 @@ def sentence_stream(
         return hard.fill(k, [rng.choice(hard.words[slot]) for slot in hard.slots[k]])
     for i in range(n): yield '. '.join(sentence() for _ in range(3 + i % 3))
 
-# %% ../../nbs/bench/16_leaks.ipynb #81bed9bc
+# %% ../../nbs/bench/16_leaks.ipynb #a384dc59
 def measure_size(
     n:int, # documents in all
 )->dict: # documents, seconds, MiB, and what was found
@@ -213,6 +213,7 @@ def measure_size(
     return dict(documents=n, seconds=time.process_time() - begin - drawing,
                 MiB=high_water('cpu') - before, found=report.found.total())
 
+# %% ../../nbs/bench/16_leaks.ipynb #468d910b
 def measure_sizes(
     sizes:tuple=(10_000, 30_000, 100_000, 300_000), # documents
 )->pd.DataFrame: # a row for each size, and one for a million by a straight line
