@@ -250,7 +250,7 @@ def data(
     tokenizer:str='auto', # 'auto' (characters of the text), a tokenizer's folder, or a vocab.txt
     window:int=256, # tokens of a padded row
 ):
-    "Count what is in a text: documents, tokens, lengths, scripts, duplicates and leaks."
+    "Count what is in a text: documents, tokens, scripts, leaks."
     from enigma_lab.data.analysis import analyse
     from enigma_lab.data.text import load_text
     from enigma_lab.lm.tokenizer import load_tokenizer

@@ -21,7 +21,7 @@ ROOT = checkout(Path(__file__).parent)
 NOTEBOOKS = {path.stem: path for path in training_notebooks(ROOT)}
 VALID = dict( # another value than the default, where not any will do
     preset='smoke', optimizer='adamw', precision='fp32', tracker='tensorboard', machine='both',
-    rotor='roll',
+    rotor='roll', leaks='report',
     method='full', initial='random', estimator='pge', groups='flat', schedule='linear', size='tiny',
     parametrization='plu', grid=2**-10, reversible=True, exact=True, conditioning='cross',
     positions='rope',
