@@ -3,8 +3,8 @@
 The points are named, or drawn with `SEED`. Each finished run is scored again, from the model on
 the disk (`faults.rescore`).
 """
-import json, os, random, shutil, signal, time
-from dataclasses import dataclass, replace
+import json, multiprocessing, os, random, shutil, signal, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil, pytest, torch
@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import faults
 from faults import Fault
-from enigma_lab.lab.runs import Run, read_json, write_json
+from enigma_lab.lab.checkpoint import last_checkpoint
+from enigma_lab.lab.runs import Run, beating, write_json
 
 SEED = 17 # of the drawn points
 
@@ -21,8 +22,11 @@ SMALL = ['preset=smoke', 'max_steps=16', 'eval_steps=2', 'save_steps=4', 'dropou
          'batch_size=4', 'decay_share=0', '--no-test'] # its best look is in the middle
 
 def learning(run):
-    "Return what a history says of each update, clocks apart."
-    clocks = 'wall_s', 'tokens_per_s', 'images_per_s', 'sentences_per_s'
+    """Return what a history says of each update, clocks apart.
+
+    The training loss is a mean since the line before, which a resume between two lines divides.
+    """
+    clocks = 'loss', 'wall_s', 'tokens_per_s', 'images_per_s', 'sentences_per_s'
     rows = [{k: v for k, v in row.items() if k not in clocks} for row in run.history]
     return [row for row in rows if 'step' in row and 'resumed_from' not in row]
 
@@ -37,6 +41,7 @@ class Training:
     weights:dict = None
     history:list = None
     moments:int = 0
+    bring:Path|None = None # records of its base
 
     def runs(self, home):
         "List the folders of its records, oldest first."
@@ -47,6 +52,8 @@ class Training:
             run.path/'config.json').exists() else (run.path/'config.json').stat().st_ctime)
 
     def train(self, home, *words, **how):
+        if self.bring and not home.exists(): shutil.copytree(
+            self.bring, home/'runs'/'train_enigma')
         return faults.train(home, self.address, [*self.words, *words], **how)
 
     def start(self, home, *words, **how):
@@ -136,3 +143,279 @@ def test_ended_at_a_drawn_moment(tmp_path, lm, share, name):
     code, said = lm.train(tmp_path, fault=Fault('moment', nth=moment, signal=name))
     assert code != 0, (moment, said)
     lm.resume(tmp_path)
+
+FORK = multiprocessing.get_context('fork')
+TINY = dict(
+    in_an_update=Fault('accelerate:Accelerator.clip_grad_norm_', nth=6),
+    within_weights=Fault(WEIGHTS, 'checkpoint-4', how='within', room=100_000),
+    digests_not_in_place=Fault('os:replace', 'checkpoint-4/digests.json'))
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "Train for six updates."
+    home = tmp_path_factory.mktemp('tiny')
+    text = home/'text.txt'
+    text.write_text('\n\n'.join(f'Chapter {i}. It was a dark night. ' * 3 for i in range(30)))
+    words = [f'data={text}', *[w for w in SMALL if w[:2] not in ('ma', 'sa')],
+             'max_steps=6', 'save_steps=2', 'eval_windows=4']
+    return undisturbed(Training(LM, words, home, text), context=FORK)
+
+def stopped_in_the_middle(task, home, step=11, **how):
+    "Kill a training after some updates; return its record."
+    code, said = task.train(home, fault=Fault(STEP, nth=step), **how)
+    assert code == -signal.SIGKILL, said
+    run, = task.runs(home)
+    return run
+
+def checkpoints(run):
+    "List the folders of a run's checkpoints, oldest first."
+    return sorted((run.path/'checkpoints').glob('checkpoint-*'),
+                  key=lambda path: int(path.name.split('-')[1]))
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', 'lab.runs', seeds=(0,))
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGHUP'])
+def test_an_end_that_is_asked_for(tmp_path, lm, name):
+    "End with a checkpoint of this update, exit code 128 + the signal, and the words that resume."
+    code, said = lm.train(tmp_path, fault=Fault(STEP, nth=11, signal=name))
+    assert code == 128 + signal.Signals[name] and 'resume=auto goes on' in said, said
+    run, = lm.runs(tmp_path)
+    assert (run.env['stopped'], run.env['stopped_step']) == (name, 11)
+    assert checkpoints(run)[-1].name == 'checkpoint-11'
+    lm.resume(tmp_path)
+
+TWICE = dict(
+    history_copied=Fault('enigma_lab.lab.runs:RunWriter.log', nth=6),
+    origin_named=Fault('enigma_lab.lab.checkpoint:take_checkpoints'),
+    within_the_links=Fault('os:link', 'optimizer.pt'),
+    links_in_place=Fault('os:replace', 'part-checkpoint', how='after'),
+    nothing_learned=Fault(STEP))
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', 'lab.runs', seeds=(0,))
+@pytest.mark.parametrize('fault', TWICE.values(), ids=TWICE)
+def test_killed_twice(tmp_path, lm, fault):
+    "Kill the run that takes over, too."
+    stopped_in_the_middle(lm, tmp_path)
+    code, said = lm.train(tmp_path, '--resume', 'auto', fault=fault)
+    assert code == -signal.SIGKILL, said
+    lm.resume(tmp_path)
+
+FULL = dict(
+    weights=Fault(WEIGHTS, 'checkpoint-8', how='full', room=100_000),
+    optimizer=Fault('torch:save', 'checkpoint-8/optimizer.pt', how='full', room=170_000),
+    history=Fault('enigma_lab.lab.runs:RunWriter.log', nth=7, how='full', room=1000),
+    model=Fault(WEIGHTS, 'checkpoint.part', how='full', room=100_000))
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', 'lab.runs', seeds=(0,))
+@pytest.mark.parametrize('fault', FULL.values(), ids=FULL)
+def test_full_disk(tmp_path, lm, fault):
+    "Say where there is no room, and what to do; with room, the record goes on."
+    code, said = lm.train(tmp_path, fault=fault)
+    assert code == 1 and 'Traceback' not in said, said
+    for words in ('a run must be writable, but', str(tmp_path), 'space' if fault.nth == 7 else
+                  'GB free'):
+        assert words in said, said
+    run, = lm.runs(tmp_path)
+    assert not run.checkpoint.exists() and not (run.path/'checkpoint.part').exists()
+    lm.resume(tmp_path)
+
+FILES = ('model.safetensors', 'optimizer.pt', 'scheduler.pt', 'rng_state.pth', 'config.json',
+         'trainer_state.json', 'training_args.bin', 'generation_config.json', 'end.json',
+         'digests.json')
+
+def damage(file, how):
+    "Spoil a file: half of it zero, cut off, gone, or with another beside it."
+    whole = file.read_bytes()
+    file.unlink() # its bytes may be linked elsewhere
+    half = whole[:len(whole)//2]
+    if how == 'zeroed': file.write_bytes(half + bytes(len(whole) - len(half)))
+    if how == 'truncated': file.write_bytes(half)
+    if how == 'beside':
+        file.write_bytes(whole)
+        file.with_name('stale_' + file.name).write_bytes(half)
+
+@pytest.fixture(scope='module')
+def half(lm):
+    "Keep a killed training with two sealed checkpoints."
+    stopped_in_the_middle(lm, lm.home/'half')
+    return lm.home/'half'
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', 'lab.runs', seeds=(0,))
+@pytest.mark.parametrize('how', ['zeroed', 'truncated', 'deleted', 'beside'])
+def test_each_file_of_a_checkpoint(tmp_path, half, monkeypatch, how):
+    "Spoil one file of the newest: it is named, and the one before is taken."
+    for name in FILES[:1] if how == 'beside' else FILES:
+        home = tmp_path/name
+        shutil.copytree(half, home)
+        run = Run(next((home/'runs'/'train_enigma').iterdir()))
+        before, newest = checkpoints(run)[-2:]
+        damage(newest/name, how)
+        with pytest.warns(UserWarning, match=f'{newest.name} is set aside') as said:
+            assert last_checkpoint(run) == before
+        assert name in str(said[0].message)
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', 'lab.runs', seeds=(0,))
+@pytest.mark.parametrize('name', ['model.safetensors', 'optimizer.pt', 'rng_state.pth'])
+def test_damaged_newest(tmp_path, lm, half, name):
+    "Go on from the one before, aloud, to the same weights; where none is whole, refuse."
+    shutil.copytree(half, tmp_path/'home')
+    run, = lm.runs(tmp_path/'home')
+    before, newest = checkpoints(run)[-2:]
+    damage(newest/name, 'zeroed')
+    shutil.copytree(tmp_path/'home', tmp_path/'none')
+    for place in checkpoints(lm.runs(tmp_path/'none')[0]): damage(place/name, 'truncated')
+    if newest.name != 'checkpoint-8': # the best, whose loss is said; the others come back
+        after, said = lm.resume(tmp_path/'home')
+        assert f'{newest.name} is set aside: {name}' in said, said
+    code, said = lm.train(tmp_path/'none', '--resume', 'auto')
+    assert code == 1 and f"['{name}'] is not what was saved" in said, said
+    assert len(lm.runs(tmp_path/'none')) == 1
+
+def move(home):
+    "Give a folder another name."
+    elsewhere = home.with_name('elsewhere')
+    home.rename(elsewhere)
+    return elsewhere
+
+def refused(task, home, rule):
+    "Ask to go on, and be refused with a reason, without a record."
+    before = len(task.runs(home))
+    code, said = task.train(home, '--resume', 'auto')
+    assert code == 1 and rule in said and 'Traceback' not in said, said
+    assert len(task.runs(home)) == before
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', 'lab.runs', seeds=(0,))
+def test_live_rival(tmp_path, lm):
+    "Leave a run at work alone, here or elsewhere; take over one whose number another has."
+    process = lm.start(tmp_path, fault=Fault(STEP, nth=11, signal='SIGSTOP'))
+    deadline = time.time() + 120
+    while not (state := psutil.Process(process.pid).status()) == psutil.STATUS_STOPPED:
+        assert time.time() < deadline and process.is_alive(), state
+        time.sleep(.02)
+    (tmp_path/'said.txt').rename(tmp_path/'first.txt')
+    refused(lm, tmp_path, 'a run that is at work cannot be resumed')
+    run, = lm.runs(tmp_path)
+    write_json(run.path/'env.json', dict(run.env, host='elsewhere'))
+    os.kill(process.pid, signal.SIGCONT) # its signs of life are seen from elsewhere
+    process.join(120)
+    assert process.exitcode == 0 and lm.runs(tmp_path)[-1].finished
+    assert all(torch.equal(x, lm.weights[k]) for k, x in lm.learned(run).items())
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', 'lab.runs', seeds=(0,))
+def test_dead_process_whose_number_is_used_again(tmp_path, lm, half):
+    shutil.copytree(half, tmp_path/'home')
+    run, = lm.runs(tmp_path/'home')
+    write_json(run.path/'env.json', dict(run.env, pid=os.getpid(), pid_started=1.))
+    lm.resume(tmp_path/'home')
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', 'lab.runs', seeds=(0,))
+def test_run_of_another_machine(tmp_path, lm, half):
+    "Refuse while its file is touched; go on when it is not, however new the copy is."
+    shutil.copytree(half, tmp_path/'home')
+    run, = lm.runs(tmp_path/'home')
+    write_json(run.path/'env.json', dict(run.env, host='elsewhere'))
+    with beating(run):
+        refused(lm, tmp_path/'home', 'a run that is at work cannot be resumed')
+    (run.path/'beat').touch() # what a killed process leaves
+    lm.resume(tmp_path/'home')
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', 'lab.runs', seeds=(0,))
+@pytest.mark.parametrize('how', ['MemoryError: ', 'OutOfMemoryError: CUDA out of memory',
+                                 "RuntimeError: DefaultCPUAllocator: can't allocate memory"])
+@pytest.mark.parametrize('call', [STEP, 'transformers.trainer:Trainer.prediction_step'],
+                         ids=['update', 'look'])
+def test_out_of_memory(tmp_path, lm, call, how):
+    "Say the step, the batch, and what helps; the record goes on."
+    code, said = lm.train(tmp_path, fault=Fault(call, nth=11, how=how))
+    assert code == 1 and 'Traceback' not in said, said
+    for words in ('memory ran out at step', 'batch_size=4', 'batch_size=2 with gradient_accum'):
+        assert words in said, said
+    lm.resume(tmp_path)
+
+# Six points on each other task.
+
+@pytest.fixture(scope='module')
+def others(tmp_path_factory, lm):
+    "Train each other task undisturbed, when it is asked for."
+    made = {}
+    def other(name):
+        if name not in made: made[name] = undisturbed(OTHERS[name](tmp_path_factory, lm))
+        return made[name]
+    return other
+
+def sentences(home):
+    "Write a file of short sentences."
+    words = 'baker sold found hid the shy rusty old red anchor lamp boat'.split()
+    rng, text = random.Random(0), home/'sentences.txt'
+    text.write_text('\n'.join(sorted({' '.join(rng.sample(words, 5)) for _ in range(300)})))
+    return text
+
+def sgdd(factory, lm):
+    home = factory.mktemp('sgdd')
+    text = sentences(home)
+    return Training('enigma_lab.sgdd.train:task',
+                    [f'data={text}', 'preset=smoke', 'max_steps=12', 'eval_steps=4',
+                     'save_steps=4', 'loop=false', '--no-test'], home, text)
+
+def lora(factory, lm):
+    home = factory.mktemp('lora')
+    text = home/'chats.jsonl'
+    ask = lambda i: dict(instruction=f'Chapter {i}.', output='It was a dark night; ' * (1 + i % 3))
+    text.write_text(''.join(json.dumps(ask(i)) + '\n' for i in range(40)))
+    base = lm.home/'whole'/'runs'/'train_enigma'
+    return Training('enigma_lab.lm.lora:task',
+                    [f'data={text}', f'base=train_enigma/{next(base.iterdir()).name}',
+                     'preset=smoke', 'max_chats=0', 'eval_steps=4', 'save_steps=4',
+                     'lora_dropout=.1', '--no-test'],
+                    home, text, 'adapter_model.safetensors', bring=base)
+
+def ddpm(factory, lm):
+    home = factory.mktemp('ddpm')
+    return Training('enigma_lab.ddpm.train:task',
+                    ['preset=smoke', 'max_steps=12', 'eval_steps=4', 'save_steps=4', '--no-test'],
+                    home, None, 'unet/diffusion_pytorch_model.safetensors')
+
+OTHERS = dict(lora=lora, sgdd=sgdd, ddpm=ddpm)
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lm.lora', 'sgdd.train', 'ddpm.train',
+                   seeds=(17,))
+@pytest.mark.parametrize('point', ['drawn', 'asked', 'within', 'damaged', 'moved', 'changed'])
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_tasks(tmp_path, others, name, point):
+    "SIGKILL at a drawn moment, SIGTERM, within a checkpoint, a damaged one, a move, other data."
+    task, home = others(name), tmp_path/'home'
+    moment = 1 + int(random.Random(f'{SEED} {name}').random()*task.moments)
+    fault = dict(drawn=Fault('moment', nth=moment), asked=Fault(STEP, nth=7, signal='SIGTERM'),
+                 within=Fault('torch:save', 'checkpoint-8/optimizer.pt', how='within')
+                 ).get(point, Fault(STEP, nth=11))
+    code, said = task.train(home, fault=fault)
+    assert code != 0, said
+    run = task.runs(home)[-1]
+    if point == 'moved': home = move(home)
+    if point == 'damaged': damage(checkpoints(run)[-1]/'optimizer.pt', 'zeroed')
+    if point != 'changed': return task.resume(home)
+    if task.text is None: return pytest.skip('its data are in a package')
+    was = task.text.read_text()
+    task.text.write_text(was.replace('old', 'new').replace('dark', 'dull'))
+    try: refused(task, home, 'has changed since')
+    finally: task.text.write_text(was)
+
+@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', seeds=(0,))
+def test_moved_and_changed(tmp_path, lm, half):
+    "Go on in another place; refuse other text under the same name; a finished run is the answer."
+    shutil.copytree(half, tmp_path/'home')
+    home, was = move(tmp_path/'home'), lm.text.read_text()
+    lm.text.write_text(was.replace('stormy', 'starry'))
+    try: refused(lm, home, 'has changed since train_enigma/')
+    finally: lm.text.write_text(was)
+    run, _ = lm.resume(home)
+    assert str(tmp_path) not in (run.path/'env.json').read_text()
+    count = len(lm.runs(home))
+    lm.resume(home)
+    assert len(lm.runs(home)) == count
+
+@pytest.mark.parametrize('name', ['in_an_update', 'within_weights', 'digests_not_in_place'])
+def test_slice(tmp_path, tiny, name):
+    "Run three of the named points in a process that is forked from this one."
+    code, said = tiny.train(tmp_path, fault=TINY[name], context=FORK)
+    assert code in (-signal.SIGKILL, -signal.SIGXFSZ), said
+    tiny.resume(tmp_path, context=FORK)

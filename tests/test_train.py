@@ -1,8 +1,7 @@
-"Whole trainings: the notebook through papermill, the module, a kill in the middle."
-import json, os, signal, subprocess, sys, time
+"Whole trainings: the notebook through papermill, and the module."
+import json, subprocess, sys
 
 import nbformat, pytest, torch
-from safetensors.torch import load_file
 
 from enigma_lab.lab.runs import checkout
 
@@ -88,92 +87,6 @@ def test_five_gpus_on_a_machine_without(tmp_path):
     )
     run = only_run(tmp_path)
     assert [p.name for p in run.iterdir()] == ['train_enigma.ipynb']
-
-LONG = dict(preset='smoke', max_steps=120, eval_steps=10, save_steps=20, dropout=.1)
-
-def training(home, text, *words, **config):
-    "Say how a process trains on a text, with records in a home of its own."
-    home.mkdir(exist_ok=True)
-    (home/'config.json').write_text(json.dumps(dict(LONG, data=str(text), **config)))
-    arguments = [sys.executable, '-m', 'enigma_lab.lm.train', '--config', str(home/'config.json')]
-    return dict(args=[*arguments, *words], env=dict(os.environ, ENIGMA_RUNS=str(home/'runs')))
-
-def wait_for_checkpoint(process, home):
-    "Wait until a checkpoint is whole."
-    deadline = time.time() + 120
-    while not list(home.glob('runs/train_enigma/*/checkpoints/checkpoint-*/digests.json')):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(.02)
-
-@pytest.fixture(scope='module')
-def long_text(tmp_path_factory):
-    "Write a text of 150 short chapters."
-    night = 'It was a dark and stormy night; the rain fell. '
-    path = tmp_path_factory.mktemp('text')/'text.txt'
-    path.write_text('\n\n'.join(f'Chapter {i}. ' + night * (1 + i % 5) for i in range(150)))
-    return path
-
-def records(home, note): # folders of runs
-    return [p for p in (home/'runs'/'train_enigma').iterdir() if p.name.endswith(note)]
-
-def weights(run): return load_file(run/'checkpoint'/'model.safetensors')
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory, long_text):
-    "Weights of the training that nobody disturbs."
-    home = tmp_path_factory.mktemp('whole')
-    done = subprocess.run(**training(home, long_text), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return weights(records(home, '')[0])
-
-@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', seeds=(0,))
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
-def test_kill_and_resume(tmp_path, long_text, whole, number):
-    """End a training by a signal, move its folder, and go on: the same weights, bit for bit.
-
-    A third call finds the finished run, and trains nothing.
-    """
-    first = tmp_path/'first'
-    process = subprocess.Popen(**training(first, long_text, '--note', 'killed'),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for_checkpoint(process, first)
-    process.send_signal(number)
-    said = process.communicate()[1]
-    killed, = records(first, 'killed')
-    assert not (killed/'metrics.json').exists()
-    if number == signal.SIGTERM:
-        assert process.returncode == 128 + number and 'resume=auto goes on' in said, said
-    second = tmp_path/'elsewhere'
-    first.rename(second)
-    go_on = training(second, long_text, '--note', 'resumed', '--resume', 'auto')
-    resumed = subprocess.run(**go_on, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    after, = records(second, 'resumed')
-    learned = weights(after)
-    assert learned.keys() == whole.keys() and all(torch.equal(learned[k], whole[k]) for k in whole)
-    history = [json.loads(line) for line in (after/'history.jsonl').read_text().splitlines()]
-    origin = [row for row in history if 'resumed_from' in row]
-    assert origin[0]['resumed_from'] == f'train_enigma/{killed.name}'
-    assert 0 < origin[0]['step'] < 120
-    assert str(tmp_path) not in (after/'env.json').read_text() + (after/'metrics.json').read_text()
-    again = subprocess.run(**go_on, capture_output=True, text=True)
-    assert again.returncode == 0 and str(after.relative_to(second)) in again.stdout, again.stderr
-    assert len(records(second, '')) == 2
-
-@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', seeds=(0,))
-def test_other_text_under_the_same_name_is_refused(tmp_path, long_text):
-    "A checkpoint of one text does not go on with another."
-    text = tmp_path/'text.txt'
-    text.write_text(long_text.read_text())
-    process = subprocess.Popen(**training(tmp_path, text), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    wait_for_checkpoint(process, tmp_path)
-    process.kill(); process.wait()
-    text.write_text(text.read_text().replace('stormy', 'starry'))
-    changed = training(tmp_path, text, '--resume', 'auto')
-    again = subprocess.run(**changed, capture_output=True, text=True)
-    assert again.returncode == 1 and 'has changed since train_enigma/' in again.stderr, again.stderr
-    assert len(records(tmp_path, '')) == 1
 
 @pytest.mark.proof('lm.train', 'lab.task', seeds=(0,))
 def test_builtin_data_by_module(tmp_path):
