@@ -424,7 +424,8 @@ def training_arguments(
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen='all', report_to='none', disable_tqdm=True,
         remove_unused_columns=False, label_names=['labels'],
-        dataloader_pin_memory=config.gpus > 0, ddp_find_unused_parameters=False)
+        fsdp=config.sharded or None, dataloader_pin_memory=config.gpus > 0,
+        ddp_find_unused_parameters=False)
     args._n_gpu = min(1, args.n_gpu) # a process has one device, however many the machine has
     return args
 
