@@ -200,7 +200,7 @@ def test_a_world_that_is_there_is_joined(shell, uneven, launcher):
                          ids=['script-SIGTERM', 'script-SIGHUP', 'notebook-SIGINT'])
 def test_a_signal_ends_all_processes_with_a_checkpoint(shell, uneven, how, number):
     "Stop a training of two processes, and resume it: the weights of the one nobody disturbed."
-    values = dict(SAME, data=uneven, processes=2, batch_size=2, epochs=0, max_steps=150,
+    values = dict(SAME, data=uneven, processes=2, batch_size=2, epochs=0, max_steps=60,
                   eval_steps=10, save_steps=10)
     def train(note, resume='none'):
         more = values | dict(note=note, resume=resume)

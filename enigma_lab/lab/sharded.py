@@ -33,6 +33,7 @@ def shard_model(
     fully_shard(model, ignored_params=alone)
     return model
 
+# %% ../../nbs/lab/27_sharded.ipynb #2c0e3124
 def check_sharded(
     model:nn.Module, # to be trained
     precision:str, # of a config
@@ -67,11 +68,12 @@ def sum_everywhere(
     if world_size() > 1: torch.distributed.all_reduce(x)
     return x
 
+# %% ../../nbs/lab/27_sharded.ipynb #14767608
 def clip_gradients(
     model:nn.Module, # with gradients, perhaps divided
     limit:float, # of the whole gradient's length
 ):
-    "Shorten a gradient that is too long."
+    "Scale down a gradient that is too long."
     if world_size() == 1: return nn.utils.clip_grad_norm_(model.parameters(), limit)
     from torch.distributed.tensor import DTensor
     for p in single_numbers(model):

@@ -74,6 +74,7 @@ def fit_and_save(
     if rank() == 0: task.save(run, parts)
     return run
 
+# %% ../../nbs/lab/35_task.ipynb #15444e3e
 def make_whole(
     task:Task, # what was trained
     config:TrainingConfig, # how
@@ -86,6 +87,7 @@ def make_whole(
     parts.model.load_state_dict(weights)
     return parts
 
+# %% ../../nbs/lab/35_task.ipynb #009b1a5c
 def share_record(
     run:Run|None, # of rank 0
     config:TrainingConfig, # with the devices
@@ -139,6 +141,7 @@ def run_task(
     if run.finished or not leads: return run
     return finish_run(run, task.evaluate(run, parts, **options))
 
+# %% ../../nbs/lab/35_task.ipynb #8d358346
 def choose_record(
     task:Task, # what to train
     config:TrainingConfig, # how

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['rate_factor', 'same_everywhere', 'Clock', 'LogReader', 'history_row', 'Recorder', 'Budget', 'Stopped', 'StopOnSignal',
            'listening', 'is_out_of_memory', 'memory_text', 'unwritable_text', 'ScheduledTrainer', 'DealingTrainer',
-           'SharingTrainer', 'RecordingTrainer', 'training_arguments', 'check_measure', 'thinned', 'quiet_transformers',
-           'make_trainer', 'note_end', 'fit']
+           'WeighingTrainer', 'SharingTrainer', 'RecordingTrainer', 'training_arguments', 'check_measure', 'thinned',
+           'quiet_transformers', 'make_trainer', 'note_end', 'fit']
 
 # %% ../../nbs/lab/30_trainer.ipynb #223d1c7d
 import math, shutil, signal, threading, time
@@ -325,6 +325,9 @@ class DealingTrainer(ScheduledTrainer):
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         return self.shards(data, self.args.eval_batch_size, None)
 
+# %% ../../nbs/lab/30_trainer.ipynb #9b2e2ece
+class WeighingTrainer(DealingTrainer):
+    "Weigh the loss of a piece."
     def compute_loss(self,
         model, # wrapped
         inputs, # a batch, or a piece of one
@@ -339,7 +342,7 @@ class DealingTrainer(ScheduledTrainer):
         return (loss, found[1]) if return_outputs else loss
 
 # %% ../../nbs/lab/30_trainer.ipynb #03d2f74d
-class SharingTrainer(DealingTrainer):
+class SharingTrainer(WeighingTrainer):
     "Count and judge, over all processes, what each has of the batches."
     def _track_num_input_tokens(self,
         inputs, # a batch, or a piece of one
