@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from enigma_lab.lab.launch import launch, rank
 from enigma_lab.lab.runs import checkout, list_runs, start_run
 from enigma_lab.lab.checkpoint import resume_from
+from enigma_lab.lab.sharded import shard_model, whole_weights
+from enigma_lab.lab.train_loop import train_loop
 from enigma_lab.lab.trainer import fit
 from enigma_lab.lm.train import make_config, prepare, train
 
@@ -31,6 +33,11 @@ def fit_and_compare(run, config):
     all_of_them = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(all_of_them, mine)
     return dist.get_world_size(), [torch.equal(mine, other) for other in all_of_them]
+
+def train_sharded(config):
+    parts = prepare(config)
+    losses, _ = train_loop(shard_model(parts.model), parts.train, config)
+    return losses, whole_weights(parts.model)
 
 def die():
     dist.init_process_group('gloo')
@@ -148,6 +155,22 @@ def test_five_processes_and_two_machines_train_as_one(shell, uneven, tmp_path):
         check_same_curve(one, run)
         check_seen_once(seen, alone, n)
 
+@pytest.mark.proof('lab.sharded', 'lab.train_loop', 'lab.shards', seeds=(3,))
+def test_a_sharded_model_is_trained_as_a_whole_one(uneven):
+    "Divide a model among two processes: the losses of one process, and its weights."
+    config = make_config(**dict(SAME, data=str(uneven), batch_size=20, epochs=1))
+    losses, weights = train_sharded(config)
+    two = replace(config, processes=2, batch_size=10)
+    their_losses, their_weights = launch(train_sharded, two, processes=2)
+    assert len(losses) == 9 and max(abs(a - b) for a, b in zip(losses, their_losses)) <= 1e-5
+    assert weights.keys() == their_weights.keys()
+    # a softmax does not feel the bias of its keys: its gradient is rounding, and Adam steps by it
+    felt = [k for k in weights if not k.endswith('k_proj.bias')]
+    assert all(torch.allclose(weights[k], their_weights[k], atol=2e-5) for k in felt)
+    whole, before = prepare(config).model, prepare(config).model.state_dict()
+    whole.load_state_dict(their_weights)
+    assert any(not torch.equal(whole.state_dict()[k], before[k]) for k in before)
+
 @pytest.mark.proof('lab.launch', 'lab.task', 'lm.train', seeds=(3,))
 @pytest.mark.parametrize('launcher', ['torchrun', 'accelerate', 'accelerate --cpu'])
 def test_a_world_that_is_there_is_joined(shell, uneven, launcher):
@@ -173,10 +196,11 @@ def test_a_world_that_is_there_is_joined(shell, uneven, launcher):
 
 @pytest.mark.proof('lab.launch', 'lab.task', seeds=(3,))
 @pytest.mark.parametrize('how, number', [('script', signal.SIGTERM), ('script', signal.SIGHUP),
-                                         ('notebook', signal.SIGINT)], ids=str)
+                                         ('notebook', signal.SIGINT)],
+                         ids=['script-SIGTERM', 'script-SIGHUP', 'notebook-SIGINT'])
 def test_a_signal_ends_all_processes_with_a_checkpoint(shell, uneven, how, number):
     "Stop a training of two processes, and resume it: the weights of the one nobody disturbed."
-    values = dict(SAME, data=uneven, processes=2, batch_size=2, epochs=0, max_steps=400,
+    values = dict(SAME, data=uneven, processes=2, batch_size=2, epochs=0, max_steps=60,
                   eval_steps=10, save_steps=10)
     def train(note, resume='none'):
         more = values | dict(note=note, resume=resume)
@@ -373,6 +397,11 @@ def test_a_gpu_of_many_is_one(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, '_setup_devices', 5) # what it finds there
     monkeypatch.setattr(TrainingArguments, 'n_gpu', 5)
     assert training_arguments(config, tmp_path, 10)._n_gpu == 1
+
+def test_a_sharded_training_needs_gpus():
+    "On a CPU accelerate would train plain copies."
+    with pytest.raises(ValueError, match='sharded=True needs GPUs'):
+        make_config('smoke', sharded=True, processes=2)
 
 def test_machines_with_other_data_are_refused(tmp_path, monkeypatch):
     "Be told a digest that differs from one's own, and a record that is not there."

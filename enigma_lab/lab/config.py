@@ -42,6 +42,7 @@ class TrainingConfig:
     stop_loss:float = 0. # stop below this validation loss, in the task's unit; 0: never
     precision:str = 'auto' # 'auto' (bf16 where a GPU has it, else fp32) | 'fp32' | 'bf16' | 'fp16'
     gradient_checkpointing:bool = False # trade time for memory
+    sharded:bool = False # divide the parameters among the GPUs
     tracker:str = 'none' # 'none' | 'wandb' | 'tensorboard'; a copy of the record, shown elsewhere
     project:str = 'enigma-lab' # what the tracker files the run under
     experiment:str = '' # the run's name there; empty: that of its record
@@ -82,6 +83,9 @@ def check_training(
             raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
     if not (c.epochs or c.max_steps or c.minutes):
         raise ValueError("a training needs a budget: set epochs, max_steps or minutes above 0")
+    if c.sharded and not c.gpus:
+        raise ValueError("sharded=True needs GPUs: on a CPU accelerate leaves the whole model in "
+                         "every process; there lab.train_loop trains a sharded one")
     if c.optimizer not in ('muon', 'adamw'):
         raise ValueError(f"optimizer must be 'muon' or 'adamw', got {c.optimizer!r}")
     if not 0 <= c.decay_share <= 1:

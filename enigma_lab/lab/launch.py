@@ -52,6 +52,7 @@ def check_processes(
     check_nodes(nodes, node_rank, master)
     return max(gpus, processes) * nodes
 
+# %% ../../nbs/lab/20_launch.ipynb #1e8a8a07
 def check_nodes(
     nodes:int, # machines
     node_rank:int, # which of them this is
@@ -92,6 +93,7 @@ def join_config(
     if asked != (here, nodes): tell(f'{here*nodes} processes were started, so as many train here')
     return replace(config, **found, **found_precision(config))
 
+# %% ../../nbs/lab/20_launch.ipynb #c66313c0
 def found_precision(
     config, # with or without `precision`
 )->dict: # {'precision': …}, or nothing
@@ -139,6 +141,7 @@ def pool_is_lost(
     if lost: child.kill(); child.join()
     return lost
 
+# %% ../../nbs/lab/20_launch.ipynb #87cee3a3
 def threads_each(
     local_world:int, # processes of this machine
 )->int: # at least 1
@@ -179,6 +182,7 @@ class Ended(KeyboardInterrupt):
         self.number = number
         super().__init__(f'ended by {signal.Signals(number).name}')
 
+# %% ../../nbs/lab/20_launch.ipynb #3fcb98e2
 def launch(
     fn:Callable, # a function of a module
     *args, # its arguments; pickled when processes are spawned
@@ -223,6 +227,7 @@ def fork_processes(
         del os.environ['ACCELERATE_USE_CPU']
         if before is not None: os.environ['ACCELERATE_USE_CPU'] = before
 
+# %% ../../nbs/lab/20_launch.ipynb #cd1c1081
 def spawn_processes(
     work:tuple, # arguments of each process
     gpus:int, # unused: each process decides
@@ -261,6 +266,7 @@ def hearing():
     finally:
         for s, handler in handlers.items(): signal.signal(s, handler)
 
+# %% ../../nbs/lab/20_launch.ipynb #0f1a6900
 @contextmanager
 def quiet(
     logger, # a Python logger
@@ -302,6 +308,7 @@ def _one_process(fn, world, local_world, outcome, *args):
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     if local_rank() == 0: outcome.write_bytes(pickle.dumps((value, int(number))))
 
+# %% ../../nbs/lab/20_launch.ipynb #72fb26a9
 def readable(
     error:Exception, # of a launcher
     world:int, # processes
@@ -334,6 +341,7 @@ def share(
     torch.distributed.broadcast_object_list(shared, 0, device=device)
     return shared[0]
 
+# %% ../../nbs/lab/20_launch.ipynb #cbc6a559
 def in_child(
     fn:Callable, # any function
     *args, # its arguments

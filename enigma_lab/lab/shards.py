@@ -80,6 +80,7 @@ class PieceData(Dataset):
         "Read the samples of a piece."
         return piece, [self.data[i] for i in piece.items]
 
+# %% ../../nbs/lab/26_shards.ipynb #410b7f45
 class ShardLoader(DataLoader):
     "Load the pieces of this process."
     def __init__(self,

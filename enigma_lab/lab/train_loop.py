@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from .optimizer import make_optimizer
 from .config import TrainingConfig, count_steps
+from .launch import world_size
+from .optimizer import make_optimizer
+from .sharded import check_sharded, clip_gradients, sum_everywhere, take_piece
 from .trainer import rate_factor
 
 # %% ../../nbs/lab/25_train_loop.ipynb #dc704480
@@ -23,7 +25,7 @@ def update_batches(
     config:TrainingConfig, # batch, accumulation and seed
 )->tuple[torch.Tensor]: # at most `gradient_accumulation_steps` batches of window numbers
     "Choose the windows that update number `step` sees."
-    B, A = config.batch_size, config.accumulation
+    B, A = config.batch_size*config.world, config.accumulation
     epoch, update = divmod(step, math.ceil(math.ceil(windows/B) / A))
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(config.seed + epoch))
     return order.split(B)[update*A:(update+1)*A]
@@ -37,18 +39,19 @@ def update_model(
     amp:torch.dtype|None, # of autocast; `None`: float32
 )->float: # loss, nats per target
     "Update a model by the gradients of some batches, as if they were one."
-    targets, total = sum((batch['labels'][:, 1:] != -100).sum() for batch in batches), 0.
+    targets = sum_everywhere(sum((batch['labels'][:, 1:] != -100).sum() for batch in batches))
+    total = torch.zeros_like(targets, dtype=torch.float64)
     for batch in batches:
         with torch.autocast(targets.device.type, amp, enabled=amp is not None):
             loss = model(**batch, num_items_in_batch=targets).loss
-        scaler.scale(loss).backward()
-        total += loss.item()
+        scaler.scale(loss * world_size()).backward()
+        total += loss.detach()
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    clip_gradients(model, 1.)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return total
+    return sum_everywhere(total).item()
 
 # %% ../../nbs/lab/25_train_loop.ipynb #e2ec97ae
 def train_loop(
@@ -59,6 +62,7 @@ def train_loop(
     state:dict|None=None, # what an earlier call returned; `None`: begin
 )->tuple[list[float],dict]: # loss of each update, nats per target; the state to resume from
     "Train a model: the whole procedure, visible."
+    check_sharded(model, config.precision)
     device, total = next(model.parameters()).device, count_steps(config, len(train))
     amp = dict(bf16=torch.bfloat16, fp16=torch.float16).get(config.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -70,8 +74,8 @@ def train_loop(
         torch.set_rng_state(state['random'])
     model.train()
     for step in range(state['step'] if state else 0, min(total, steps or total)):
-        batches = [{k: torch.stack([train[i][k] for i in ids]).to(device) for k in train[0]}
-            for ids in update_batches(step, len(train), config)]
+        batches = [take_piece(train, ids, device)
+                   for ids in update_batches(step, len(train), config)]
         for group in optimizer.param_groups:
             group['lr'] = config.learning_rate * rate_factor(step, step/total, config)
         losses.append(update_model(model, batches, optimizer, scaler, amp))

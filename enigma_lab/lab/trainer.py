@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['rate_factor', 'same_everywhere', 'Clock', 'LogReader', 'history_row', 'Recorder', 'is_enough', 'Budget', 'Stopped',
            'StopOnSignal', 'listening', 'is_out_of_memory', 'memory_text', 'helped', 'ScheduledTrainer',
-           'DealingTrainer', 'SharingTrainer', 'CarefulTrainer', 'RecordingTrainer', 'training_arguments',
-           'check_measure', 'thinned', 'quiet_transformers', 'make_trainer', 'note_end', 'fit']
+           'DealingTrainer', 'WeighingTrainer', 'SharingTrainer', 'CarefulTrainer', 'RecordingTrainer',
+           'training_arguments', 'check_measure', 'thinned', 'quiet_transformers', 'make_trainer', 'note_end', 'fit']
 
 # %% ../../nbs/lab/30_trainer.ipynb #223d1c7d
 import math, signal, threading, time
@@ -351,6 +351,9 @@ class DealingTrainer(ScheduledTrainer):
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         return self.shards(data, self.args.eval_batch_size, None)
 
+# %% ../../nbs/lab/30_trainer.ipynb #9b2e2ece
+class WeighingTrainer(DealingTrainer):
+    "Weigh the loss of a piece."
     def compute_loss(self,
         model, # wrapped
         inputs, # a batch, or a piece of one
@@ -365,7 +368,7 @@ class DealingTrainer(ScheduledTrainer):
         return (loss, found[1]) if return_outputs else loss
 
 # %% ../../nbs/lab/30_trainer.ipynb #03d2f74d
-class SharingTrainer(DealingTrainer):
+class SharingTrainer(WeighingTrainer):
     "Count and judge, over all processes, what each has of the batches."
     def _track_num_input_tokens(self,
         inputs, # a batch, or a piece of one
@@ -476,7 +479,8 @@ def training_arguments(
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen='all', report_to='none', disable_tqdm=True,
         remove_unused_columns=False, label_names=['labels'],
-        dataloader_pin_memory=config.gpus > 0, ddp_find_unused_parameters=False)
+        fsdp=config.sharded or None, dataloader_pin_memory=config.gpus > 0,
+        ddp_find_unused_parameters=False)
     args._n_gpu = min(1, args.n_gpu) # a process has one device, however many the machine has
     return args
 
