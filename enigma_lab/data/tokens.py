@@ -326,6 +326,7 @@ class TokenCorpus(Corpus):
         return dict(data=self.source, data_key=self.key, duplicates_dropped=self.duplicates,
                     padding_dropped=self.padding, **sizes, **self.rows.card())
 
+# %% ../../nbs/data/13_tokens.ipynb #afb9593a
 def cut_parts(
     rows:TokenRows, # of train
     missing:list[str], # parts to cut from it
