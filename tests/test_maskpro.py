@@ -190,7 +190,7 @@ def test_resume_auto(home, whole, number, tmp_path, monkeypatch):
 def test_a_preset_of_a_mode_goes_on(home, whole, number):
     "The trial is killed, its sweep is called again: one folder, and the end of the undisturbed."
     words = [f'{k}={v}' for k, v in LONG.items() if k != 'test']
-    call = ['enigma-lab', 'maskpro', 'custom', 'smoke', '--validation', *words]
+    call = ['enigma-lab', 'maskpro', 'custom', 'smoke', *words, '--validation']
     folder = home/'runs'/'sweeps'/'maskpro-presets'/'train_maskpro'
     shutil.rmtree(folder.parent, ignore_errors=True)
     end_after_a_checkpoint(start(*call), folder, number)
