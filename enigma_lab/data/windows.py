@@ -45,7 +45,8 @@ def encode_plain(
 )->list[list[int]]: # one list of rows for each
     "Encode texts whole: no special token is added, and none is read out of the text."
     plain = dict(add_special_tokens=False, split_special_tokens=True)
-    return tokenizer(texts, return_attention_mask=False, **plain).input_ids
+    # verbose: a document may be longer than a window
+    return tokenizer(texts, return_attention_mask=False, verbose=False, **plain).input_ids
 
 # %% ../../nbs/data/12_windows.ipynb #de050859
 def cuts_cleanly(

@@ -172,7 +172,8 @@ def follow(
         last = stop.is_set() or (folder/'metrics.json').exists()
         rows, offset = new_rows(folder/'history.jsonl', offset)
         for row in rows:
-            state, fresh = newest_state([row], state), not is_evaluation(row)
+            state = newest_state([row], state)
+            fresh = 'step' in row and not is_evaluation(row)
             if 'measure' in row: print('loss in', measure_of([row]).unit, file=line.out, flush=True)
             elif not fresh: line.say(state)
         if fresh and (last or time.monotonic() >= line.due) or line.open and last:
