@@ -7,12 +7,13 @@ __all__ = ['UNSPACED', 'SIGNS', 'KINDS', 'MODES', 'MOST', 'Letters', 'words', 'W
            'mix', 'powers', 'WordRows', 'KeyTable', 'LeakRule', 'minhash', 'band_keys', 'shingles', 'jaccard',
            'NearIndex', 'NearCandidates', 'NearCopies', 'Passages', 'blocks', 'SharedPassages', 'hit_texts', 'Leak',
            'batches', 'HeldOut', 'find_batch', 'cut_words', 'LeakReport', 'apply_leak', 'excerpt', 'drop_leaks',
-           'report_lines', 'check_mode', 'remove_leaks']
+           'report_lines', 'check_mode', 'drop_rows', 'without_leaks', 'remove_leaks']
 
 # %% ../../nbs/data/14_leaks.ipynb #c76243c5
 import re, unicodedata, warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from html import escape
@@ -577,6 +578,28 @@ def check_mode(
         raise ValueError(f"leaks must be 'auto', 'remove', 'report' or 'off', got {mode!r}")
 
 # %% ../../nbs/data/14_leaks.ipynb #edfc8c96
+def drop_rows(
+    rows, # of tokens, each a text when it is read: `data.tokens.TokenRows`
+    report:LeakReport, # knows what is held out, and counts
+): # those that share nothing
+    "Take rows of tokens out of the training part, whole: a row is not cut."
+    keep = []
+    for i, (row, leak) in enumerate(report.held_out.find(rows)):
+        if leak and leak.gone is not None: leak = replace(leak, gone=np.ones_like(leak.gone))
+        if apply_leak(report, row, leak): keep.append(i)
+    return rows[np.array(keep, int)] if report.remove else rows
+
+def without_leaks(
+    corpus:Corpus, # split
+    report:LeakReport, # of what is held out; counts
+)->Corpus: # whose training part is a new one
+    "Drop leaks from the training part, and count them among the rows of its card."
+    drop = (lambda *args: list(drop_leaks(*args))) if isinstance(corpus.train, list) else drop_rows
+    train, rows = drop(corpus.train, report), deepcopy(corpus.rows)
+    if rows and report.remove and report.dropped: rows.drop('leak', rows=report.dropped)
+    return replace(corpus, train=train, rows=rows)
+
+# %% ../../nbs/data/14_leaks.ipynb #667aa3d1
 def remove_leaks(
     corpus:Corpus, # split
     mode:str='auto', # 'auto' | 'remove' | 'report' | 'off'
@@ -587,14 +610,14 @@ def remove_leaks(
     if mode == 'off': return corpus, None
     report = LeakReport(HeldOut([*corpus.validation, *corpus._test], rule))
     report.remove = mode == 'remove' or mode == 'auto' and corpus.source not in ('auto', 'tasks')
-    train = list(drop_leaks(corpus.train, report))
+    clean = without_leaks(corpus, report)
     share = report.lost/max(1, report.characters)
     if mode == 'auto' and report.remove and share > MOST:
-        report.remove, train = False, corpus.train
+        report.remove, clean = False, corpus
         warnings.warn(f"{share:.0%} of the training text is in the held-out text, too, so scores "
                       "mean little; nothing was removed, because more than "
                       f"{MOST:.0%} would go; leaks='remove' removes it")
-    if not train:
+    if not len(clean.train):
         raise ValueError("a training text must hold what the held-out text does not, got "
                          f"{report.documents} documents that are all in it; give other text")
-    return replace(corpus, train=train), report
+    return clean, report
