@@ -222,6 +222,8 @@ class TuneConfig(TrainingConfig):
     base:str = '' # a run, a model's folder; empty: the newest of train_enigma, else the showcase's
     data:str = 'tasks' # 'tasks', a file, a folder, or a hub id
     max_chats:int = 0 # read no more rows (of the tasks: questions of each family); 0: all, and 400
+    encoding:str = '' # of text files, such as 'gb18030'; empty: found out
+    max_dropped:float = .01 # share of faulty rows that is accepted, 0 … 1
     window:int = 0 # tokens of a training window; 0: the base's context
     method:str = 'lora' # 'lora' | 'full'
     r:int = 16 # rank of the adapters
@@ -281,7 +283,8 @@ def prepare_tuning(
     from transformers import AutoTokenizer
     base = find_model(config.base, showcase='train_enigma-tasks')
     model, tokenizer = load_whole(base), AutoTokenizer.from_pretrained(base.checkpoint)
-    corpus = load_chats(config.data, config.max_chats or None)
+    corpus = load_chats(config.data, config.max_chats or None, config.encoding or None,
+                        config.max_dropped)
     check_characters(tokenizer, corpus.train)
     origin = dict(run=reference(base), fingerprint=fingerprint(model),
                   digest=weights_digest(base.checkpoint))

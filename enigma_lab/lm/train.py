@@ -33,6 +33,8 @@ class TrainConfig(TrainingConfig):
     preset:str = 'cpu' # shape of the model, see `lm.model.presets`
     data:str = 'auto' # 'auto', 'tasks', a file, a folder (of text or tokens), or a hub id
     max_chars:int = 0 # read no more of the data; 0: all
+    encoding:str = '' # of text files, such as 'gb18030'; empty: found out
+    max_dropped:float = .01 # share of faulty rows that is accepted, 0 … 1
     isolate:bool = False # documents of a window do not see each other
     leaks:str = 'auto' # held-out text in train: 'auto' | 'remove' | 'report' | 'off'
     tokenizer:str = 'auto' # 'auto' (characters of the text), a folder, a vocab.txt, or a hub name
@@ -112,7 +114,8 @@ def read_data(
     "Read text and make its alphabet, or read tokens of a tokenizer that exists."
     limit = config.max_chars or None
     if not find_tokens(config.data):
-        corpus, leaks = remove_leaks(load_text(config.data, limit), config.leaks)
+        corpus = load_text(config.data, limit, config.encoding or None, max_dropped=config.max_dropped)
+        corpus, leaks = remove_leaks(corpus, config.leaks)
         made = load_tokenizer(config.tokenizer, corpus.train, config.max_vocab or None)
         return corpus, leaks, made, Windows
     if config.tokenizer == 'auto':
