@@ -114,7 +114,8 @@ def read_data(
     "Read text and make its alphabet, or read tokens of a tokenizer that exists."
     limit = config.max_chars or None
     if not find_tokens(config.data):
-        corpus = load_text(config.data, limit, config.encoding or None, max_dropped=config.max_dropped)
+        corpus = load_text(config.data, limit, config.encoding or None,
+                           max_dropped=config.max_dropped)
         corpus, leaks = remove_leaks(corpus, config.leaks)
         made = load_tokenizer(config.tokenizer, corpus.train, config.max_vocab or None)
         return corpus, leaks, made, Windows
