@@ -478,5 +478,7 @@ def test_masks_best_and_resume(tmp_path):
     state = tmp_path/'state.safetensors'
     with pytest.raises(Stop): learned(lambda step: rows, state=state, log=log, **how)
     again = learned(lambda step: rows, state=state, **how)
-    losses = [[row['loss'] for row in run.history if 'loss' in row] for run in (whole, again)]
-    assert losses[0] == losses[1] and torch.equal(whole.learned, again.learned)
+    steps = [[(row['step'], row['loss']) for row in run.history if 'loss' in row]
+             for run in (whole, again)]
+    assert steps[0] == steps[1] and whole.steps == again.steps
+    assert torch.equal(whole.learned, again.learned)
