@@ -346,7 +346,8 @@ def sentences(home):
     "Write a file of short sentences."
     words = 'baker sold found hid the shy rusty old red anchor lamp boat'.split()
     rng, text = random.Random(0), home/'sentences.txt'
-    text.write_text('\n'.join(sorted({' '.join(rng.sample(words, 5)) for _ in range(300)})))
+    drawn = sorted({' '.join(rng.sample(words, 5)) for _ in range(300)})
+    text.write_text('\n\n'.join(f'{line.capitalize()}.' for line in drawn))
     return text
 
 def sgdd(factory, lm):
@@ -359,7 +360,7 @@ def sgdd(factory, lm):
 def lora(factory, lm):
     home = factory.mktemp('lora')
     text = home/'chats.jsonl'
-    ask = lambda i: dict(instruction=f'Chapter {i}.', output='It was a dark night; ' * (1 + i % 3))
+    ask = lambda i: dict(instruction=f'{i}', output=['dark', 'it was', 'night'][i % 3])
     text.write_text(''.join(json.dumps(ask(i)) + '\n' for i in range(40)))
     base = lm.home/'whole'/'runs'/'train_enigma'
     return Training('enigma_lab.lm.lora:task',

@@ -359,7 +359,8 @@ def take_over(
         # last: a record with a checkpoint has the history that belongs to it
         take_checkpoints(run, checkpoint)
     if world_size() > 1: torch.distributed.barrier() # the others look for what was linked
-    return rows[-1]['wall_s'] if rows else 0.
+    # a run that was killed before its first row says no time of its own
+    return max((row['wall_s'] for row in rows if 'wall_s' in row), default=0.)
 
 # %% ../../nbs/lab/29_checkpoint.ipynb #7afdd6d4
 def unwritable_text(
