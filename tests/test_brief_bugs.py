@@ -367,7 +367,7 @@ def plain_tensors(model):
 @proof
 @each_task
 def test_nothing_stays_behind(prepared, name):
-    "Bug 4: all of a model moves; a batch on another device gives a loss there."
+    "Bug 4: all of a model moves to another device."
     _, parts = prepared(name)
     model = copy.deepcopy(parts.model)
     assert plain_tensors(model) == []

@@ -12,7 +12,7 @@ __all__ = ['DIGESTS', 'END', 'file_digests', 'damaged_files', 'forget_place', 'f
 # %% ../../nbs/lab/29_checkpoint.ipynb #fe4d925a
 import hashlib, json, math, os, shutil, warnings
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import torch
@@ -206,9 +206,9 @@ def same_training(
     run:Run, # what was done
 )->dict: # field -> (then, now), of those that differ; empty: the same
     "Compare a config with a run's."
-    now = json.loads(json.dumps(asdict(config)))
-    unknown = dict(nodes=1, sharded=False) # to older records, which had no others
-    then = {k: v for k, v in unknown.items() if k in now} | run.config
+    # what a record does not know was no setting then
+    then = {f.name: f.default for f in fields(config) if f.default is not MISSING} | run.config
+    now, then = json.loads(json.dumps([asdict(config), then]))
     # watched, evaluated and named otherwise, it is the same
     seen_only = {'resume', 'tracker', 'project', 'experiment', 'test', 'loop', 'note',
                  'node_rank', 'master'}
