@@ -396,7 +396,7 @@ def test_other_tasks(tmp_path, others, name, point):
     if point != 'changed': return task.resume(home)
     if task.text is None: return pytest.skip('its data are in a package')
     was = task.text.read_text()
-    task.text.write_text(was.replace('old', 'new').replace('dark', 'dull'))
+    task.text.write_text(was.replace('old', 'new').replace('dark', 'rain'))
     try: refused(task, home, 'has changed since')
     finally: task.text.write_text(was)
 
