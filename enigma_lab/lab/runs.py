@@ -597,7 +597,7 @@ def _beat(run, over):
 def beating(
     run:Run, # an open record
 ):
-    "Touch a file of a record every few seconds, as long as this process is at work on it."
+    "Show, by a file that is touched every few seconds, that this process is at work on a run."
     over = threading.Event()
     thread = threading.Thread(target=_beat, args=(run, over), daemon=True)
     thread.start()
