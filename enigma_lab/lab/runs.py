@@ -607,6 +607,7 @@ def beating(
         thread.join()
         with suppress(OSError): (run.path/'beat').unlink(missing_ok=True)
 
+# %% ../../nbs/lab/10_runs.ipynb #75ccb1a4
 def is_beating(
     run:Run, # of a process that cannot be seen
 )->bool: # True, too, for a record that never gave a sign
