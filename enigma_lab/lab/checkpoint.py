@@ -74,6 +74,7 @@ def has_ended(
     "Tell whether a training had come to its end with a checkpoint."
     return read_json(checkpoint/END).get('ended', False)
 
+# %% ../../nbs/lab/29_checkpoint.ipynb #0c1e53e4
 class Sealer(TrainerCallback):
     "Write the digests of a checkpoint when all processes have written their part."
     def on_save(self,
@@ -117,6 +118,7 @@ def choose_best(
     state.best_metric, state.best_global_step = looks[-1], step
     state.best_model_checkpoint = str(folder/f'checkpoint-{step}')
 
+# %% ../../nbs/lab/29_checkpoint.ipynb #c968e74d
 class KeepBest(TrainerCallback):
     "Save whenever validation is better than ever, and find the best again after a resume."
     def on_train_begin(self,

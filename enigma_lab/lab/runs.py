@@ -679,7 +679,7 @@ def _beat(run, over):
 def beating(
     run:Run, # an open record
 ):
-    "Touch a file of a record every few seconds, as long as this process is at work on it."
+    "Show, by a file that is touched every few seconds, that this process is at work on a run."
     over = threading.Event()
     thread = threading.Thread(target=_beat, args=(run, over), daemon=True)
     thread.start()
@@ -689,6 +689,7 @@ def beating(
         thread.join()
         with suppress(OSError): (run.path/'beat').unlink(missing_ok=True)
 
+# %% ../../nbs/lab/10_runs.ipynb #75ccb1a4
 def is_beating(
     run:Run, # of a process that cannot be seen
 )->bool: # True, too, for a record that never gave a sign
