@@ -100,7 +100,7 @@ TABLE = {  # what: (call, fragments of the message)
     ),
     'no such tokenizer': (
         lambda p: smoke(data=file(p, 'n.txt', novel), tokenizer='nowhere'),
-        ['an existing vocab.txt', "got 'nowhere'"],
+        ['a vocab.txt', "got 'nowhere'"],
     ),
     'vocab.txt with duplicates': (
         lambda p: smoke(

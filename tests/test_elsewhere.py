@@ -17,6 +17,7 @@ PACKAGE = Path(enigma_lab.__file__).parent
 # what is used although Windows lacks it, and what is done there instead
 ASKED_FIRST = {
     ('bench.timing', 'os.getloadavg'): 'a benchmark is measured on Linux',
+    ('lab.launch', 'os.setpgid'): 'hasattr: one group of processes',
     ('lab.papermill_plugin', 'signal.SIGHUP'): 'os.name is asked: no signal is passed on',
     ('lab.runs', 'os.getloadavg'): 'hasattr: the load is None',
     ('lab.system', 'fcntl'): 'ImportError: msvcrt locks',

@@ -51,10 +51,7 @@ HERE = { # what is put off → a question that is answered with yes as soon as i
     'scripts/benchmark.py': lambda: has_module('bench.sequence'),
     'the Sinkhorn rotor': lambda: has_module('machine.sinkhorn'),
     'peak memory on a GPU': lambda: has_devices(1),
-    'the search for leaks': lambda: has_module('data.leaks') or has_word('minhash'),
-    'throughput and scaling': lambda: has_devices(2),
-    'sharded parameters; two processes train as one in `tests/test_launch.py`':
-        lambda: has_word('fsdp') or has_word('FullyShardedDataParallel')}
+    'throughput and scaling': lambda: has_devices(2)}
 
 def command_exists(name):
     "Tell whether `enigma-lab` has a command."

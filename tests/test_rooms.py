@@ -21,6 +21,7 @@ FLOORS = dict(lab=0, machine=1, data=2, ddpm=3, lm=4, flow=4, sgdd=4, maskpro=4,
 GONE = { # without a successor: why
     'apps.chat.newest_conversation': 'a chat begins empty; an earlier one is opened by name',
     'cli.run_line': 'the table of runs is made in lab.runs',
+    'lab.launch.same_signals': 'the launcher works in a thread, which touches no handler',
     'lm.train.replace_resume': 'every setting goes through one function'}
 
 def room(name): return name.removeprefix('enigma_lab.').partition('.')[0]

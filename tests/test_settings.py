@@ -32,7 +32,7 @@ VALID = dict( # another value than the default, where not any will do
     gradient_accumulation_steps=2, max_steps=7, minutes=4, budget=77, share=.5, dropout=.1, gpus=0,
     config='')
 # need more than themselves, or a device
-LOOSE = {'gpus', 'config', 'effective_batch', 'shape', 'rev_scale', 'exact'}
+LOOSE = {'gpus', 'nodes', 'config', 'effective_batch', 'shape', 'rev_scale', 'exact'}
 
 def source(path):
     cells = nbformat.read(path, 4).cells

@@ -91,7 +91,7 @@ BUGS |= { # in the training loop
     'lab/25_train_loop: # 2. weights, to the last bit'),
     16: ('`global_step` begins at 0 after resuming', 'weights, optimizer, step and random state',
     'dev/22_migrate_sgdd: # bug 16: resumed', 'lab/30_trainer: # 3. bit-equal',
-    'tests/test_train.py: def test_kill_and_resume'),
+    'tests/test_faults.py: def test_ended_at_a_drawn_moment'),
     17: ('the same forty lines twice, with and without fp16', 'one path',
     'dev/22_migrate_sgdd: # bug 17: one path',
     'lab/25_train_loop: # 7. half precision learns the same')}

@@ -294,7 +294,7 @@ def in_thread(
 
 # %% ../../nbs/lab/20_launch.ipynb #f98ca41e
 def _one_process(fn, world, local_world, outcome, *args):
-    os.setpgid(0, 0)
+    if hasattr(os, 'setpgid'): os.setpgid(0, 0)
     for s in STOPPING: # a fork has the handlers of its parent
         default = signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL
         if signal.getsignal(s) != signal.SIG_IGN: signal.signal(s, default)

@@ -9,7 +9,7 @@ __all__ = ['MaskTask', 'load_task', 'config_of', 'need', 'model_name', 'first_ma
            'evaluate', 'metrics_of', 'three_models', 'all_steps', 'train_maskpro', 'kept_beside']
 
 # %% ../../nbs/maskpro/55_train.ipynb #f968d0df
-import json, os, platform, shutil
+import json, os, shutil
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,8 +30,8 @@ from ..lab.checkpoint import (
     check_alive, check_data, find_finished, resume_from, same_training, take_checkpoints)
 from ..lab.launch import launch, local_rank, rank
 from ..lab.runs import (
-    Run, find_run, finish_run, list_runs, named_run, process_began, read_json, reference,
-    start_run, write_json, write_whole)
+    Run, beating, find_run, finish_run, list_runs, named_run, read_json, reference, start_run,
+    this_process, write_json, write_whole)
 from ..lab.stats import minimal_detectable_effect
 from ..lab.trackers import open_tracker
 from ..lab.trainer import StopOnSignal, listening, note_end
@@ -210,7 +210,7 @@ def claim(
     "Note who is at work on a record. Raise ValueError while another process is."
     check_alive(run)
     env = {k: v for k, v in run.env.items() if k not in ('stopped', 'stopped_step')}
-    own = dict(pid=os.getpid(), pid_started=process_began(os.getpid()), host=platform.node())
+    own = this_process()
     if env != run.env or not own.items() <= env.items():
         write_json(run.path/'env.json', dict(env, **own))
     return run
@@ -304,9 +304,10 @@ def learn(
         raise FileExistsError(f"masks are learned once, and {run.name} has "
             f"learned_masks.safetensors; start a new record with `enigma-lab maskpro masks`")
     config = config_of(claim(run))
-    if config.world == 1: return learn_here(run, task, show)
-    launch(train.learn_here, run, gpus=config.gpus, processes=config.processes,
-           nodes=config.nodes, node_rank=config.node_rank, master=config.master)
+    with beating(run):
+        if config.world == 1: return learn_here(run, task, show)
+        launch(train.learn_here, run, gpus=config.gpus, processes=config.processes,
+               nodes=config.nodes, node_rank=config.node_rank, master=config.master)
 
 # %% ../../nbs/maskpro/55_train.ipynb #4edf6e3e
 def learn_here(
