@@ -30,9 +30,10 @@ VALID = dict( # another value than the default, where not any will do
     shape={}, save_steps=4000, position_rows=512, eval_steps=50, n=1, num_positions=8, dim=96,
     num_heads=4, epochs=2, processes=2,
     gradient_accumulation_steps=2, max_steps=7, minutes=4, budget=77, share=.5, dropout=.1, gpus=0,
-    config='')
+    config='', nodes=2, node_rank=1, master='localhost:29500')
+MACHINES = dict(nodes=2, master='localhost:29500') # two machines, which must meet somewhere
 # need more than themselves, or a device
-LOOSE = {'gpus', 'nodes', 'config', 'effective_batch', 'shape', 'rev_scale', 'exact'}
+LOOSE = {'gpus', 'sharded', 'config', 'effective_batch', 'shape', 'rev_scale', 'exact'}
 
 def source(path):
     cells = nbformat.read(path, 4).cells
@@ -56,7 +57,7 @@ def reached(settings, config, name, value):
 def ways(settings, name, value, folder):
     "A config by each way of starting a training."
     both = (dict(data='small', phase=2, base='a run') if name in ('phase', 'base')
-            and 'phase' in settings.all else {})
+            and 'phase' in settings.all else MACHINES if name in ('nodes', 'node_rank') else {})
     given = {**both, name: value}
     # as papermill fills a cell of which nothing else is set
     cell = {key: None for key in settings.all}
