@@ -176,6 +176,7 @@ def test_pipes_and_another_folder(toy, tmp_path):
         and 'Executing:' not in result.stderr
     )
 
+@pytest.mark.proof('lab.papermill_plugin')
 def test_a_given_output(toy, tmp_path):
     "The executed notebook goes where it was wanted; the record is made, and has a copy."
     before = run_folders(toy, 'train_toy')
