@@ -29,7 +29,7 @@
 T: train_enigma, train_lora, train_sgdd, train_ddpm. loop: `lab.train_loop`. masks: `learn_masks`,
 which has no optimizer steps to clip and draws a batch for each step, so no group is left over.
 """
-import copy, importlib, warnings
+import copy, importlib, signal, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -175,8 +175,8 @@ def witnessed(model, scale):
 
 class StopAt(TrainerCallback):
     def __init__(self, step): self.step = step
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= self.step: control.should_training_stop = True
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1: signal.raise_signal(signal.SIGTERM)
 
 def fitted(prepared, name, note, scale=1e-3, stop=0, resume=False, drop=0., **changes):
     "Train a task by its own parts; return witness, run, trainer and the training windows."
@@ -192,8 +192,9 @@ def fitted(prepared, name, note, scale=1e-3, stop=0, resume=False, drop=0., **ch
     callbacks = [*task.callbacks(parts), *([StopAt(stop)] if stop else [])]
     with witnessed(parts.model, scale) as witness, task.within():
         # peft names old functions of transformers; `within` of its task hides exactly these
-        trainer = engine.fit(run, config, parts.model, windows, parts.validation, origin, None,
-                             tuple(callbacks), task.measure)
+        try: trainer = engine.fit(run, config, parts.model, windows, parts.validation, origin,
+                                  None, tuple(callbacks), task.measure)
+        except engine.Stopped: trainer = None
     return witness, run, trainer, windows
 
 def looped(prepared, scale=1e-3, **changes):
