@@ -137,6 +137,7 @@ def value_bytes(
     flat = value.detach().cpu().contiguous().view(-1)
     return f'{value.dtype}{tuple(value.shape)}'.encode() + flat.view(torch.uint8).numpy().tobytes()
 
+# %% ../../nbs/lab/29_checkpoint.ipynb #174df1cb
 def digest_dataset(
     data:Dataset, # windows; what they draw they draw from torch
 )->str: # sha256, hexadecimal
