@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import Dataset
@@ -174,13 +175,19 @@ def refuse_damaged(
 
 # %% ../../nbs/lab/29_checkpoint.ipynb #825490be
 def value_bytes(
-    value, # a tensor, or anything with a `repr` that says what it is
+    value, # a tensor, an array, a text, a number, or lists and dictionaries of such
 )->bytes: # with type and shape
-    "Write a value as bytes."
+    "Write all of a value as bytes; the `repr` of a long array leaves its middle out."
+    if isinstance(value, dict): value = [*value.items()]
+    if isinstance(value, np.ndarray) and value.dtype.hasobject: value = value.tolist()
+    if isinstance(value, (list, tuple)): return b'[' + b','.join(map(value_bytes, value)) + b']'
+    if isinstance(value, np.ndarray):
+        return f'{value.dtype}{value.shape}'.encode() + value.tobytes()
     if not isinstance(value, torch.Tensor): return repr(value).encode()
     flat = value.detach().cpu().contiguous().view(-1)
     return f'{value.dtype}{tuple(value.shape)}'.encode() + flat.view(torch.uint8).numpy().tobytes()
 
+# %% ../../nbs/lab/29_checkpoint.ipynb #174df1cb
 def digest_dataset(
     data:Dataset, # windows; what they draw they draw from torch
 )->str: # sha256, hexadecimal
