@@ -11,15 +11,17 @@ from pathlib import Path
 
 import torch
 
-from enigma_lab.lab.runs import list_runs
-from enigma_lab.lab.task import best_val_loss, find_task, main
+from enigma_lab.lab.runs import list_runs, runs_in, runs_root
+from enigma_lab.lab.settings import make_settings
+from enigma_lab.lab.sweep import check_complete, sweep
+from enigma_lab.lab.task import best_val_loss, find_task, main, read_words, run_task
 from enigma_lab.lab.progress import measure_of
 from enigma_lab.lab.trainer import thinned
 
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload([
     'enigma_lab.lm.train', 'enigma_lab.lm.lora', 'enigma_lab.sgdd.train', 'enigma_lab.ddpm.train',
-    'enigma_lab.lab.sweep', 'transformers.trainer', 'transformers.modeling_utils', 'peft',
+    'enigma_lab.maskpro.train', 'transformers.trainer', 'transformers.modeling_utils', 'peft',
     'diffusers', 'psutil', 'yaml'])
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Fault:
     how:str='before' # 'before' | 'after' | 'within' (of a write) | 'full' (disk) | an exception
     signal:str='SIGKILL' # that the process sends to itself
     room:int=1000 # bytes that a file may have, of 'within' and 'full'
+    rank:int|None=None # the only process of several that it strikes; `None`: each
 
 def limit_files(room, deadly):
     "Let no file grow beyond its room: a write beyond it kills the process, or fails."
@@ -61,7 +64,8 @@ def install(fault):
     def counting(*args, **kwargs):
         paths = (str(a) for a in (*args, *kwargs.values()) if isinstance(a, (str, os.PathLike)))
         count[0] += not fault.word or any(fault.word in path for path in paths)
-        if count[0] != fault.nth: return called(*args, **kwargs)
+        here = fault.rank in (None, int(os.environ.get('RANK', 0)))
+        if count[0] != fault.nth or not here: return called(*args, **kwargs)
         count[0] += 1
         strike(fault)
         try: return called(*args, **kwargs)
@@ -74,6 +78,7 @@ WRITES = {'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.link'}
 def count_moments(home, act):
     "Call a function at each batch, and at each event by which Python changes a folder."
     from transformers import Trainer
+    from enigma_lab.maskpro.learn import Learner
     count = [0]
     def moment():
         count[0] += 1
@@ -84,11 +89,12 @@ def count_moments(home, act):
     def listen(event, args):
         if changes(event, args) and home in str(args[0]): moment()
     sys.addaudithook(listen)
-    for name in ('training_step', 'prediction_step'):
-        def step(self, *args, called=getattr(Trainer, name), **kwargs):
+    batches = (Trainer, 'training_step'), (Trainer, 'prediction_step'), (Learner, 'step')
+    for owner, name in batches:
+        def step(self, *args, called=getattr(owner, name), **kwargs):
             moment()
             return called(self, *args, **kwargs)
-        setattr(Trainer, name, step)
+        setattr(owner, name, step)
     return count
 
 def rescore(run, task):
@@ -120,6 +126,48 @@ def load_train_ddpm(run, parts):
     from enigma_lab.ddpm.train import load_pipeline
     parts.model.average.module.load_state_dict(load_pipeline(run)[0].state_dict())
 
+def rescore_masks(run):
+    "Check the loss of learned masks on the pipeline that was saved with them."
+    from enigma_lab.ddpm.model import fixed_batches
+    from enigma_lab.ddpm.train import load_pipeline
+    from enigma_lab.maskpro.train import config_of, load_task
+    task = load_task(config_of(run))
+    task.unet = load_pipeline(str(run.checkpoint))[0].eval()
+    batches = fixed_batches(task.images.validation, task.config.repeats, num_steps=task.num_steps)
+    rows = sum(len(batch.t) for batch in batches)
+    with torch.no_grad():
+        mine = sum(task.loss(task.unet, b).item() * len(b.t) for b in batches) / rows
+    told = run.metrics['learned_loss']
+    assert abs(told - mine) < 1e-5*mine, f'{run.name}: the pipeline has {mine}, it says {told}'
+
+def train_enigma(resume='none', **changes):
+    "Train a language model, a trial of a sweep."
+    task = find_task('enigma_lab.lm.train:task')
+    run_task(task, make_settings(task.settings, dict(changes, resume=resume), text=True))
+
+def enter(address, words):
+    "Train as a command line does; return the record and how it is scored again."
+    if address.endswith(':task'):
+        main(task := find_task(address), words)
+        return list_runs(task.name)[-1], lambda run: rescore(run, task)
+    resumes = words[-2:] == ['--resume', 'auto']
+    settings = [word for word in words if '=' in word]
+    if address.endswith(':train_maskpro'):
+        from enigma_lab.maskpro.config import read_settings
+        from enigma_lab.maskpro.train import train_maskpro
+        given = read_settings(settings)
+        try: run = train_maskpro(resume='auto' if resumes else 'none', test=False, **given)
+        except (ValueError, OSError) as e: sys.exit(f'{type(e).__name__}: {e}')
+        found = run, rescore_masks
+    else: # a sweep goes on without a word
+        given = read_words(settings)
+        table = sweep(address, [{}], 'one', parallel=0, **given)
+        check_complete(table, 'one')
+        run, = runs_in(runs_root()/'sweeps'/'one'/address.partition(':')[2])
+        found = run, lambda run: rescore(run, find_task('enigma_lab.lm.train:task'))
+    print(f'{run.path}: finished')
+    return found
+
 def one_training(home, address, words, fault):
     "Train in this process, with its records and its words in a folder of its own."
     home = Path(home)
@@ -131,17 +179,18 @@ def one_training(home, address, words, fault):
     for stream in (1, 2): os.dup2(said, stream)
     sys.stdout, sys.stderr = (open(n, 'w', buffering=1, closefd=False) for n in (1, 2))
     torch.set_num_threads(1)
+    from enigma_lab.lab import launch
+    launch.is_notebook = lambda: True # processes are forked, and what is patched here is there, too
     act = lambda n: None
     if fault and fault.call == 'moment':
         act = lambda n: n == fault.nth and os.kill(os.getpid(), signal.Signals[fault.signal])
         count_moments(str(home), act)
     elif fault: install(fault)
     else: moments = count_moments(str(home), act)
-    task = find_task(address)
-    main(task, words)
+    run, score = enter(address, words)
     if fault: return
     (home/'moments.txt').write_text(str(moments[0]))
-    rescore(list_runs(task.name)[-1], task)
+    score(run)
 
 def start(home, address, words, fault=None, context=SERVER):
     "Start a training in a process of its own."

@@ -7,13 +7,13 @@ import json, multiprocessing, os, random, shutil, signal, time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil, pytest, torch
+import numpy as np, psutil, pytest, torch
 from safetensors.torch import load_file
 
 import faults
 from faults import Fault
 from enigma_lab.lab.checkpoint import last_checkpoint
-from enigma_lab.lab.runs import Run, beating, write_json
+from enigma_lab.lab.runs import Run, beating, runs_in, write_json
 
 SEED = 17 # of the drawn points
 
@@ -21,13 +21,16 @@ LM = 'enigma_lab.lm.train:task'
 SMALL = ['preset=smoke', 'max_steps=16', 'eval_steps=2', 'save_steps=4', 'dropout=.1',
          'batch_size=4', 'decay_share=0', '--no-test'] # its best look is in the middle
 
+STEP = 'transformers.trainer:Trainer.training_step'
+WEIGHTS = 'transformers.modeling_utils:safe_save_file'
+
 def learning(run):
     """Return what a history says of each update, clocks apart.
 
     The training loss is a mean since the line before, which a resume between two lines divides.
     """
-    clocks = 'loss', 'wall_s', 'tokens_per_s', 'images_per_s', 'sentences_per_s'
-    rows = [{k: v for k, v in row.items() if k not in clocks} for row in run.history]
+    rows = [{k: v for k, v in row.items() if k != 'loss' and not k.endswith('_s')}
+            for row in run.history]
     return [row for row in rows if 'step' in row and 'resumed_from' not in row]
 
 @dataclass
@@ -38,22 +41,29 @@ class Training:
     home:Path
     text:Path
     file:str = 'model.safetensors'
+    records:str = '' # their folder in runs/
+    step:str = STEP # the call of an update
+    saved:str = 'optimizer.pt' # the last file but one of a checkpoint
+    newest:str = 'checkpoint-8/optimizer.pt' # what a save of it is given, in the middle
+    save:str = 'torch:save' # which writes it
     weights:dict = None
     history:list = None
     moments:int = 0
-    bring:Path|None = None # records of its base
+    bring:Path|None = None # records of what it begins with
 
     def runs(self, home):
         "List the folders of its records, oldest first."
-        name = {'lm.train': 'train_enigma', 'lm.lora': 'train_lora', 'sgdd.train': 'train_sgdd',
-                'ddpm.train': 'train_ddpm'}[self.address[11:].partition(':')[0]]
+        name = self.records or {
+            'lm.train': 'train_enigma', 'lm.lora': 'train_lora', 'sgdd.train': 'train_sgdd',
+            'ddpm.train': 'train_ddpm'}[self.address[11:].partition(':')[0]]
+        if 'sweeps' in name: return runs_in(home/'runs'/name) # packed when all are finished
         found = [Run(p) for p in (home/'runs'/name).glob('*') if p.is_dir()]
         return sorted(found, key=lambda run: run.path.stat().st_ctime if not (
             run.path/'config.json').exists() else (run.path/'config.json').stat().st_ctime)
 
     def train(self, home, *words, **how):
         if self.bring and not home.exists(): shutil.copytree(
-            self.bring, home/'runs'/'train_enigma')
+            self.bring, home/'runs'/self.bring.name)
         return faults.train(home, self.address, [*self.words, *words], **how)
 
     def start(self, home, *words, **how):
@@ -90,10 +100,6 @@ def undisturbed(task, **how):
     task.weights, task.history = task.learned(run), learning(run)
     task.moments = int((task.home/'whole'/'moments.txt').read_text())
     return task
-
-SAVE = 'transformers.trainer:Trainer._save_checkpoint'
-STEP = 'transformers.trainer:Trainer.training_step'
-WEIGHTS = 'transformers.modeling_utils:safe_save_file'
 
 NAMED = dict(
     before_the_record=Fault('os:replace', 'config.json'),
@@ -369,36 +375,87 @@ def lora(factory, lm):
                      'lora_dropout=.1', '--no-test'],
                     home, text, 'adapter_model.safetensors', bring=base)
 
+def pictures(home, name='pictures.npz', swapped=0):
+    "Write an archive of small pictures: digits, of which some change places between the parts."
+    from sklearn.datasets import load_digits
+    x = load_digits().images.astype('uint8')[:400]*15
+    order = list(range(400))
+    order[:swapped], order[-swapped or 400:] = order[-swapped or 400:], order[:swapped]
+    np.savez(home/name, x_train=x[order[:300]], x_val=x[order[300:350]], x_test=x[order[350:]])
+    return home/name
+
 def ddpm(factory, lm):
     home = factory.mktemp('ddpm')
+    data = pictures(home)
     return Training('enigma_lab.ddpm.train:task',
-                    ['preset=smoke', 'max_steps=12', 'eval_steps=4', 'save_steps=4', '--no-test'],
-                    home, None, 'unet/diffusion_pytorch_model.safetensors')
+                    [f'data={data}', 'preset=smoke', 'max_steps=12', 'eval_steps=4',
+                     'save_steps=4', '--no-test'],
+                    home, data, 'unet/diffusion_pytorch_model.safetensors')
 
-OTHERS = dict(lora=lora, sgdd=sgdd, ddpm=ddpm)
+def maskpro(factory, lm):
+    home = factory.mktemp('maskpro')
+    dense = undisturbed(ddpm(factory, lm))
+    base, = dense.runs(dense.home/'whole')
+    return Training('enigma_lab.maskpro.train:train_maskpro',
+                    ['preset=smoke', 'eval_steps=4', 'budget=80', 'estimator=pge',
+                     f'dataset={dense.text}', f'model=train_ddpm/{base.path.name}',
+                     'compute_fid=false'],
+                    home, dense.text, 'unet/diffusion_pytorch_model.safetensors',
+                    'train_maskpro', 'enigma_lab.maskpro.learn:Learner.step', 'state.safetensors',
+                    'checkpoint-8/state.safetensors', 'enigma_lab.maskpro.learn:save_file',
+                    bring=base.path.parent)
 
-@pytest.mark.proof('lab.checkpoint', 'lab.task', 'lm.lora', 'sgdd.train', 'ddpm.train',
-                   seeds=(17,))
+def a_sweep(factory, lm):
+    home = factory.mktemp('sweep')
+    text = home/'text.txt'
+    shutil.copy(lm.text, text)
+    words = [f'data={text}', *[word for word in SMALL if word[0] != '-'], 'test=false']
+    return Training('faults:train_enigma', words, home, text, records='sweeps/one/train_enigma')
+
+OTHERS = dict(lora=lora, sgdd=sgdd, ddpm=ddpm, maskpro=maskpro, sweep=a_sweep)
+
+@pytest.mark.proof('lab.checkpoint', 'lab.sweep', 'lab.task', 'lm.lora', 'sgdd.train',
+                   'ddpm.train', 'maskpro.train', 'maskpro.learn', seeds=(17,))
 @pytest.mark.parametrize('point', ['drawn', 'asked', 'within', 'damaged', 'moved', 'changed'])
 @pytest.mark.parametrize('name', OTHERS)
 def test_other_tasks(tmp_path, others, name, point):
     "SIGKILL at a drawn moment, SIGTERM, within a checkpoint, a damaged one, a move, other data."
     task, home = others(name), tmp_path/'home'
     moment = 1 + int(random.Random(f'{SEED} {name}').random()*task.moments)
-    fault = dict(drawn=Fault('moment', nth=moment), asked=Fault(STEP, nth=7, signal='SIGTERM'),
-                 within=Fault('torch:save', 'checkpoint-8/optimizer.pt', how='within')
-                 ).get(point, Fault(STEP, nth=11))
+    fault = dict(drawn=Fault('moment', nth=moment),
+                 asked=Fault(task.step, nth=7, signal='SIGTERM'),
+                 within=Fault(task.save, task.newest, how='within')
+                 ).get(point, Fault(task.step, nth=11))
     code, said = task.train(home, fault=fault)
     assert code != 0, said
-    run = task.runs(home)[-1]
     if point == 'moved': home = move(home)
-    if point == 'damaged': damage(checkpoints(run)[-1]/'optimizer.pt', 'zeroed')
-    if point != 'changed': return task.resume(home)
-    if task.text is None: return pytest.skip('its data are in a package')
-    was = task.text.read_text()
-    task.text.write_text(was.replace('old', 'new').replace('dark', 'rain'))
+    if point == 'damaged': damage(checkpoints(task.runs(home)[-1])[-1]/task.saved, 'zeroed')
+    if point != 'changed':
+        task.resume(home)
+        return
+    was = task.text.read_bytes()
+    if task.text.suffix == '.npz': pictures(task.text.parent, swapped=40)
+    else: task.text.write_bytes(was.replace(b'old', b'new').replace(b'dark', b'rain'))
     try: refused(task, home, 'has changed since')
-    finally: task.text.write_text(was)
+    finally: task.text.write_bytes(was)
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory, lm):
+    "Train in two processes that nobody disturbs."
+    home = tmp_path_factory.mktemp('pair')
+    return undisturbed(Training(LM, [*lm.words, 'processes=2', 'batch_size=2'], home, lm.text))
+
+@pytest.mark.proof('lab.checkpoint', 'lab.launch', 'lab.task', 'lab.trainer', seeds=(0,))
+@pytest.mark.parametrize('name', ['SIGKILL', 'SIGTERM', 'SIGINT', 'SIGHUP'])
+@pytest.mark.parametrize('rank', [0, 1, None], ids=['first', 'second', 'all'])
+def test_processes_that_train_together(tmp_path, pair, rank, name):
+    "One rank is struck in its eleventh update, or all are: the same command goes on as two."
+    code, said = pair.train(tmp_path, fault=Fault(STEP, nth=11, signal=name, rank=rank))
+    assert code != 0, said
+    run, = pair.runs(tmp_path)
+    asked = run.env.get('stopped')
+    assert asked == (None if name == 'SIGKILL' else name), said
+    pair.resume(tmp_path)
 
 @pytest.mark.proof('lab.checkpoint', 'lab.task', 'lab.trainer', seeds=(0,))
 def test_moved_and_changed(tmp_path, lm, half):

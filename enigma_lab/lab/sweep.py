@@ -180,6 +180,7 @@ def run_trial(
     if Run(path).finished and not code:
         shutil.rmtree(folder/(name + STOPPED), ignore_errors=True)
         return ''
+    if not code: return f"a trial must leave a finished record named {folder.name!r}, got none"
     said = Path(log.name).read_text(errors='replace').splitlines()
     return next((line for line in reversed(said) if line.strip()), f'exit code {code}')
 
