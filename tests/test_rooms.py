@@ -80,8 +80,11 @@ import importlib, os, sys, warnings
 warnings.simplefilter('ignore')
 # libraries of others once: each child is a fresh process that has imported nothing of ours
 for name in {others!r}:
+    module, _, item = name.rpartition('.')
     try: importlib.import_module(name)
-    except ImportError: pass
+    except ImportError:
+        try: getattr(importlib.import_module(module), item) # many are loaded when asked for
+        except (ImportError, AttributeError, ValueError): pass
 sys.path.insert(0, {root!r})
 os.chdir({folder!r})
 sys.argv = ['papermill', 'nbs/train_enigma.ipynb', '-p', 'gpus', '5']

@@ -2,6 +2,7 @@
 
 None is written twice.
 """
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,24 @@ def test_what_makes_no_sense_is_refused_by_every_way(name, tmp_path):
         with pytest.raises(ValueError): make_settings(settings, both)
     with pytest.raises(ValueError, match='name=value'): read_words(['seed'])
 
+A_NEW_FIELD = """
+from contextlib import redirect_stdout
+from io import StringIO
+from enigma_lab.ddpm.train import settings
+from enigma_lab.dev.parameters import main
+from enigma_lab.lab.settings import from_notebook, make_settings
+from enigma_lab.lab.task import read_arguments
+def code(*words):
+    try: main(words)
+    except SystemExit as e: return e.code
+    return 0
+before = code('--check')
+with redirect_stdout(StringIO()): main([])
+ways = (from_notebook(settings, dict(warmth=.25)), make_settings(settings, dict(warmth=.25)),
+        read_arguments(settings, 'x', ['warmth=.25']))
+print(f"|{before}|{code('--check')}|{' '.join(str(way.warmth) for way in ways)}")
+"""
+
 def test_a_new_field_is_reached_after_one_command(tmp_path):
     "In a copy of the package; without the command the check fails."
     import shutil
@@ -137,24 +156,9 @@ def test_a_new_field_is_reached_after_one_command(tmp_path):
     module.write_text(text.replace(field,
                                    field + "    warmth:float = .5 # of the colours, 0 … 1\n"),
                       encoding='utf-8')
-    run = lambda *words: subprocess.run([sys.executable, '-m', *words], cwd=tmp_path,
-                                        capture_output=True, text=True,
-                                        env={**__import__('os').environ,
-                                             'PYTHONPATH': str(tmp_path)})
-    before = run('enigma_lab.dev.parameters', '--check')
-    assert before.returncode == 1 and 'train_ddpm.ipynb' in before.stdout, before.stderr
-    assert run('enigma_lab.dev.parameters').returncode == 0
-    assert run('enigma_lab.dev.parameters', '--check').returncode == 0
+    done = subprocess.run([sys.executable, '-c', A_NEW_FIELD], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    said = done.stdout.split('|')
+    assert 'train_ddpm.ipynb' in said[0] and said[1:] == ['1', '0', '0.25 0.25 0.25\n'], (
+        done.stdout + done.stderr)
     assert 'warmth: float = 0.5  # of the colours, 0 … 1' in source(tmp_path/'nbs/train_ddpm.ipynb')
-    code = (
-        "from enigma_lab.ddpm.train import settings\nfrom enigma_lab.lab.settings import "
-        "from_notebook, make_settings\n"
-            "from enigma_lab.lab.task import read_arguments\n"
-            "print(from_notebook(settings, dict(warmth=.25)).warmth, make_settings(settings, "
-            "dict(warmth=.25)).warmth, "
-            "read_arguments(settings, 'x', ['warmth=.25']).warmth)")
-    assert run('json.tool', '--help').returncode == 0
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
-                          text=True,
-                          env={**__import__('os').environ, 'PYTHONPATH': str(tmp_path)})
-    assert done.stdout.split() == ['0.25']*3, done.stderr
