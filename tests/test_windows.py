@@ -105,7 +105,8 @@ def write_text(path, size, one, kind):
 @pytest.mark.parametrize('kind', ['plain', 'curly', 'emoji'])
 def test_memory_of_a_large_file(kind, name, tmp_path):
     "What is read, encoded, cut and digested: at most 4 bytes of memory for each byte of the file."
-    peak, large = {}, 60_000_000 if kind == 'plain' else 30_000_000
+    half = kind != 'plain' and name == 'book.txt' # it is the same there, and takes less time
+    peak, large = {}, 30_000_000 if half else 60_000_000
     for size in (1_000_000, large):
         path = write_text(tmp_path/f'{size}-{name}', size, name.endswith('txt'), kind)
         env = {**os.environ, 'ENIGMA_CACHE': str(tmp_path/'cache')}
