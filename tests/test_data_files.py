@@ -3,14 +3,16 @@
 A refusal states the rule, the place and the remedy. What a file holds is known because a library
 wrote it: csv, json, pandas, pyarrow, datasets."""
 
-import bz2, csv, gzip, json, lzma, os
+import bz2, csv, gzip, json, lzma, os, random
 
 import datasets, pandas as pd, pyarrow as pa, pyarrow.feather, pyarrow.parquet as pq, pytest
 import zstandard
 from PIL import Image
 
+from enigma_lab.data import text as texts_of
 from enigma_lab.data.images import load_images
 from enigma_lab.data.instruct import load_chats, question
+from enigma_lab.data.leaks import remove_leaks
 from enigma_lab.data.pairs import load_pairs
 from enigma_lab.data.tables import part_of, read_rows
 from enigma_lab.data.text import load_text
@@ -770,6 +772,29 @@ def test_max_chars_is_in_characters(limit, tmp_path):
     own = load_text(dict(train=PLAIN, validation=parts[1], test=parts[2]), limit)
     for part, texts in zip((own.validation, own._test), parts[1:]):
         assert ''.join(part) == ''.join(texts)[:limit].strip()
+
+
+@pytest.mark.parametrize('paragraphs', ['many', 'early', 'late', 'wide', 'none'])
+def test_a_long_text_is_as_a_short_one(paragraphs, tmp_path, monkeypatch):
+    "The oracle is a `str`: what it strips, how it is cut at a limit, where the parts begin."
+    draw = random.Random(paragraphs)
+    words = [*PLAIN[0].split(), '恩尼格玛', '😀', 'é', '\u3000', '\x85', '\n', '\r\n \u2003\n']
+    few = [c for c in words if '\n' not in c]
+    body = ' '.join(draw.choices(words if paragraphs == 'many' else few, k=70_000))
+    wide = 'x' * 285_000 + '\n\n' + '😀' * 47_000 + '\n\n' + '😀' * 3000
+    text = dict(early=f'a\n\n{body}', late=f'{body}\r\r\xa0z', wide=wide).get(paragraphs, body)
+    path = write(tmp_path / 'a.txt', f'\ufeff\u3000\n{text}\x85 \r\n')
+    for limit in (0, 1, 12_345, 150_000, 10**9):
+        found = []
+        for long in (1, 10**9):
+            monkeypatch.setattr(texts_of, 'LONG', long)
+            try: corpus = load_text(path, limit)
+            except ValueError as e: found.append(str(e))
+            else:
+                assert isinstance(corpus.train, list) == (long > 1)
+                clean = remove_leaks(corpus, 'remove')[0] if limit == 12_345 else corpus
+                found.append([corpus.card(), everything(corpus), everything(clean)])
+        assert found[0] == found[1]
 
 
 def test_a_guess_is_said(tmp_path, caplog):

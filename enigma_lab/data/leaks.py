@@ -594,7 +594,8 @@ def without_leaks(
     report:LeakReport, # of what is held out; counts
 )->Corpus: # whose training part is a new one
     "Drop leaks from the training part, and count them among the rows of its card."
-    drop = (lambda *args: list(drop_leaks(*args))) if isinstance(corpus.train, list) else drop_rows
+    as_tokens = hasattr(corpus.train, 'token_rows')
+    drop = drop_rows if as_tokens else lambda *args: list(drop_leaks(*args))
     train, rows = drop(corpus.train, report), deepcopy(corpus.rows)
     if rows and report.remove and report.dropped: rows.drop('leak', rows=report.dropped)
     return replace(corpus, train=train, rows=rows)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['HARMLESS', 'REMEDIES', 'MAGIC', 'PACKED', 'MARKS', 'GUESSED', 'TEXTS', 'readers', 'suffixes', 'REFUSED', 'PARTS',
            'ABOUT', 'Fault', 'Count', 'sift', 'drop_fault', 'check', 'remedies', 'merge', 'say', 'unpack_zst',
-           'read_bytes', 'guess_encoding', 'decode', 'as_text', 'text_lines', 'column_names', 'unlike', 'is_number',
-           'cell_rows', 'as_row', 'csv_rows', 'tsv_rows', 'json_row', 'parse_line', 'inner_rows', 'json_rows',
-           'jsonl_rows', 'starts_whole', 'json_values', 'parquet_rows', 'text_rows', 'find_reader', 'sniff',
-           'file_rows', 'read_rows', 'part_of', 'plain_suffix', 'walk', 'folder_files', 'note', 'Source', 'hub_parts',
-           'reaching', 'text_fault', 'hub_rows', 'as_values', 'memory_rows', 'open_files', 'open_path', 'load_saved',
-           'open_parts', 'guarded', 'open_source', 'keep_parts', 'close', 'rows_of']
+           'read_bytes', 'guess_encoding', 'decode', 'as_text', 'text_lines', 'utf8_pieces', 'clean_utf8',
+           'column_names', 'unlike', 'is_number', 'cell_rows', 'as_row', 'csv_rows', 'tsv_rows', 'json_row',
+           'parse_line', 'inner_rows', 'json_rows', 'jsonl_rows', 'starts_whole', 'json_values', 'parquet_rows',
+           'text_rows', 'find_reader', 'sniff', 'file_rows', 'read_rows', 'part_of', 'plain_suffix', 'walk',
+           'folder_files', 'note', 'Source', 'hub_parts', 'reaching', 'text_fault', 'hub_rows', 'as_values',
+           'memory_rows', 'open_files', 'open_path', 'load_saved', 'open_parts', 'guarded', 'open_source', 'keep_parts',
+           'close', 'rows_of']
 
 # %% ../../nbs/data/08_tables.ipynb #19e9ff40
 import bz2, csv, gzip, io, json, logging, lzma, os, re
@@ -234,14 +235,40 @@ def as_text(
     return text.replace('\r\n', '\n').replace('\r', '\n') if '\r' in text else text
 
 def text_lines(
-    text:str, # any
+    text:str|bytes, # any; bytes are UTF-8
 )->Iterator[str]: # each with its end
     "Cut a text at the ends of lines, one line at a time."
-    at = 0
+    at, newline = 0, '\n' if isinstance(text, str) else b'\n'
     while at < len(text):
-        end = text.find('\n', at) + 1 or len(text)
-        yield text[at:end]
+        end = text.find(newline, at) + 1 or len(text)
+        line = text[at:end]
+        yield line if isinstance(line, str) else line.decode()
         at = end
+
+# %% ../../nbs/data/08_tables.ipynb #3f9ae625
+def utf8_pieces(
+    data:bytes, # UTF-8
+    size:int=1<<16, # bytes of a piece, about
+)->Iterator[str]: # their text, in order
+    "Decode UTF-8 piece by piece, between characters."
+    begin = 0
+    while begin < len(data):
+        end = begin + size
+        # a byte 10xxxxxx goes on with a character
+        while end < len(data) and data[end] & 0xc0 == 0x80: end += 1
+        yield data[begin:end].decode()
+        begin = end
+
+def clean_utf8(
+    data:bytes, # of a file
+)->bytes|None: # as `as_text` gives it, in UTF-8; `None`: it is something else
+    "Check that a file is text in UTF-8, without holding the text."
+    if b'\0' in data: return None
+    try: sum(map(len, utf8_pieces(data)))
+    except UnicodeDecodeError: return None
+    mark = '\ufeff'.encode()
+    data = data.removeprefix(mark).removeprefix(mark)
+    return data.replace(b'\r\n', b'\n').replace(b'\r', b'\n') if b'\r' in data else data
 
 # %% ../../nbs/data/08_tables.ipynb #8774bd55
 def column_names(
@@ -303,11 +330,11 @@ def as_row(
     return dict(zip(names, cells))
 
 def csv_rows(
-    text:str, # of a file
+    text:str|bytes, # of a file; bytes are UTF-8
     name:str, # of the file, for errors
 )->Iterator[tuple]: # (line, column -> cell, or Fault)
     "Read the rows of a table with commas."
-    head = text[:text.find('\n')] if '\n' in text else text
+    head = next(text_lines(text), '')
     delimiter = next((c for c in ',;\t|' if c in head), ',')
     table = cell_rows(text_lines(text), delimiter)
     names = None
@@ -320,11 +347,11 @@ def csv_rows(
 
 # %% ../../nbs/data/08_tables.ipynb #dbc98fc8
 def tsv_rows(
-    text:str, # of a file
+    text:str|bytes, # of a file; bytes are UTF-8
     name:str, # of the file, for errors
 )->Iterator[tuple]: # (line, column -> cell, or Fault)
     "Read the rows of a table with tabs; one or two columns may be without names."
-    head = text[:text.find('\n')] if '\n' in text else text
+    head = next(text_lines(text), '').removesuffix('\n')
     names = head.split('\t')
     if named := all(cell.isidentifier() for cell in names): column_names(names, name)
     else: names = ['text'] if len(names) == 1 else ['source', 'target']
@@ -394,7 +421,7 @@ def json_rows(
     for i, value in enumerate(inner_rows(found, name)): yield f'row {i + 1}', json_row(value)
 
 def jsonl_rows(
-    text:str, # of a file
+    text:str|bytes, # of a file; bytes are UTF-8
     name:str, # of the file, for errors
 )->Iterator[tuple]: # (line, row or Fault)
     "Read the rows of a file with JSON in each line, or in several lines."
@@ -403,6 +430,7 @@ def jsonl_rows(
     if first is None: return
     alone, second = parse_line(first[1]), next(lines, None)
     broken = isinstance(alone, Fault) and alone.reason == 'no JSON'
+    if isinstance(alone, Fault) and isinstance(text, bytes): text = text.decode()
     if broken and starts_whole(text): yield from json_values(text, name)
     elif isinstance(alone, Fault) and second is None: yield from json_rows(text, name)
     else:
@@ -507,7 +535,9 @@ def file_rows(
     name = Path(path).name
     data, suffix = read_bytes(Path(path))
     reader = find_reader(data, suffix, name)
-    if reader is not parquet_rows: data = as_text(data, name, encoding, count)
+    by_line = reader in (csv_rows, tsv_rows, jsonl_rows) and encoding is None
+    if lines := clean_utf8(data) if by_line else None: data = lines
+    elif reader is not parquet_rows: data = as_text(data, name, encoding, count)
     for place, row in reader(data, name): yield f'{name} {place}', row
 
 def read_rows(

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from torch.utils.data import Dataset
 
-from .text import digest, digest_all
+from .text import digest, digest_all, in_pieces
 
 # %% ../../nbs/data/12_windows.ipynb #239e0e53
 PIECE = 1 << 16 # characters that are encoded at a time
@@ -172,8 +172,8 @@ def document_tokens(
             yield np.array([*ids, eos] if ends else ids)
         return
     table = CharacterTable(tokenizer)
-    for text in documents:
-        for i in range(0, len(text), PIECE): yield table.encode(text[i:i+PIECE])
+    for pieces in in_pieces(documents, PIECE):
+        for piece in pieces: yield table.encode(piece)
         yield np.array([eos])
 
 # %% ../../nbs/data/12_windows.ipynb #449c01cc

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
+from ..data.text import in_pieces
 from ..lab.runs import read_json
 
 # %% ../../nbs/lm/10_tokenizer.ipynb #0941edfc
@@ -35,7 +36,8 @@ def rank_characters(
 )->list[str]: # commonest first; the halves of surrogate pairs are left out
     "Rank the characters of texts by how often they occur."
     counts = Counter()
-    for text in texts: counts.update(text)
+    for pieces in in_pieces(texts):
+        for piece in pieces: counts.update(piece)
     if not counts: raise ValueError("an alphabet needs at least one character, got empty texts")
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [c for c, _ in ranked if not '\ud800' <= c <= '\udfff']
