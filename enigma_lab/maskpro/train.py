@@ -114,6 +114,7 @@ def one_thread(
     try: yield
     finally: torch.set_num_threads(threads)
 
+# %% ../../nbs/maskpro/55_train.ipynb #ca4223b3
 def load_task(
     config:MaskProConfig, # settings
     device:str='', # of torch; empty: that of `own_device`
@@ -310,6 +311,7 @@ def baseline(
     if c.gpus and c.world > 1: task = None # the one at hand is on the CPU
     return apart(c, write_baseline, run, path, task)
 
+# %% ../../nbs/maskpro/55_train.ipynb #233041fe
 def write_baseline(
     run:Run, # with initial masks
     path:Path, # of the new file
@@ -385,7 +387,7 @@ def begin_learning(
     run:Run, # with initial masks
     launcher:str, # from `choose_launcher`
 ):
-    "Claim a record whose masks are still to be learned."
+    "Take a record whose masks are still to be learned for this process."
     if (run.path/'learned_masks.safetensors').exists():
         raise FileExistsError(f"masks are learned once, and {run.name} has "
             f"learned_masks.safetensors; start a new record with `enigma-lab maskpro masks`")
@@ -403,17 +405,15 @@ def learn_here(
     if config and run.finished: return run
     task, masks, initial = with_masks(run, task)
     c, method, first = task.config, make_method(task.config.estimator), rank() == 0
-    if config: share_record(run, c, None, pool_fingerprint([task.train, task.images.validation]))
-    accelerator = join_world(c) if c.world > 1 else None
+    accelerator = join_world(c, run, task) if c.world > 1 else None
     steps, budget = steps_of(c, len(task.train))
     pool = task.pool() if method.pool else None
     known = known_baselines(run, pool, initial, masks.weights()) if method.pool else None
     held_out = task.images.validation.to(task.train.device)
     held_out = fixed_batches(held_out, 2, num_steps=task.num_steps, seed=321)
     if first: forget_rows(run)
-    tracker, stop = open_tracker(c.tracker if first else 'none', run, c.project,
-                                 c.experiment), StopOnSignal()
-    with tracker, listening(stop):
+    tracker = open_tracker(c.tracker if first else 'none', run, c.project, c.experiment)
+    with tracker, listening(stop := StopOnSignal()):
         found = learn_masks(
             task.unet, task.loss, pool or task.fresh, c.estimator, budget, initial=initial,
             validation=[[batch] for batch in held_out], state=run.path, accelerator=accelerator,
@@ -446,8 +446,11 @@ def was_asked(
 # %% ../../nbs/maskpro/55_train.ipynb #a4c74e33
 def join_world(
     c:MaskProConfig, # the settings
+    run:Run, # the record that they share
+    task:MaskTask, # what this process has loaded
 ): # accelerate's `Accelerator`
-    "Join the processes that learn together, and check their number."
+    "Join the processes that learn together, and check their number and their images."
+    share_record(run, c, None, pool_fingerprint([task.train, task.images.validation]))
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=not c.gpus)
     if accelerator.num_processes != c.world:
@@ -619,6 +622,7 @@ def all_steps(
     if leads(config) and not run.finished: evaluate(run)
     return run
 
+# %% ../../nbs/maskpro/55_train.ipynb #e89dcb4e
 def train_maskpro(
     preset:str='cpu', # a preset's name
     note:str='', # appended to the record's folder
