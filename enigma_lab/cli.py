@@ -13,6 +13,7 @@ __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_argum
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
 import sys, time
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -396,19 +397,24 @@ def run_presets(
 
 # %% ../nbs/cli.ipynb #b53d432e
 def print_look(
-    row:dict, # of a history
+    row:dict, # of a history, the newest
+    state:dict, # what earlier rows said; gets what this one says
+    line, # a `lab.progress.StatusLine`
 ):
-    "Print how far a learning is, where validation was looked at."
-    if 'val_loss' not in row: return
-    print(f"{row['step']:>6} updates   validation {row['val_loss']:.4f}   "
-          f"changed {row['changed']:.1%}", flush=True)
+    "Print how far a learning is: each look at validation, and between them now and then."
+    from enigma_lab.lab.progress import is_evaluation, newest_state
+    state.update(newest_state([row]))
+    if is_evaluation(row): line.say(state)
+    elif time.monotonic() >= line.due: line.say(state, keep=False)
 
 def learn_record(
     run, # a `lab.runs.Run` with initial masks
 )->dict: # the summary
     "Learn the masks of a record; when a signal stops it, tell how to go on."
+    from enigma_lab.lab.progress import StatusLine
     from enigma_lab.maskpro.train import learn
-    try: learn(run, show=print_look)
+    show = partial(print_look, state={}, line=StatusLine(sys.stdout))
+    try: learn(run, show=show)
     except KeyboardInterrupt:
         print(f'`enigma-lab maskpro learn {run.name}` goes on', file=sys.stderr)
         raise

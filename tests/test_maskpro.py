@@ -1,5 +1,5 @@
 "Learn masks from outside: four commands, presets, a kill, two processes, language models."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, socket, subprocess, sys, time
 
 import nbformat, pytest, torch
 from safetensors.torch import load_file
@@ -215,6 +215,72 @@ def test_two_processes_go_on(home):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert same_end(train_maskpro('smoke', resume='auto', **how), undisturbed)
+
+@PROOF
+@pytest.mark.parametrize('estimator', ['simple', 'pge'])
+def test_two_machines_learn_the_mask_of_one(home, estimator, tmp_path, monkeypatch):
+    "Give two launchers the same command: one record, and the mask of one process."
+    shutil.copytree(home/'runs'/'train_ddpm', tmp_path/'train_ddpm')
+    monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path))
+    how = dict(estimator=estimator, batch_size=8, budget=60, seed=5, compute_fid=False, test=False)
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    machines = [start(sys.executable, '-c', TRAIN, json.dumps(dict(
+        how, nodes=2, node_rank=k, master=f'127.0.0.1:{port}'))) for k in (1, 0)]
+    said = [machine.communicate(timeout=400)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    two, = list_runs('train_maskpro')
+    assert two.finished and two.config['node_rank'] == 0
+    assert two.env['launcher'] == 'spawn, because there are several machines'
+    one = train_maskpro('smoke', gradient_accumulation_steps=2, **how)
+    losses = [[row['loss'] for row in run.history if 'loss' in row] for run in (one, two)]
+    assert same_masks(one, two) and losses[1] == pytest.approx(losses[0], abs=1e-6)
+
+# step, share, elapsed, ETA, loss, validation, rate
+LINE = (r'step \d+ · \d+ % · \d+:\d\d · ETA \d+:\d\d · loss [\d.]+ · val_loss [\d.]+ · '
+        r'[\d.,]+ forwards/s')
+
+@PROOF
+def test_a_terminal_shows_how_long_it_will_take(home, tmp_path, monkeypatch):
+    "Read the line of a step, of a notebook that is killed, and of one that goes on with it."
+    shutil.copytree(home/'runs'/'train_ddpm', tmp_path/'train_ddpm')
+    monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path))
+    assert command('enigma-lab', 'maskpro', 'masks', 'preset=smoke', 'seed=1').returncode == 0
+    done = command('enigma-lab', 'maskpro', 'learn')
+    assert re.search(LINE, done.stdout), done
+    words = [f'{k}={v}' for k, v in LONG.items()] + ['preset=smoke']
+    process = start('enigma-lab', 'train', 'train_maskpro', *words)
+    while len(list_runs('train_maskpro')) < 2: time.sleep(.1)
+    end_after_a_checkpoint(process, newest().path, signal.SIGKILL)
+    table = command('enigma-lab', 'maskpro', 'monitor', '--rounds', '1').stdout
+    assert re.search(r'learning +\d+:\d\d ', table), table
+    killed, begun = newest(), time.time()
+    done = command('enigma-lab', 'train', 'train_maskpro', *words, 'resume=auto')
+    took = time.time() - begun
+    assert done.returncode == 0 and re.search(LINE, done.stderr), done.stderr
+    at = max(row['step'] for row in newest().history if 'resumed_from' in row)
+    clocks = [[(row['step'], row['wall_s']) for row in run.history if 'wall_s' in row]
+              for run in (killed, newest())]
+    assert clocks[0][:2*at//5] == clocks[1][:2*at//5] # what was done is not done again
+    before = max(s for step, s in clocks[0] if step <= at)
+    seconds = [s for _, s in clocks[1]]
+    assert seconds == sorted(seconds) and before < seconds[-1] < before + took
+
+@PROOF
+def test_the_parent_starts_no_pool(home, tmp_path):
+    "Prepare a model with layers that several threads would share; a forked child can compute."
+    code = ("import sys, torch; torch.set_num_threads(4)\n"
+            "from enigma_lab.lab.launch import pool_is_lost\n"
+            "from enigma_lab.maskpro import train as t\n"
+            "t.why_spawn = lambda *_: '' # as in a kernel\n"
+            "c = t.make_maskpro_config('smoke', processes=2, model=sys.argv[1], estimator='pge')\n"
+            "task = t.load_task(c); run = t.make_masks(c, task=task)\n"
+            "t.baseline(run, task); print(pool_is_lost(4), end=' ')\n"
+            "torch.ones(2**21).sum(); print(pool_is_lost(4))")
+    dense = str(ROOT/'runs'/'showcase'/'maskpro'/'dense')
+    result = subprocess.run([sys.executable, '-c', code, dense], capture_output=True, text=True,
+                            timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '4',
+                                              'ENIGMA_RUNS': str(tmp_path)})
+    assert result.stdout.split() == ['False', 'True'], result
 
 @pytest.mark.proof(
     'maskpro.train', 'maskpro.config', 'maskpro.presets', 'maskpro.modes', 'maskpro.learn',

@@ -93,7 +93,7 @@ def speed_words(
     state:dict, # of a history
 )->list[str]: # e.g. ['5,100 tokens/s']
     "Say how fast a training is."
-    number = lambda v: f'{v/1000:,.0f}k' if v >= 1e5 else f'{v:,.0f}'
+    number = lambda v: (f'{v/1000:,.0f}k' if v >= 1e5 else f'{v:,.0f}' if v >= 10 else f'{v:.2g}')
     return [f"{number(state[key])} {key.removesuffix('_per_s')}/s" for key in state
             if key.endswith('_per_s')]
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE', 'parts_of', 'batch_seed', 'pool_fingerprint', 'LearnConfig', 'Learner', 'remove_older', 'MaskRun',
-           'check_loss', 'masks_on', 'run_learner', 'starting_mask', 'make_learner', 'finish_learning', 'learn_masks']
+           'check_loss', 'masks_on', 'Pace', 'run_learner', 'starting_mask', 'make_learner', 'finish_learning',
+           'learn_masks']
 
 # %% ../../nbs/maskpro/50_learn.ipynb #d812880f
 import hashlib, json, math, os, shutil, time
@@ -302,6 +303,28 @@ def masks_on(
     masked = any(mask_of(module) for module in model.modules())
     return find_masks(model) if masked else apply_masks(model, *how)
 
+# %% ../../nbs/maskpro/50_learn.ipynb #0869827a
+class Pace:
+    "Measure how far a learning is, and how fast; time before a saved state counts."
+    def __init__(self,
+        learner:Learner, # before its next step, its pool's baselines known
+        history:list, # rows until then
+    ):
+        self.learner, self.began = learner, time.monotonic()
+        self.spent = max((row['wall_s'] for row in history if 'wall_s' in row), default=0.)
+        self.before = learner.objective.forwards
+        self.pool = len(learner.objective.known) if learner.config.method.pool else 0
+
+    def now(self)->dict: # 'progress', 'wall_s', 'forwards_per_s'; to be added to a row
+        "Look at the clock and the budget."
+        c, forwards = self.learner.config, self.learner.objective.forwards
+        here = time.monotonic() - self.began
+        share = (forwards - self.pool)/max(1, c.budget - self.pool)
+        if c.max_steps: share = max(share, self.learner.steps/c.max_steps)
+        speed = (forwards - self.before)/max(1e-9, here)
+        return dict(progress=round(min(1., share), 4), wall_s=round(self.spent + here, 1),
+                    forwards_per_s=round(speed, 2))
+
 # %% ../../nbs/maskpro/50_learn.ipynb #e921ea81
 def run_learner(
     learner:Learner, # new, or loaded
@@ -313,9 +336,10 @@ def run_learner(
 )->list: # the history
     "Step until the budget is used, patience is over, or someone asks to stop."
     history, asked = [] if history is None else history, False
+    pace = Pace(learner, history)
     def enter(row):
-        history.append(row)
-        if log: log(row)
+        history.append(row | pace.now())
+        if log: log(history[-1])
     while not learner.is_over() and not asked:
         enter(learner.step())
         looks = learner.steps % learner.config.eval_steps == 0 or not learner.room
