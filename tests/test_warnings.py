@@ -34,7 +34,7 @@ def trained(train, validation, **changes):
                save_steps=50, warmup_steps=20, batch_size=8, test=False)
     config = lm_train.make_config('smoke', **how | changes)
     corpus = Corpus('built', train, validation, validation)
-    with patch.object(lm_train, 'load_text', lambda *args: corpus):
+    with patch.object(lm_train, 'load_text', lambda *args, **how: corpus):
         return lm_train.train(config).metrics
 
 def names(metrics): return {warning['name'] for warning in metrics['warnings']}
