@@ -55,6 +55,14 @@ def environment():
     own = {k: v for k, v in os.environ.items() if not k.startswith('ENIGMA_')}
     return dict(own, PATH=sysconfig.get_path('scripts') + os.pathsep + own['PATH'])
 
+@pytest.fixture(scope='module', autouse=True)
+def children_hear_hangups():
+    "Let children hear SIGHUP, also under `nohup`: what is ignored stays so in a child."
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_IGN: signal.signal(signal.SIGHUP, lambda *_: None)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
 def screen(text):
     "The lines that a terminal shows after printing a text."
     lines, column = [''], 0
