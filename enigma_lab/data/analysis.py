@@ -14,7 +14,8 @@ from html import escape
 import numpy as np
 
 from .leaks import LeakReport, remove_leaks
-from .text import Corpus, encode_texts, load_text
+from .text import Corpus, load_text
+from .windows import encode_texts
 
 # %% ../../nbs/data/16_analysis.ipynb #1f696038
 COMMON = {'CJK': 'Han', 'DIGIT': 'digits', 'FULLWIDTH': 'full width'}
