@@ -10,8 +10,8 @@ from enigma_lab.bench.leaks import (change_signs, growth, judge_thresholds, meas
     replace_words, score, sentence_stream)
 from enigma_lab.cli import main
 from enigma_lab.data.analysis import analyse
-from enigma_lab.data.leaks import (HeldOut, LeakReport, LeakRule, WordRows, drop_leaks,
-    encode_words, minhash, remove_leaks, words)
+from enigma_lab.data.leaks import (HeldOut, LeakReport, LeakRule, SharedPassages, WordRows,
+    drop_leaks, encode_words, minhash, remove_leaks, words)
 from enigma_lab.data.text import Corpus
 from enigma_lab.lm.train import make_config, prepare, train
 
@@ -110,6 +110,35 @@ def test_a_book_loses_the_passage_and_nothing_else():
     corpus, report = remove_leaks(Corpus('book', [book], [held], ['a test']))
     assert corpus.train == ['\n'.join(lines)] and (report.cut, report.dropped) == (1, 0)
     assert report.rate == 1/2 and corpus.validation == [held]
+
+@pytest.mark.parametrize('seed', range(5))
+def test_a_text_in_parts_is_the_text(seed):
+    "Cut anywhere, with small blocks, a text shares the runs of words that plain sets find."
+    rng = np.random.default_rng(seed)
+    held = [rng.integers(1, 2**60, n, np.uint64) for n in (400, 700)]
+    text = rng.integers(1, 2**60, 3100, np.uint64)
+    for at in (*rng.integers(0, 2800, 6), 3040): # the last one ends with the text
+        begin, n = rng.integers(0, 500), min(rng.integers(60, 200), 3100 - at)
+        text[at:at + n] = held[1][begin:begin + n]
+    runs = {tuple(t[i:i + 50]) for t in held for i in range(len(t) - 49)}
+    marks = np.zeros(len(text), bool)
+    for i in range(len(text) - 49):
+        if tuple(text[i:i + 50]) in runs: marks[i:i + 50] = True
+    parts = np.split(text, np.sort(rng.integers(0, len(text), 20)))
+    gone, held_out = SharedPassages(held, RULE).find_long(iter(parts), 128)
+    assert marks.any() and np.array_equal(gone, marks) and held_out == 1
+
+@pytest.mark.parametrize('share', [0, .02, .4])
+def test_one_document_is_found_as_among_many(versions, share):
+    "Alone, a document is read in parts; among others it is held as a whole."
+    texts, _ = versions
+    rng, others = random.Random(3), ' '.join(sentence_stream(40, 1)).split()
+    for text in (texts[0], ' '.join(texts), texts[1] + ' ' + ' '.join(others[:400])):
+        copy = replace_words(text, rng, others, share)
+        held = [texts[2], text, *texts[3:6]]
+        (_, alone), = HeldOut(held).find([copy])
+        (_, among), _ = HeldOut(held).find([copy, others[0]])
+        assert repr(alone) == repr(among) and (share > .1 or alone.held == 1)
 
 def test_held_out_text_never_changes():
     "Copies go from train, those of test included; validation and test keep what they have."
