@@ -54,25 +54,30 @@ def version(
     "Count the in-place operations on a tensor."
     return 0 if t.is_inference() else t._version
 
-def node_number()->int: # of nodes made from now on in this thread, at least
-    "Return the number that autograd gives its next node."
-    with torch.enable_grad(): return torch.empty(0, requires_grad=True).view(0).grad_fn._sequence_nr()
+def node_number(
+    t:Tensor|None=None, # made just now; `None`, or one without a graph: a new one is made
+)->int: # nodes made from now on in this thread have this number or a higher one
+    "Return the number of the newest node."
+    if t is None or t.grad_fn is None:
+        with torch.enable_grad(): t = torch.empty(0, requires_grad=True).view(0)
+    return t.grad_fn._sequence_nr()
 
 # %% ../../nbs/machine/46_internals.ipynb #83a23cb0
+_Leaf = type(torch.autograd.graph.get_gradient_edge(torch.empty(0, requires_grad=True)).node)
+
 def entrances(
     out:Tensor, # result of a run
-    since:int, # `node_number` before the run
+    since:int, # number of the first node of the run
     known=(), # nodes at which the walk ends
 )->tuple[list[Tensor],bool]: # leaves that require a gradient; True: an older graph is read, too
     "List what the graph of a run reads beside the nodes that are known."
     todo, seen, leaves, older = [out.grad_fn], {None, *known}, [], False
-    while todo:
-        node = todo.pop()
+    for node in todo:
         if node in seen: continue
         seen.add(node)
-        if (leaf := getattr(node, 'variable', None)) is not None: leaves.append(leaf)
+        if node.__class__ is _Leaf: leaves.append(node.variable)
         elif node._sequence_nr() < since: older = True
-        else: todo.extend(edge for edge, _ in node.next_functions)
+        else: todo += [edge for edge, _ in node.next_functions]
     return leaves, older
 
 # %% ../../nbs/machine/46_internals.ipynb #cf7e27b7

@@ -8,8 +8,9 @@ __all__ = ['random_state', 'set_random_state', 'generators_at', 'AutocastContext
            'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients', 'Addition', 'Coupling', 'full_precision',
            'JoinedStreams', 'BijectionStep', 'sketch']
 
-# %% ../../nbs/machine/51_steps.ipynb #64575f62
+# %% ../../nbs/machine/51_steps.ipynb #e6fb8556
 import contextlib, threading, weakref
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,9 @@ class ReplayContext(ModesContext):
         *args, # of the function
     ): # its result
         "Run a function as the first time, but with a graph."
+        if self.state is None and self.amp is None and self.modes == [
+                m.training for m in self.modules]:
+            with torch.enable_grad(): return function(*args)
         with (generators_at(self.device, self.state), self.in_modes(), torch.enable_grad(),
               self.cast()):
             return function(*args)
@@ -226,24 +230,23 @@ def check_unchanged(
                            "own in training, as BatchNorm and spectral_norm do: use LayerNorm, "
                            "GroupNorm or weight_norm, or put that part in eval mode")
 
-_own = {*vars(nn.Module())} # what every module has
+_plain = {int, float, bool, str, type(None), dict, list, tuple, set, OrderedDict}
 
 def left_behind(
     modules, # of a step
-    since:int, # `node_number` before the run
+    since:int, # number of the run's first node
 )->list[str]: # names of attributes
     "List the tensors with a graph that a run has left on its modules."
-    return [f'{type(m).__name__}.{name}' for m in modules for name, value in vars(m).items()
-            if name not in _own for t in (value if isinstance(value, (list, tuple)) else
-                      value.values() if isinstance(value, dict) else [value])
-            if isinstance(t, Tensor) and t.grad_fn is not None
+    # the class first: isinstance takes its time for tensors
+    return [f'{type(m).__name__}.{name}' for m in modules for name, t in vars(m).items()
+            if t.__class__ not in _plain and isinstance(t, Tensor) and t.grad_fn is not None
             and t.grad_fn._sequence_nr() >= since]
 
 # %% ../../nbs/machine/51_steps.ipynb #b6eb8427
 def check_known(
     step, # a `Step`
     out:Tensor, # its function's result, with a graph
-    since:int, # `node_number` before the run
+    since:int, # number of the run's first node
     inputs, # leaves that are known, or `None`
     known=(), # nodes that are known
 )->list[Tensor]: # parameters that were read where they are, past their aliases
@@ -281,6 +284,7 @@ def check_repeated(
                            "is it random, or does it remember?")
 
 _tried = weakref.WeakKeyDictionary() # module -> modes in which it gave the same result twice
+_kept = weakref.WeakKeyDictionary() # module -> modes in which its graph has been looked at, too
 
 def try_twice(
     step, # a `Step`
@@ -346,11 +350,10 @@ class RepeatedStep(Step):
         rest, # fresh extras and parameters, placed in the module
     ): # the result, and what it depends on
         "Run the function a second time, with a graph."
-        since = node_number()
-        known = [t.grad_fn for t in (b, *rest) if t is not None]
-        # a view: module trackers cannot hook a leaf
-        out = self.repeat.again(lambda: self.call(b.view_as(b), rest[:self.extras]))
-        inputs = [b, *rest]
+        with torch.enable_grad(): b_ = b.view_as(b) # module trackers cannot hook a leaf
+        since, inputs = node_number(b_), [b, *rest]
+        known = [t.grad_fn for t in inputs] if torch.is_grad_enabled() else ()
+        out = self.repeat.again(self.call, b_, rest[:self.extras])
         for p in check_known(self, out, since, inputs, known):
             i = next(i for i, own in enumerate(self.params) if own is p)
             inputs[1 + self.extras + i] = p
@@ -364,17 +367,27 @@ class KeptStep(RepeatedStep):
     ): # its result
         "Run the function as autograd does; refuse what a repeated step would refuse."
         before, versions = version(b), [version(t) for t in self.buffers]
-        since, b_, extras = node_number(), b.view_as(b), self.arguments.tensors
-        if tuple(m.training for m in self.modules) in _tried.get(self.module, ()):
-            out = self.call(b_, extras)
+        b_ = b.view_as(b)
+        looked = _kept.setdefault(self.module, set())
+        if (modes := tuple(m.training for m in self.modules)) in looked:
+            out = self.call(b_, self.arguments.tensors)
         else:
-            repeat = ReplayContext(b.device, self.modules)
-            out = repeat.first(self.call, b_, extras)
-            try_twice(self, out, repeat, b_, extras)
+            out = self.kept_first(b_)
+            looked.add(modes)
         check_unchanged(type(self.module).__name__, version(b) == before,
                         versions == [version(t) for t in self.buffers])
-        known = [t.grad_fn for t in (b_, *extras, *self.params)]
-        check_known(self, out, since, (b, *extras, *self.params), known)
+        return out
+
+    def kept_first(self,
+        b, # a view of the stream that the function reads
+    ): # its result
+        "Run the function twice, and look at its graph."
+        extras, since = self.arguments.tensors, node_number(b)
+        repeat = ReplayContext(b.device, self.modules)
+        out = repeat.first(self.call, b, extras)
+        known = [t.grad_fn for t in (b, *extras, *self.params)]
+        check_known(self, out, since, (*extras, *self.params), known)
+        try_twice(self, out, repeat, b, extras)
         return out
 
 # %% ../../nbs/machine/51_steps.ipynb #514cec90
