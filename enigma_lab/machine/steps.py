@@ -23,7 +23,7 @@ def random_state(
     device:torch.device, # on which a function runs
 ): # a state for the CPU and, if the device is another, one for the device
     "Read the state of the generators that a kernel on this device may draw from."
-    if device.type in ('cpu', 'meta'): return (torch.get_rng_state(),)
+    if device.type == 'cpu': return (torch.get_rng_state(),)
     there = torch.get_device_module(device)
     return torch.get_rng_state(), there.get_rng_state(device)
 
@@ -70,11 +70,11 @@ class AutocastContext:
 class ModesContext(AutocastContext):
     "Remember the modes of modules, too."
     def __init__(self,
-        device:torch.device, # on which a function runs
+        stream:Tensor, # that a function reads
         modules=(), # `nn.Module`s
     ):
-        super().__init__('cpu' if device.type == 'meta' else device.type)
-        self.device, self.modules = device, modules
+        self.device, self.modules, self.real = stream.device, modules, has_values(stream)
+        super().__init__(self.device.type if self.real else 'cpu')
         self.modes = [m.training for m in modules]
 
     @contextlib.contextmanager
@@ -96,6 +96,7 @@ class ReplayContext(ModesContext):
         *args, # of the function
     ): # its result
         "Run a function, and keep the generators' state if it draws from them."
+        if not self.real: return function(*args)
         with _drawing, self.cast():
             before = random_state(self.device)
             out = function(*args)
@@ -107,12 +108,10 @@ class ReplayContext(ModesContext):
         function, # to be run
         *args, # of the function
     ): # its result
-        "Run a function as the first time, but with a graph."
-        if self.state is None and self.amp is None and self.modes == [
-                m.training for m in self.modules]:
-            with torch.enable_grad(): return function(*args)
-        with (generators_at(self.device, self.state), self.in_modes(), torch.enable_grad(),
-              self.cast()):
+        "Run a function as the first time; whether with a graph, its caller says."
+        same = self.modes == [m.training for m in self.modules]
+        if self.state is None and self.amp is None and same: return function(*args)
+        with generators_at(self.device, self.state), self.in_modes(), self.cast():
             return function(*args)
 
 # %% ../../nbs/machine/51_steps.ipynb #ebbe310a
@@ -315,7 +314,8 @@ class Step(Placed):
         extras, # tensors
     ): # its result
         "Call the module."
-        if not self.extras and self.arguments.tree is None: return self.module(b, *self.arguments.leaves)
+        if not self.extras and self.arguments.tree is None:
+            return self.module(b, *self.arguments.leaves)
         args, named = self.arguments.filled(extras)
         return self.module(b, *args, **named)
 
@@ -324,7 +324,7 @@ class Step(Placed):
         extras, # tensors
     ): # its result
         "Run the function once, without a graph; refuse one that changes what it reads."
-        self.repeat = ReplayContext(b.device, self.modules)
+        self.repeat = ReplayContext(b, self.modules)
         before, self.versions = version(b), [version(t) for t in self.buffers]
         out = self.repeat.first(self.call, b, extras)
         check_unchanged(type(self.module).__name__, version(b) == before,
@@ -351,10 +351,11 @@ class RepeatedStep(Step):
         rest, # fresh extras and parameters, placed in the module
     ): # the result, and what it depends on
         "Run the function a second time, with a graph."
-        with torch.enable_grad(): b_ = b.view_as(b) # module trackers cannot hook a leaf
-        since, inputs = node_number(b_), [b, *rest]
-        known = [t.grad_fn for t in inputs] if torch.is_grad_enabled() else ()
-        out = self.repeat.again(self.call, b_, rest[:self.extras])
+        known = [t.grad_fn for t in (b, *rest) if t is not None] if torch.is_grad_enabled() else ()
+        with torch.enable_grad():
+            b_ = b.view_as(b) # module trackers cannot hook a leaf
+            since, inputs = node_number(b_), [b, *rest]
+            out = self.repeat.again(self.call, b_, rest[:self.extras])
         for p in check_known(self, out, since, inputs, known):
             i = next(i for i, own in enumerate(self.params) if own is p)
             inputs[1 + self.extras + i] = p
@@ -384,7 +385,7 @@ class KeptStep(RepeatedStep):
     ): # its result
         "Run the function twice, and look at its graph."
         extras, since = self.arguments.tensors, node_number(b)
-        repeat = ReplayContext(b.device, self.modules)
+        repeat = ReplayContext(b, self.modules)
         out = repeat.first(self.call, b, extras)
         known = [t.grad_fn for t in (b, *extras, *self.params)]
         check_known(self, out, since, (*extras, *self.params), known)
@@ -447,7 +448,9 @@ class Addition(KeptStep):
         undo=False, # the other way
     ): # the new stream
         "Add the function's result to a stream, or subtract it."
-        if self.grid: out = (snap if torch.is_grad_enabled() else snapped)(out, self.grid).to(a.dtype)
+        if self.grid:
+            rounded = snap if torch.is_grad_enabled() else snapped
+            out = rounded(out, self.grid).to(a.dtype)
         return (back if self.inverse != undo else forth)(a, out, s)
 
     def add(self,
