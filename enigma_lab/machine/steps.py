@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['random_state', 'set_random_state', 'generators_at', 'AutocastContext', 'ModesContext', 'ReplayContext', 'Arguments',
            'Link', 'Reader', 'Placed', 'check_unchanged', 'left_behind', 'check_known', 'check_repeated', 'try_twice',
-           'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients', 'forth', 'back', 'Addition', 'Coupling',
-           'full_precision', 'JoinedStreams', 'BijectionStep', 'sketch']
+           'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients', 'accumulated', 'forth', 'back', 'Addition',
+           'Coupling', 'full_precision', 'JoinedStreams', 'BijectionStep', 'sketch']
 
-# %% ../../nbs/machine/51_steps.ipynb #e6fb8556
+# %% ../../nbs/machine/51_steps.ipynb #d48ec03c
 import contextlib, threading, weakref
 from collections import OrderedDict
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .grid import snap, snapped
-from .internals import entrances, has_values, node_number, tree_flatten, tree_unflatten, version
+from .internals import entrances, has_values, is_sharded, node_number, tree_flatten, tree_unflatten, version
 
 # %% ../../nbs/machine/51_steps.ipynb #a6db1c00
 def random_state(
@@ -182,7 +182,10 @@ class Reader(Link):
     def read(self): # the scale, extras, and parameters that learn
         "List the tensors that the step reads, before a run that is to be repeated."
         self.modules, self.places, found = list(self.module.modules()), [], {}
-        for m in self.modules:
+        self.sharded = any(map(is_sharded, self.modules))
+        # a module that gathers its parameters hands out their gradients, too
+        if self.sharded: found[torch.empty(0, requires_grad=True)] = 0
+        for m in () if self.sharded else self.modules:
             for held in (m._parameters, m._buffers):
                 for name, t in held.items():
                     if t is None: continue
@@ -256,7 +259,7 @@ def check_known(
         raise RuntimeError(f"a reversible step is undone and run again, but {name} leaves "
                            f"{', '.join(left)} with a graph that no loss would reach: store "
                            "its detach(), or compute that loss outside of the chain")
-    if out.grad_fn is None: return []
+    if out.grad_fn is None or step.sharded: return []
     leaves, older = entrances(out, since, known)
     inputs = {id(t) for t in inputs if t is not None}
     params = {id(p) for p in step.params}
@@ -409,6 +412,22 @@ def gradients(
                                      create_graph=torch.is_grad_enabled()))
     return [next(found) if need else None for need in needs]
 
+# %% ../../nbs/machine/51_steps.ipynb #b9ddbcd5
+def accumulated(
+    outs:list, # tensors with a graph
+    inputs, # what they depend on
+    needs, # for which of them a gradient is wanted
+    grads:list, # of `outs`, each perhaps `None`
+)->list: # a gradient or `None` for each of `inputs`
+    "Run the backward pass of a module that hands out the gradients of its parameters itself."
+    if torch.is_grad_enabled():
+        raise RuntimeError("a reversible chain of sharded parts has no second derivative: "
+                           "shard the whole chain, fully_shard(chain)")
+    given = [(out, g.to(out.dtype)) for out, g in zip(outs, grads)
+             if g is not None and out.requires_grad]
+    if given: torch.autograd.backward(*zip(*given))
+    return [t.grad if need else None for t, need in zip(inputs, needs)]
+
 # %% ../../nbs/machine/51_steps.ipynb #5584e12d
 def forth(
     a:Tensor, # the stream that changes
@@ -486,7 +505,8 @@ class Coupling(Addition):
         s, (b0, rest) = tensors[0], self.fresh(b, tensors, needs)
         with self.placed(rest[self.extras:]): out, inputs = self.again(b0, rest)
         ga, g_out = self.to_both(gy, s)
-        g, *rest = gradients([out], inputs, (needs[0], *needs[2:]), [g_out])
+        found = accumulated if self.sharded else gradients
+        g, *rest = found([out], inputs, (needs[0], *needs[2:]), [g_out])
         # after the gradients, whose peak it would raise
         a = self.change(y, out if torch.is_grad_enabled() else out.detach(), s, undo=True)
         gs = None
@@ -593,7 +613,8 @@ class BijectionStep(JoinedStreams):
             grad = self.join(torch.zeros_like(b) if gb is None else gb,
                              torch.zeros_like(y) if gy is None else gy)
         outs = [out, self.measured] if self.measures else [out]
-        g, *rest = gradients(outs, inputs, (needs[0], *needs[2:]), [grad, *grads])
+        found = accumulated if self.sharded else gradients
+        g, *rest = found(outs, inputs, (needs[0], *needs[2:]), [grad, *grads])
         ga, gb = (None, None) if g is None else self.part(g)
         return *self.part(x), ga, gb, (None, *rest)
 
