@@ -176,7 +176,8 @@ def test_the_block_at_fault_is_named(x):
 @pytest.mark.quick
 def test_numbers_that_are_none_are_faults(x):
     "Not a number, or infinite in the input's dtype alone."
-    assert not certify(Affine(error=math.nan), x).ok
+    found = certify(Affine(error=math.nan), x)
+    assert not found.ok and found.rows_wrong == 6 and math.isnan(found.log_det_error)
     class Product(Affine): # of a hundred small scales
         def log_det(self, x, sign):
             return (sign * self.log_scale.exp().prod().log()).expand(len(x))
@@ -225,6 +226,7 @@ class Meddler(nn.Module):
         self.calls, self.new = self.calls + 1, x
         self.weight.data, self.table = 2*self.weight.data, self.table + 1
         self.weight.grad = torch.ones_like(self.weight)
+        self.frozen.grad.zero_()
         self.register_buffer('late', torch.zeros(3))
         self.inner.eval(), self.frozen.requires_grad_(), self.frozen.data.add_(1)
         if self.fails and self.calls == self.fails: raise KeyError('on purpose')
@@ -237,8 +239,8 @@ def everything(module):
     tensors = {**module.state_dict(), 'table': module.table}
     return (
         {name: (t.dtype, t.tolist()) for name, t in tensors.items()},
-        [(name, id(p), p.data_ptr(), p.requires_grad, p.grad) for name, p in
-         module.named_parameters()],
+        [(name, id(p), p.data_ptr(), p.requires_grad, id(p.grad), p.grad.tolist())
+         for name, p in module.named_parameters()],
         [(name, m.training) for name, m in module.named_modules()], sorted(vars(module)),
         module.calls, torch.get_rng_state().tolist(), random.getstate(),
         numpy.random.get_state()[1:3][0].tolist(), module.own.get_state().tolist())
@@ -248,6 +250,7 @@ def everything(module):
 def test_looking_changes_nothing(x, fails):
     module = Meddler(fails)
     module.inner[1].eval()
+    for p in module.parameters(): p.grad = torch.full_like(p, 7.)
     before, given = everything(module), x.clone()
     raises = pytest.raises(KeyError) if fails else contextlib.nullcontext()
     with raises: certify(module, x)
