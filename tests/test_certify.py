@@ -199,6 +199,7 @@ def test_rows_that_mix_are_found(x):
     module = Coupling(net(nn.BatchNorm1d(8)))
     found = certify(module, x.float())
     assert found.rows_checked == 1 and found.log_det_error < 1e-14 and not found.ok
+    assert 'but Coupling changed a buffer' in found.faults[0]
     assert certify(module.eval(), x.float()).rows_checked == 6
     class Normal(nn.Module): # it forgets that the mean is of the batch
         def forward(self, x):
@@ -265,6 +266,15 @@ def test_a_language_model_stays_in_its_mode():
     certify_model(model, torch.randint(3, 50, (2, 2)))
     assert modes == [m.training for m in model.modules()]
 
+@pytest.mark.quick
+def test_a_module_may_change_what_it_is_given(x):
+    class InPlace(nn.Module):
+        def forward(self, x): return x.mul_(2), x.new_full((len(x),), 4*math.log(2))
+        def inverse(self, y): return y.div_(2), y.new_full((len(y),), -4*math.log(2))
+    given = x.clone()
+    found = certify(InPlace(), x)
+    assert found.ok and found.max_error == 0 and torch.equal(x, given)
+
 # random numbers
 
 @pytest.mark.quick
@@ -289,6 +299,19 @@ def test_a_function_can_be_the_inverse(x):
     found = certify(module, x, context, inverse=lambda y, c: module(y, 2*c, rev=True))
     assert not found.ok and abs(found.max_error - context.abs().max()) < 1e-5
 
+def test_a_compiled_module_and_a_parametrized_one(x):
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4, bias=False))
+        def forward(self, x):
+            return self.inner(x), self.inner.weight.slogdet()[1].expand(len(x))
+        def inverse(self, y):
+            W = self.inner.weight
+            return torch.linalg.solve(W, y.mT).mT, -W.slogdet()[1].expand(len(y))
+    module = Linear()
+    assert certify(module, x).ok and certify(torch.compile(module, backend='eager'), x).ok
+
 def test_what_has_no_inverse_is_refused(x):
     for module in (nn.Linear(4, 4), nn.Sequential(Affine())):
         with pytest.raises(ValueError, match='give inverse='): certify(module, x)
@@ -307,3 +330,9 @@ def test_log_determinants_of_any_shape(x):
         assert found.ok == bool(good), (shape, found)
         assert good or 'must have a shape' in found.faults[0]
     assert log_det_error(Affine(error=.4), x) == pytest.approx(.1)
+    class Short(Affine): # which adds up in float32, whatever it is given
+        def log_det(self, x, sign):
+            said = torch.zeros(len(x))
+            for scale in self.log_scale: said = said + sign*scale.float()
+            return said
+    assert certify(Short(), x).ok

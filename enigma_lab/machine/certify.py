@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'MOST', 'as_pair', 'Way', 'two_ways', 'generator_states', 'same_values', 'TensorState', 'left_alone',
            'in_pieces', 'largest', 'same_in_pieces', 'inversion', 'rows_apart', 'whole_jacobian', 'pull_back',
-           'row_jacobians', 'said_of_rows', 'sum_rows', 'volume', 'as_double', 'volume_in_float64', 'excess',
+           'row_jacobians', 'said_of_rows', 'sum_rows', 'volume', 'as_double', 'volume_in_float64', 'digits', 'excess',
            'log_det_errors', 'log_det_error', 'chain_gradients', 'max_or_nan', 'Alone', 'gradient_error', 'Faults',
            'Verdict', 'Findings', 'Certificate', 'grid_of', 'Trial', 'known', 'look_at_inverse', 'look_at_gradients',
            'look_at_volume', 'look_at', 'noting', 'inner_parts', 'chain_parts', 'find_blame', 'certify', 'trial',
@@ -33,7 +33,8 @@ def as_pair(
     if isinstance(out, Tensor): return out, None
     if isinstance(out, (tuple, list)) and len(out) == 2 and isinstance(out[0], Tensor):
         y, log_det = out
-        return y, log_det if log_det is None else torch.as_tensor(log_det, device=y.device)
+        if log_det is None or isinstance(log_det, Tensor): return y, log_det
+        return y, torch.as_tensor(log_det, dtype=y.dtype, device=y.device)
     raise ValueError("each direction of an invertible module must return a tensor, or a tensor "
                      f"and its log-determinants, got {type(out).__name__}")
 
@@ -43,7 +44,9 @@ class Way:
         plain, # (x, *args) -> y or (y, log_det); `None`: only `paired` is there
         paired=None, # (x, *args) -> (y, log_det); `None`: what `plain` returns
     ):
-        self.plain, self.paired = plain or paired, paired or plain
+        # `or` would ask a container for its length
+        self.plain = paired if plain is None else plain
+        self.paired = plain if paired is None else paired
 
     def __call__(self, x:Tensor, *args, **kwargs)->Tensor: # y
         return as_pair(self.plain(x.clone(), *args, **kwargs))[0]
@@ -70,8 +73,8 @@ def two_ways(
         raise ValueError("a certificate is for a module with a method inverse(y), or with "
                          "forward_and_log_det(x) and inverse_and_log_det(y), "
                          f"got {type(module).__name__}: give inverse=, a function")
-    own = type(module).forward is not nn.Module.forward
-    return Way(module if own else None, ahead), Way(inverse, back)
+    plain = ahead is None or type(module).forward is not nn.Module.forward
+    return Way(module if plain else None, ahead), Way(inverse, back)
 
 # %% ../../nbs/machine/70_certify.ipynb #13ab3159
 def generator_states(
@@ -306,7 +309,7 @@ def volume(
     x:Tensor, # (*rows, …)
     *args, # further arguments of the module
     **kwargs, # further arguments of the module
-)->dict|None: # dim; axes; of every row: true, ahead, back; `None`: no log-determinant is said
+)->dict|None: # dim, axes, dtype; of each row: true, ahead, back; `None`: nothing is said
     "Compare log-determinants, forwards and backwards, with the Jacobian of every row."
     x = x.detach().clone().requires_grad_()
     with full_precision(x): y, log_det = ahead.measured(x, *args, **kwargs)
@@ -327,7 +330,8 @@ def volume(
         for i in range(0, rows, several)])
     with torch.no_grad(), full_precision(x): _, undone = back.measured(y.detach(), *args, **kwargs)
     undone = None if undone is None else -sum_rows(said_of_rows(undone, y), axes)
-    return dict(dim=dim, axes=axes, true=true, ahead=sum_rows(said, axes), back=undone)
+    return dict(dim=dim, axes=axes, true=true, dtype=log_det.dtype,
+                ahead=sum_rows(said, axes), back=undone)
 
 # %% ../../nbs/machine/70_certify.ipynb #7c5bb9e0
 def as_double(
@@ -355,6 +359,12 @@ def volume_in_float64(
         return volume(*two_ways(module, inverse), x, *args, **kwargs), x.dtype
 
 # %% ../../nbs/machine/70_certify.ipynb #20a61b31
+def digits(
+    dtype:torch.dtype, # floating point
+)->int: # bits
+    "Return the size of a number."
+    return torch.finfo(dtype).bits
+
 def excess(
     said:Tensor, # (rows,), nats
     true:Tensor, # (rows,), nats
@@ -375,6 +385,8 @@ def log_det_errors(
     "Measure the errors of a module's log-determinants on every row; nothing if it has none."
     found, dtype = volume_in_float64(module, x, *args, inverse=inverse, **kwargs)
     if found is None: return {}
+    # some libraries add up in float32 whatever they are given
+    if found['dtype'].is_floating_point: dtype = min(dtype, found['dtype'], key=digits)
     ahead, back = two_ways(module, inverse)
     y, said = ahead.measured(x, *args, **kwargs)
     undone = back.measured(y, *args, **kwargs)[1]
@@ -663,7 +675,9 @@ def look_at_gradients(
     with warnings.catch_warnings(): # of gradients that are wrong: we are told by a number
         warnings.simplefilter('ignore')
         try: return dict(gradient_error=gradient_error(chain, x, *args, **kwargs))
-        except RuntimeError as e: return dict(refusals=(f'a reversible chain refuses it: {e}',))
+        except RuntimeError as e:
+            said = str(e).replace(Alone.__name__, type(module).__name__)
+            return dict(refusals=(f'a reversible chain refuses it: {said}',))
 
 def look_at_volume(
     trial:Trial, # a module and its input
