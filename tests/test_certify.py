@@ -155,6 +155,12 @@ def test_every_row_counts(x):
         assert not found.ok and (found.rows_wrong, found.rows_checked) == (wrong, 6)
         assert abs(found.log_det_error - .1/4) < 1e-9 # nats per dimension
     assert certify(Affine(error=1e-10), x).ok
+    class Back(Affine): # on the way back alone, in the last row alone
+        def log_det(self, x, sign):
+            error = .1 * (sign < 0) * (torch.arange(len(x)) == len(x) - 1)
+            return super().log_det(x, sign) + error
+    found = certify(Back(), x)
+    assert found.rows_wrong == 1 and abs(found.log_det_error - .1/4) < 1e-9
     assert not certify(Mixer(4, lost=True), torch.randn(2, 4, 3, 3)).ok
 
 @pytest.mark.quick
@@ -287,6 +293,16 @@ def test_dropout_is_found_and_draws_that_do_not_count_are_not(x):
         def forward(self, x): torch.rand(1); return super().forward(x)
     assert certify(Draws(), x).ok
 
+def test_the_mode_of_a_block_is_the_chains():
+    "A block that draws numbers in eval mode, too."
+    class Noise(nn.Module):
+        def forward(self, x): return torch.randn_like(x)
+    chain = ReversibleSequence([(nn.Linear(2, 2), nn.Linear(2, 2)), (Noise(), nn.Linear(2, 2))])
+    for training in (True, False):
+        found = certify(chain.train(training), torch.randn(4, 4))
+        place, = found.blame
+        assert place.startswith('blocks.1') and ('training mode' in place) == training, found
+
 # what other libraries look like
 
 def test_a_function_can_be_the_inverse(x):
@@ -320,6 +336,15 @@ def test_what_has_no_inverse_is_refused(x):
     with pytest.raises(ValueError, match='give back the shape'): certify(Short(), x)
     with pytest.raises(ValueError, match='a batch of at least 2'): certify(Affine(), x[:1])
 
+def test_what_cannot_be_differentiated_is_no_pass(x):
+    class Detached(Affine):
+        def forward(self, x): return super().forward(x.detach())
+    module = Detached().requires_grad_(False)
+    assert 'no gradient passes' in certify(module, x).faults[0]
+    class Plain(Detached): # without log-determinants
+        def forward(self, x): return super().forward(x)[0]
+    assert 'refuses it' in certify(Plain().requires_grad_(False), x).faults[0]
+
 def test_log_determinants_of_any_shape(x):
     class Shaped(Affine):
         def log_det(self, x, sign): return sign * self.log_scale.sum() * torch.ones(self.shape)
@@ -335,4 +360,5 @@ def test_log_determinants_of_any_shape(x):
             said = torch.zeros(len(x))
             for scale in self.log_scale: said = said + sign*scale.float()
             return said
-    assert certify(Short(), x).ok
+    found = certify(Short(300), torch.randn(3, 300))
+    assert found.ok and found.log_det_error > 1e-8 and found.log_det_dtype == 'float32'

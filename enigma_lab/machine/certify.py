@@ -38,6 +38,7 @@ def as_pair(
     raise ValueError("each direction of an invertible module must return a tensor, or a tensor "
                      f"and its log-determinants, got {type(out).__name__}")
 
+# %% ../../nbs/machine/70_certify.ipynb #5edbe73c
 class Way:
     "Hold one direction of an invertible module, as a function that leaves its input alone."
     def __init__(self,
@@ -669,7 +670,6 @@ def look_at_gradients(
     else:
         alone = module if isinstance(module, Bijection) else Alone(
             module, trial.inverse, *trial.given(None))
-        alone.training = module.training
         chain, args, kwargs = ReversibleSequence([alone], axis=axis), (), {}
     kwargs = {**kwargs, 'positions': trial.positions}
     with warnings.catch_warnings(): # of gradients that are wrong: we are told by a number

@@ -44,6 +44,7 @@ def at_least_float32(
     "Widen half-precision numbers: triangular solves need the digits."
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
+# %% ../../nbs/machine/30_rotor.ipynb #ee577b48
 def as_nats(
     log_det:Tensor, # float64, of any shape
     x:Tensor, # the vectors that it belongs to, floating point
