@@ -64,7 +64,7 @@ PATHS = { # path -> weight, and flavours with their weights
     'eager': (30, dict(plain=6, twice=1, switch=1, weights=1, stacked=1, no_grad=.5)),
     'compile': (4, dict(fullgraph=12, graph=7, no_grad=2, inductor=1)),
     'func': (11, dict(grad=3, vmap=3, jacrev=2)),
-    'second': (7, dict(create_graph=2, grad_grad=1, jacrev_grad=1)),
+    'second': (7, dict(create_graph=2, grad_grad=1, mixed=1, jacrev_grad=1)),
     'amp': (9, dict(plain=1)),
     'checkpoint': (10, dict(reentrant=1, saved=1)),
     'ddp': (7, dict(plain=1)),
@@ -99,6 +99,7 @@ def draw_parts(
         parts.append(f"{'attention' if noise == 'sdpa' else body} {norm} {noise}")
     return tuple(parts)
 
+# %% ../../nbs/bench/11_fuzz.ipynb #d5e8fc0c
 def draw_case(
     seed:int, # any; it names the case
 )->Case: # the same for the same seed
@@ -130,11 +131,13 @@ def without(
         if row[column] in values: row[column] = instead
     return replace(case, parts=tuple(' '.join(row) for row in rows))
 
+# %% ../../nbs/bench/11_fuzz.ipynb #475e45fd
 def possible(
     case:Case, # as drawn
 )->Case: # one that plain PyTorch can run
     "Replace what plain PyTorch cannot do on the path of a case."
-    path, functional = case.path, case.path == 'func' or case.flavour in ('grad_grad', 'jacrev_grad')
+    path = case.path
+    functional = path == 'func' or case.flavour in ('grad_grad', 'mixed', 'jacrev_grad')
     if case.exact or case.block == 'pair' or path == 'fsdp': case = replace(case, scale=False)
     # these know torch's own generator only
     if path in ('compile', 'func', 'second', 'checkpoint'):
@@ -178,14 +181,14 @@ def attend(
     qkv:Tensor, # (B, T, 3 width)
     p:float, # probability of dropout
 )->Tensor: # (B, T, width)
-    "Attend with two heads."
+    "Compute self-attention with two heads."
     q, k, v = qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
     return y.transpose(1, 2).flatten(2)
 
 # %% ../../nbs/bench/11_fuzz.ipynb #576ba43e
 class Part(nn.Module):
-    "Be F or G: norm, body, extras, noise."
+    "Compute F or G: norm, body, extras, noise."
     def __init__(self,
         spec:str, # body, norm and noise
         width:int, # channels
@@ -220,8 +223,10 @@ def normalise(self:Part,
     x:Tensor, # (B, T, width)
 )->Tensor: # of the shape of `x`
     "Apply the norm."
-    if isinstance(self.norm, nn.LayerNorm): return self.norm(x)
-    return self.norm(x.transpose(-1, -2).contiguous()).transpose(-1, -2)
+    if isinstance(self.norm, (nn.LayerNorm, nn.Identity)): return self.norm(x)
+    # a copy: under vmap, .contiguous() is not enough for GroupNorm
+    channels = x.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+    return self.norm(channels).transpose(-1, -2)
 
 @patch
 def transform(self:Part,
@@ -243,6 +248,7 @@ def remember(self:Part,
         with torch.no_grad(): self.seen.mul_(.9).add_(h.detach().float().mean(), alpha=.1)
     return h + self.seen.to(h.dtype)
 
+# %% ../../nbs/bench/11_fuzz.ipynb #6408d907
 def add_extra(
     h:Tensor, # (B, T, width)
     extra:Tensor|None, # a mask (T), a scalar, a tensor (T, width), or nothing
@@ -307,6 +313,7 @@ def on_grid(
     x = x if x.dtype == torch.float64 else x.float()
     return x + ((x/GRID).round()*GRID - x).detach()
 
+# %% ../../nbs/bench/11_fuzz.ipynb #e486fa62
 class PlainBlock(nn.Module):
     "Run one block as autograd does it."
     def __init__(self,
@@ -436,6 +443,7 @@ def call(self:Trial,
     weights = {name: t for name, t in leaves.items() if name in own}
     return functional_call(self.module, weights, (leaves.get('x', self.x), *extras))
 
+# %% ../../nbs/bench/11_fuzz.ipynb #7f395a94
 @patch
 def loss(self:Trial,
     y:Tensor, # a result of the module
@@ -495,6 +503,7 @@ def run_eager(
     if trial.case.flavour == 'twice': trial.loss(y).backward(retain_graph=True)
     return trial.backward(y)
 
+# %% ../../nbs/bench/11_fuzz.ipynb #92db2fd4
 @runs('compile')
 def run_compiled(
     trial:Trial, # to be run
@@ -530,6 +539,7 @@ def run_functional(
         found = each(leaves, trial.probe)
     return {f'gradient of {name}': g for name, g in found.items()}
 
+# %% ../../nbs/bench/11_fuzz.ipynb #2abb6b93
 @runs('second')
 def run_second(
     trial:Trial, # to be run
@@ -542,14 +552,17 @@ def run_second(
             g, = torch.autograd.grad(trial.loss(y), trial.x, create_graph=True)
             g.square().sum().backward()
             return trial.collect(y)
+        slope = torch.func.grad(lambda leaves: trial.loss(trial.call(leaves)))
+        penalty = lambda leaves: slope(leaves)['x'].square().sum()
+        if trial.case.flavour == 'mixed':
+            penalty(trial.leaves()).backward()
+            return trial.collect(trial.x)
         leaves = {name: t.detach() for name, t in trial.leaves().items()}
-        scalar = lambda leaves: trial.loss(trial.call(leaves))
         if trial.case.flavour == 'grad_grad':
-            found = torch.func.grad(
-                lambda leaves: torch.func.grad(scalar)(leaves)['x'].square().sum())(leaves)
+            found = torch.func.grad(penalty)(leaves)
             return {f'gradient of {name}': g for name, g in found.items()}
-        slope = torch.func.grad(lambda x: scalar({**leaves, 'x': x}))
-        return {'second derivative of x': torch.func.jacrev(slope)(leaves['x'])}
+        of_x = lambda x: slope({**leaves, 'x': x})['x']
+        return {'second derivative of x': torch.func.jacrev(of_x)(leaves['x'])}
 
 # %% ../../nbs/bench/11_fuzz.ipynb #7a9d6ccf
 @runs('amp')
@@ -577,6 +590,7 @@ def run_offloaded(
     with torch.autograd.graph.save_on_cpu(): y = trial.module(trial.x, *trial.extras)
     return trial.backward(y)
 
+# %% ../../nbs/bench/11_fuzz.ipynb #0662eb35
 @runs('functional_call')
 def run_with_other_weights(
     trial:Trial, # to be run
@@ -609,7 +623,7 @@ def run_distributed(
 def run_sharded(
     trial:Trial, # to be run
 )->dict[str, Tensor]: # named values
-    "Shard F and G, or blocks, or all at once."
+    "Run with F and G sharded, or blocks, or all at once."
     from torch.distributed.fsdp import fully_shard
     groups = dict(parts=[m for m in trial.module.modules() if isinstance(m, Part)],
                   blocks=[*trial.module.blocks], root=[trial.module])
@@ -659,6 +673,7 @@ def tolerance(
     "Return the largest relative error that rounding explains."
     return .05 if case.path == 'amp' else 1e-7 if case.dtype == 'float64' else 1e-3
 
+# %% ../../nbs/bench/11_fuzz.ipynb #5e2f75e9
 def differences(
     found:dict, # name -> value, of the engine
     expected:dict, # name -> value, of the oracle
@@ -720,6 +735,7 @@ def describe(
     line = next((text for text in str(error).split('\n') if text.strip()), '')
     return f'{type(error).__name__}: {line[:90]}'
 
+# %% ../../nbs/bench/11_fuzz.ipynb #21ced3a0
 def judge(
     case:Case, # from `draw_case`
 )->Verdict: # equal, refused or wrong
