@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .internals import ensure, has_values, is_traced
+
 # %% ../../nbs/machine/48_grid.ipynb #832caa91
 GRID = 2**-12 # the step, when nothing else is said
 
@@ -72,7 +74,7 @@ def check_range(
 ):
     "Raise an OverflowError where sums were no longer exact, or no numbers."
     limit = grid_limit(grid, dtype)
-    if not peak <= limit:
-        raise OverflowError(f"exact streams must stay within ±{limit:g} (grid={grid:g} in "
-                            f"{str(dtype)[6:]}), got {peak:g}: use a coarser grid, float64, "
-                            "or a smaller F")
+    shown = has_values(peak) and not is_traced() and peak.device.type == 'cpu'
+    ensure(peak <= limit, f"exact streams must stay within ±{limit:g} (grid={grid:g} in "
+           f"{str(dtype)[6:]}){f', got {peak:g}' if shown else ''}: use a coarser grid, float64, "
+           "or a smaller F", OverflowError)

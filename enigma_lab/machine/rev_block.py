@@ -92,5 +92,7 @@ class RevBlock(CommonScale, TwoHalves):
         x1 = (y1 - self.added(self.f, x2)) / self.s
         return torch.cat([x1, x2], -1), -self.log_det(y)
 
+    halves = forward_and_log_det # a chain may run the two halves instead
+
 # %% ../../nbs/machine/50_rev_block.ipynb #8c04ac00
 _all_ = ['ReversibleSequence']
