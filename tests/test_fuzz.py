@@ -93,37 +93,37 @@ class Broken(Plain):
 
 class Forgets(Broken):
     "The last block's parameters get no gradient."
-    def forward(self, x, *extras):
+    def forward(self, x, *extras, **named):
         for p in self.blocks[-1].parameters(): p.requires_grad_(False)
-        y = super().forward(x, *extras)
+        y = super().forward(x, *extras, **named)
         for p in self.blocks[-1].parameters(): p.requires_grad_(True)
         return y
 
 class Shifts(Broken):
     "A number is drawn too many, so every mask is another."
-    def forward(self, x, *extras):
+    def forward(self, x, *extras, **named):
         torch.rand(1)
-        return super().forward(x, *extras)
+        return super().forward(x, *extras, **named)
 
 class Slightly(Broken):
     "Gradients are off by a hundredth."
-    def forward(self, x, *extras):
-        y = super().forward(x, *extras)
+    def forward(self, x, *extras, **named):
+        y = super().forward(x, *extras, **named)
         y.requires_grad and y.register_hook(lambda grad: 1.01*grad)
         return y
 
 class Twice(Broken):
     "A buffer is updated twice."
-    def forward(self, x, *extras):
-        with torch.no_grad(): super().forward(x, *extras)
-        return super().forward(x, *extras)
+    def forward(self, x, *extras, **named):
+        with torch.no_grad(): super().forward(x, *extras, **named)
+        return super().forward(x, *extras, **named)
 
 class Refuses(Broken):
-    def forward(self, x, *extras):
+    def forward(self, x, *extras, **named):
         raise RuntimeError('a reversible step runs twice, but this one must not')
 
 class Fails(Broken):
-    def forward(self, x, *extras): return x.view(-1, 7)
+    def forward(self, x, *extras, **named): return x.view(-1, 7)
 
 NOISY = Case(1, parts=('linear none functional', 'mlp none none')*2)
 REMEMBERS = Case(1, buffer='update')
@@ -145,8 +145,8 @@ def test_every_path_sees_a_fault(path, monkeypatch):
     monkeypatch.setattr(page, 'ReversibleSequence', Broken)
     assert judge(case).verdict == 'equal'
     class Wrong(Broken):
-        def forward(self, x, *extras):
-            y = super().forward(x, *extras)
+        def forward(self, x, *extras, **named):
+            y = super().forward(x, *extras, **named)
             return y + .2*(y - y.detach())
     monkeypatch.setattr(page, 'ReversibleSequence', Wrong)
     assert judge(case).verdict == 'DIFFERENT'
@@ -156,8 +156,8 @@ def test_finite_differences_are_asked(monkeypatch):
     class Wrong(Plain):
         def __init__(self, blocks, exact=False, axis=-1, grid=None, keep=None):
             super().__init__(blocks, exact, axis)
-        def forward(self, x, *extras):
-            y = super().forward(x, *extras)
+        def forward(self, x, *extras, **named):
+            y = super().forward(x, *extras, **named)
             return y + .5*(y - y.detach())
     monkeypatch.setattr(page, 'ReversibleSequence', Wrong)
     monkeypatch.setattr(page, 'Plain', Wrong)

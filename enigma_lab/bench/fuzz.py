@@ -47,6 +47,7 @@ class Case:
     foreign:str = 'none' # of FOREIGN: what F of one block reads without owning it
     where:int = 0 # which part has the buffer and the foreign tensor
     extras:tuple[str, ...] = () # of EXTRAS
+    named:bool = False # the last of the extras is given by name
     dtype:str = 'float32' # of weights and input
     keep:int|None = 0 # bytes stored at the end; `None`: the default
     mode:str = 'train' # 'eval', or 'mc': dropout in train mode, everything else in eval mode
@@ -112,8 +113,8 @@ def draw_case(
         block=rng.choice(['rev', 'pair']), scale=rng.random() < .5, exact=exact,
         tied=rng.random() < .12, frozen=rng.random() < .15, axis=axis,
         buffer=pick(rng, dict(none=20, read=2, update=1)), foreign=pick(rng, FOREIGN),
-        where=rng.randrange(4), extras=tuple(rng.choices([*EXTRAS], [*EXTRAS.values()],
-                                                         k=rng.choice([0, 0, 1, 1, 2]))),
+        where=rng.randrange(4), named=rng.random() < .2, extras=tuple(
+            rng.choices([*EXTRAS], [*EXTRAS.values()], k=rng.choice([0, 0, 1, 1, 2]))),
         dtype=rng.choice(['float32', 'float64']), keep=rng.choice([0, 0, 0, 6000, None]),
         mode=rng.choice(['train', 'train', 'train', 'eval', 'mc']), hooks=rng.random() < .15,
         rows=rng.choice([8, 8, 64])))
@@ -149,6 +150,7 @@ def possible(
         case = replace(case, buffer=case.buffer.replace('update', 'read'))
     if path in ('func', 'second', 'functional_call'): case = replace(case, hooks=False)
     if path == 'save_on_cpu': case = replace(case, hooks=True)
+    if case.flavour == 'reentrant' or not case.extras: case = replace(case, named=False)
     if path == 'fsdp': case = replace(case, tied=False, hooks=False)
     if case.flavour == 'blocks': case = replace(case, block='rev')
     if path == 'amp': case = replace(case, dtype='float32')
@@ -206,11 +208,12 @@ class Part(nn.Module):
     def forward(self,
         x:Tensor, # (B, T, width), or (B, width, T)
         *extras, # tensors, masks, scalars, `None`
+        late=None, # one more, given by name
     )->Tensor: # of the shape of `x`
         "Transform a stream."
         x = x.movedim(self.axis, -1)
         h = self.transform(self.normalise(x))
-        for extra in extras: h = add_extra(h, extra)
+        for extra in (*extras, late): h = add_extra(h, extra)
         for lent in (self.lent, *self.borrowed):
             if lent is not None: h = h*lent
         h = self.disturb(self.remember(h))
@@ -331,12 +334,13 @@ class PlainBlock(nn.Module):
         a:Tensor, # first stream
         b:Tensor, # second stream
         *extras, # for F and G
+        **named, # for F and G
     )->tuple[Tensor, Tensor]: # the two streams after the block
         "Couple two streams."
         f, g = (self.get_submodule(name) for name in self.names)
         s = 1. if self.log_scale is None else self.log_scale.tanh().exp()
-        a = s*a + on_grid(f(b, *extras), self.exact)
-        return a, s*b + on_grid(g(a, *extras), self.exact)
+        a = s*a + on_grid(f(b, *extras, **named), self.exact)
+        return a, s*b + on_grid(g(a, *extras, **named), self.exact)
 
 # %% ../../nbs/bench/11_fuzz.ipynb #94648f35
 class Plain(nn.Module):
@@ -353,10 +357,11 @@ class Plain(nn.Module):
     def forward(self,
         x:Tensor, # with both streams along `axis`
         *extras, # for every F and G
+        **named, # for every F and G
     )->Tensor: # of the shape of `x`
         "Run all blocks."
         a, b = on_grid(x, self.exact).chunk(2, self.axis)
-        for block in self.blocks: a, b = block(a, b, *extras)
+        for block in self.blocks: a, b = block(a, b, *extras, **named)
         return torch.cat([a, b], self.axis)
 
 # %% ../../nbs/bench/11_fuzz.ipynb #0637e3a2
@@ -407,6 +412,7 @@ class Trial:
                     scalar=lambda: (1 + .1*numbers(())).requires_grad_(),
                     tensor=lambda: numbers(TOKENS, case.width).requires_grad_())
         self.extras = [make[kind]() for kind in case.extras]
+        self.named = {'late': self.extras.pop()} if case.named else {}
         self.foreign = (1 + .1*numbers(case.width)).requires_grad_()
         self.special = next(m for m in self.module.modules() if getattr(m, 'special', False))
         self.lend(self.foreign)
@@ -427,7 +433,7 @@ def lend(self:Trial,
 @patch
 def leaves(self:Trial)->dict[str, Tensor]: # name -> tensor
     "Name the tensors whose gradients count."
-    given = {'x': self.x, **{f'extra {i}': t for i, t in enumerate(self.extras)}}
+    given = {'x': self.x, **{f'extra {i}': t for i, t in enumerate(self.extras)}, **self.named}
     if self.case.foreign not in ('none', 'aux'): given['foreign'] = self.foreign
     given.update(self.module.named_parameters())
     return {name: t for name, t in given.items() if t is not None and t.requires_grad}
@@ -440,8 +446,18 @@ def call(self:Trial,
     if 'foreign' in leaves: self.lend(leaves['foreign'])
     own = dict(self.module.named_parameters())
     extras = [leaves.get(f'extra {i}', t) for i, t in enumerate(self.extras)]
+    named = {name: leaves.get(name, t) for name, t in self.named.items()}
     weights = {name: t for name, t in leaves.items() if name in own}
-    return functional_call(self.module, weights, (leaves.get('x', self.x), *extras))
+    return functional_call(self.module, weights, (leaves.get('x', self.x), *extras), named)
+
+# %% ../../nbs/bench/11_fuzz.ipynb #8ed7362a
+@patch
+def run(self:Trial,
+    module:nn.Module, # the trial's, perhaps compiled or wrapped
+    x:Tensor|None=None, # its input; `None`: the trial's
+)->Tensor: # of the shape of `x`
+    "Call a module with the trial's extras."
+    return module(self.x if x is None else x, *self.extras, **self.named)
 
 # %% ../../nbs/bench/11_fuzz.ipynb #7f395a94
 @patch
@@ -469,7 +485,7 @@ def forward(self:Trial,
     module:nn.Module, # the trial's, perhaps compiled
 )->dict[str, Tensor]: # from `collect`
     "Run forward alone, as in generation."
-    with torch.no_grad(): return self.collect(module(self.x, *self.extras))
+    with torch.no_grad(): return self.collect(self.run(module))
 
 @patch
 def backward(self:Trial,
@@ -497,8 +513,8 @@ def run_eager(
 )->dict[str, Tensor]: # named values
     "Run forward and backward, as the flavour says."
     if trial.case.flavour == 'no_grad': return trial.forward(trial.module)
-    y = trial.module(trial.x, *trial.extras)
-    if trial.case.flavour == 'stacked': y = trial.module(y, *trial.extras)
+    y = trial.run(trial.module)
+    if trial.case.flavour == 'stacked': y = trial.run(trial.module, y)
     if trial.case.flavour == 'switch': trial.module.train(not trial.module.training)
     if trial.case.flavour == 'twice': trial.loss(y).backward(retain_graph=True)
     return trial.backward(y)
@@ -517,7 +533,7 @@ def run_compiled(
                            fullgraph=trial.case.flavour != 'graph')
     if trial.case.flavour == 'no_grad': return trial.forward(module)
     with torch._inductor.config.patch(fallback_random=True):
-        return trial.backward(module(trial.x, *trial.extras))
+        return trial.backward(trial.run(module))
 
 # %% ../../nbs/bench/11_fuzz.ipynb #93b8ccf1
 @runs('func')
@@ -548,7 +564,7 @@ def run_second(
     from torch.nn.attention import SDPBackend, sdpa_kernel
     with sdpa_kernel(SDPBackend.MATH): # others have no second derivative
         if trial.case.flavour == 'create_graph':
-            y = trial.module(trial.x, *trial.extras)
+            y = trial.run(trial.module)
             g, = torch.autograd.grad(trial.loss(y), trial.x, create_graph=True)
             g.square().sum().backward()
             return trial.collect(y)
@@ -570,7 +586,7 @@ def run_autocast(
     trial:Trial, # to be run
 )->dict[str, Tensor]: # named values
     "Run forward under autocast."
-    with torch.autocast('cpu', torch.bfloat16): y = trial.module(trial.x, *trial.extras)
+    with torch.autocast('cpu', torch.bfloat16): y = trial.run(trial.module)
     return trial.backward(y)
 
 @runs('checkpoint')
@@ -579,15 +595,16 @@ def run_checkpointed(
 )->dict[str, Tensor]: # named values
     "Put the whole chain into one checkpoint."
     from torch.utils.checkpoint import checkpoint
-    return trial.backward(checkpoint(trial.module, trial.x, *trial.extras,
-                                     use_reentrant=trial.case.flavour == 'reentrant'))
+    return trial.backward(checkpoint(
+        trial.module, trial.x, *trial.extras, **trial.named,
+        use_reentrant=trial.case.flavour == 'reentrant'))
 
 @runs('save_on_cpu')
 def run_offloaded(
     trial:Trial, # to be run
 )->dict[str, Tensor]: # named values
     "Let hooks take care of every tensor that autograd saves."
-    with torch.autograd.graph.save_on_cpu(): y = trial.module(trial.x, *trial.extras)
+    with torch.autograd.graph.save_on_cpu(): y = trial.run(trial.module)
     return trial.backward(y)
 
 # %% ../../nbs/bench/11_fuzz.ipynb #0662eb35
@@ -599,7 +616,7 @@ def run_with_other_weights(
     step = .1 if trial.case.flavour == 'far' else 1e-4
     rate = torch.tensor(step, dtype=trial.x.dtype, requires_grad=True)
     weights = {name: p - rate*p.cos() for name, p in trial.module.named_parameters()}
-    y = functional_call(trial.module, weights, (trial.x, *trial.extras))
+    y = functional_call(trial.module, weights, (trial.x, *trial.extras), trial.named)
     return {**trial.backward(y), 'gradient of the rate': rate.grad}
 
 # %% ../../nbs/bench/11_fuzz.ipynb #3afe26c6
@@ -617,7 +634,7 @@ def run_distributed(
     "Wrap the module in DistributedDataParallel."
     one_process()
     wrapped = nn.parallel.DistributedDataParallel(trial.module)
-    return trial.backward(wrapped(trial.x, *trial.extras))
+    return trial.backward(trial.run(wrapped))
 
 @runs('fsdp')
 def run_sharded(
@@ -629,7 +646,7 @@ def run_sharded(
                   blocks=[*trial.module.blocks], root=[trial.module])
     mesh = one_process()
     for module in groups[trial.case.flavour]: fully_shard(module, mesh=mesh)
-    return trial.backward(trial.module(trial.x, *trial.extras))
+    return trial.backward(trial.run(trial.module))
 
 # %% ../../nbs/bench/11_fuzz.ipynb #47996cce
 @cache
@@ -651,8 +668,10 @@ def kind_of(
     while error is not None and len(texts) < 9:
         texts.append(str(error))
         error = error.__cause__ or error.__context__
-    found = [(text.index(words), words) for text in texts for words in own_words() if words in text]
-    return min(found)[1] if found else ''
+    for text in texts:
+        found = sorted((text.index(words), words) for words in own_words() if words in text)
+        if found: return ' … '.join(dict.fromkeys(words[:60] for _, words in found))
+    return ''
 
 # %% ../../nbs/bench/11_fuzz.ipynb #c3641417
 def attempt(
@@ -704,7 +723,7 @@ def shifted_loss(
     with torch.no_grad():
         for name, t in trial.leaves().items(): t.add_(directions[name], alpha=step)
         trial.lend(trial.foreign)
-        return trial.loss(trial.module(trial.x, *trial.extras)).item(), directions
+        return trial.loss(trial.run(trial.module)).item(), directions
 
 def differs_from_slope(
     case:Case, # from `draw_case`
