@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'SWITCHES', 'NAMES', 'PRESET', 'draws', 'RefuseDraws', 'wait_for', 'call', 'first_run', 'second_run',
-           'pullback', 'TracedCoupling', 'TracedTurn', 'Ways', 'BijectionModule', 'TracedEnd', 'TracedStart',
+           'pullback', 'TracedCoupling', 'TracedTurn', 'Way', 'BijectionModule', 'TracedEnd', 'TracedStart',
            'check_owned', 'traced_step', 'traced']
 
-# %% ../../nbs/machine/53_compile.ipynb #bb2c1940
+# %% ../../nbs/machine/53_compile.ipynb #f23d929d
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from .grid import check_range, snapped
+from .grid import check_range
 from .internals import ensure
 from .steps import BijectionStep, ReplayContext, full_precision, sketch
 
@@ -117,9 +117,9 @@ class TracedCoupling(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(module, names, grid, amp, arguments, repeat, a, b, va, vb, s, *tensors):
-        out = first_run(repeat, module, names, amp, arguments, b, tensors)
-        y = (a if s is None else s*a) + (snapped(out, grid).to(a.dtype) if grid else out)
+    def forward(step, module, names, amp, repeat, a, b, va, vb, s, *tensors):
+        out = first_run(repeat, module, names, amp, step.arguments, b, tensors)
+        y = step.change(a, out, s)
         return b.clone(), y, b.clone(), y.clone()
 
     @staticmethod
@@ -129,9 +129,9 @@ class TracedCoupling(torch.autograd.Function):
         output, # of `forward`
     ):
         "Keep what the backward pass reads."
-        ctx.module, ctx.names, ctx.grid, ctx.amp, ctx.arguments, ctx.repeat = inputs[:6]
-        ctx.scaled = inputs[10] is not None
-        ctx.save_for_backward(*inputs[10 if ctx.scaled else 11:])
+        ctx.step, ctx.module, ctx.names, ctx.amp, ctx.repeat = inputs[:5]
+        ctx.scaled = inputs[9] is not None
+        ctx.save_for_backward(*inputs[9 if ctx.scaled else 10:])
 
     @staticmethod
     def backward(
@@ -144,17 +144,17 @@ class TracedCoupling(torch.autograd.Function):
         "Turn values and gradients after the step into those before it."
         s, tensors = ((ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.scaled
                       else (None, ctx.saved_tensors))
-        n = len(ctx.arguments)
+        step, n = ctx.step, ctx.step.extras
         tensors = *(wait_for(gy, t) for t in tensors[:n]), *tensors[n:]
         out, pull = pullback(
             lambda b, *tensors: second_run(
-                ctx.repeat, ctx.module, ctx.names, ctx.amp, ctx.arguments, b, tensors),
+                ctx.repeat, ctx.module, ctx.names, ctx.amp, step.arguments, b, tensors),
             b, *tensors)
-        a = y - (snapped(out, ctx.grid).to(y.dtype) if ctx.grid else out)
-        if s is not None: a = a/s
-        g, *rest = pull(gy.to(out.dtype))
-        return (None,)*6 + (gy if s is None else s*gy, gb + g, a, b,
-                            None if s is None else (gy*a).sum(), *rest)
+        a = step.change(y, out, s, undo=True)
+        ga, g_out = step.to_both(gy, s)
+        gs = None if s is None else -(gy*y).sum()/s if step.inverse else (gy*a).sum()
+        g, *rest = pull(g_out.to(out.dtype))
+        return (None,)*5 + (ga, gb + g, a, b, gs, *rest)
 
 # %% ../../nbs/machine/53_compile.ipynb #caac7204
 class TracedTurn(torch.autograd.Function):
@@ -162,11 +162,11 @@ class TracedTurn(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(ways, names, axis, repeat, positions, a, b, va, vb, *params):
-        x = torch.cat([a, b], axis).movedim(axis, -1)
-        x = first_run(repeat, ways, names, None, Ways(positions, False), x, params)
-        a, b = x.movedim(-1, axis).chunk(2, axis)
-        return a.clone(), b.clone(), a.clone(), b.clone()
+    def forward(step, ways, names, repeat, positions, a, b, va, vb, *params):
+        way = Way(positions, step.inverse, step.measures)
+        x, log_det = first_run(repeat, ways, names, None, way, step.join(a, b), params)
+        a, b = step.part(x)
+        return a.clone(), b.clone(), a.clone(), b.clone(), log_det.clone()
 
     @staticmethod
     def setup_context(
@@ -175,7 +175,7 @@ class TracedTurn(torch.autograd.Function):
         output, # of `forward`
     ):
         "Keep what the backward pass reads."
-        ctx.ways, ctx.names, ctx.axis, ctx.repeat, positions = inputs[:5]
+        ctx.step, ctx.ways, ctx.names, ctx.repeat, positions = inputs[:5]
         ctx.placed = positions is not None
         ctx.save_for_backward(*inputs[4:5] if ctx.placed else (), *inputs[9:])
 
@@ -186,27 +186,29 @@ class TracedTurn(torch.autograd.Function):
         gb, # gradient of the second stream
         a, # value of the first stream
         b, # value of the second stream
+        g_log_det, # gradient of the log-determinant
     ): # a gradient or `None` for each argument of `forward`
         "Turn values and gradients after the step into those before it."
+        step, measures = ctx.step, ctx.step.measures
         positions, params = ((ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.placed
                              else (None, ctx.saved_tensors))
-        run = lambda x, back, *params: second_run(
-            ctx.repeat, ctx.ways, ctx.names, None, Ways(positions, back), x, params)
-        join = lambda a, b: torch.cat([a, b], ctx.axis).movedim(ctx.axis, -1)
-        part = lambda x: x.movedim(-1, ctx.axis).chunk(2, ctx.axis)
-        x = run(join(a, b), True, *params)
-        _, pull = pullback(lambda x, *params: run(x, False, *params), x, *params)
-        g, *rest = pull(join(ga, gb))
-        return (None,)*5 + (*part(g), *part(x), *rest)
+        def run(inverse, x, *params):
+            way = Way(positions, inverse, measures and inverse == step.inverse)
+            return second_run(ctx.repeat, ctx.ways, ctx.names, None, way, x, params)
+        x, _ = run(not step.inverse, step.join(a, b), *params)
+        outs, pull = pullback(lambda *inputs: run(step.inverse, *inputs), x, *params)
+        g, *rest = pull((step.join(ga, gb).to(outs[0].dtype), g_log_det.to(outs[1].dtype)))
+        return (None,)*5 + (*step.part(g), *step.part(x), *rest)
 
-# %% ../../nbs/machine/53_compile.ipynb #a7f45a5e
-class Ways:
+# %% ../../nbs/machine/53_compile.ipynb #00bfce2b
+class Way:
     "Stand for the `Arguments` of a `BijectionModule`."
     def __init__(self,
         positions, # int64, for the bijection
-        back, # True: its inverse
+        inverse, # True: its inverse
+        measures, # with the log-determinant
     ):
-        self.args = positions, back
+        self.args = positions, inverse, measures
 
     def __len__(self): return 0
 
@@ -227,9 +229,15 @@ class BijectionModule(nn.Module):
     def forward(self,
         x, # both streams together
         positions, # int64, for the bijection
-        back, # True: its inverse
-    ): # of the shape of `x`
-        return self.bijection.inverse(x, positions) if back else self.bijection(x, positions)
+        inverse, # True: its inverse
+        measures=False, # with the log-determinant
+    ): # of the shape of `x`; the log-determinant, or a zero
+        extras = () if positions is None else (positions,)
+        if measures:
+            return (self.bijection.inverse_and_log_det if inverse else
+                    self.bijection.forward_and_log_det)(x, *extras)
+        y = self.bijection.inverse(x, *extras) if inverse else self.bijection(x, *extras)
+        return y, x.new_zeros(())
 
 # %% ../../nbs/machine/53_compile.ipynb #91712b3d
 class TracedEnd(torch.autograd.Function):
@@ -315,11 +323,12 @@ def traced_step(
     repeat = ReplayContext(streams[0].device, list(module.modules()))
     if coupling:
         return TracedCoupling.apply(
-            module, list(state), step.grid, amp, step.arguments, repeat, *streams, step.s,
-            *step.arguments.tensors, *state.values())
-    positions = step.position(step.arguments.tensors)
-    return TracedTurn.apply(
-        module, list(state), step.axis, repeat, positions, *streams, *state.values())
+            step, module, list(state), amp, repeat, *streams, step.s, *step.arguments.tensors,
+            *state.values())
+    positions = next(iter(step.arguments.tensors), None)
+    *streams, step.measured = TracedTurn.apply(
+        step, module, list(state), repeat, positions, *streams, *state.values())
+    return streams
 
 # %% ../../nbs/machine/53_compile.ipynb #a9eae46b
 def traced(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['random_state', 'set_random_state', 'generators_at', 'AutocastContext', 'ModesContext', 'ReplayContext', 'Arguments',
            'Link', 'Reader', 'Placed', 'check_unchanged', 'left_behind', 'check_known', 'check_repeated', 'try_twice',
-           'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients', 'Addition', 'Coupling', 'full_precision',
-           'JoinedStreams', 'BijectionStep', 'sketch']
+           'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients', 'forth', 'back', 'Addition', 'Coupling',
+           'full_precision', 'JoinedStreams', 'BijectionStep', 'sketch']
 
 # %% ../../nbs/machine/51_steps.ipynb #e6fb8556
 import contextlib, threading, weakref
@@ -162,6 +162,7 @@ class Link:
         gy, # gradient of `y`, or `None`
         tensors, # what `read` returned: the scale, extras, parameters
         needs, # for the input, then for each of `tensors`: whether it needs a gradient
+        grads=(), # of the log-determinant, if the step measures one
     ): # two streams, their gradients, and the gradients of `tensors`
         "Turn values and gradients after the step into those before it."
         raise NotImplementedError
@@ -392,17 +393,37 @@ class KeptStep(RepeatedStep):
 
 # %% ../../nbs/machine/51_steps.ipynb #514cec90
 def gradients(
-    out:Tensor, # with a graph
-    inputs, # what it depends on
+    outs:list, # tensors with a graph
+    inputs, # what they depend on
     needs, # for which of them a gradient is wanted
-    grad:Tensor|None, # of `out`
-)->list: # a gradient or `None` for each
+    grads:list, # of `outs`, each perhaps `None`
+)->list: # a gradient or `None` for each of `inputs`
     "Compute vector-Jacobian products for those inputs that want them."
     wanted = [t for t, need in zip(inputs, needs) if need]
-    if grad is None or not wanted or not out.requires_grad: return [None]*len(needs)
-    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True,
+    given = [(out, g.to(out.dtype)) for out, g in zip(outs, grads)
+             if g is not None and out.requires_grad]
+    if not given or not wanted: return [None]*len(needs)
+    outs, grads = zip(*given)
+    found = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True,
                                      create_graph=torch.is_grad_enabled()))
     return [next(found) if need else None for need in needs]
+
+# %% ../../nbs/machine/51_steps.ipynb #5584e12d
+def forth(
+    a:Tensor, # the stream that changes
+    out:Tensor, # F(b)
+    s:Tensor|None, # scale, a scalar; `None`: 1
+)->Tensor: # s a + F(b)
+    "Add to a stream."
+    return (a if s is None else s*a) + out
+
+def back(
+    y:Tensor, # the stream that has changed
+    out:Tensor, # F(b)
+    s:Tensor|None, # scale, a scalar; `None`: 1
+)->Tensor: # (y - F(b)) / s
+    "Subtract from a stream what was added."
+    return y - out if s is None else (y - out)/s
 
 # %% ../../nbs/machine/51_steps.ipynb #0586e8db
 class Addition(KeptStep):
@@ -413,18 +434,21 @@ class Addition(KeptStep):
         s=None, # scale, a scalar; `None`: 1
         axis=-1, # of the channels
         grid=None, # the step of exact streams; `None`: floats
+        inverse=False, # subtract instead, and divide by the scale
     ):
         super().__init__(module, extras, s, axis)
         # peak: where to note the largest value
-        self.grid, self.peak = grid, None
+        self.grid, self.peak, self.inverse = grid, None, inverse
 
-    def rounded(self,
-        out, # F(b)
-        dtype, # of the streams
-    ): # what is added to the other stream
-        "Round to the grid of an exact chain."
-        if not self.grid: return out
-        return (snap if torch.is_grad_enabled() else snapped)(out, self.grid).to(dtype)
+    def change(self,
+        a, # the stream that changes
+        out, # F(b), of the shape of `a`
+        s, # scale, a scalar; `None`: 1
+        undo=False, # the other way
+    ): # the new stream
+        "Add the function's result to a stream, or subtract it."
+        if self.grid: out = (snap if torch.is_grad_enabled() else snapped)(out, self.grid).to(a.dtype)
+        return (back if self.inverse != undo else forth)(a, out, s)
 
     def add(self,
         a, # the stream that changes
@@ -435,7 +459,7 @@ class Addition(KeptStep):
         if out.shape != a.shape:
             raise ValueError(f"{type(self.module).__name__} must keep the shape of its stream, "
                              f"{tuple(a.shape)}, got {tuple(out.shape)}")
-        y = (a if s is None else s*a) + self.rounded(out, a.dtype)
+        y = self.change(a, out, s)
         if self.peak is not None:
             torch.linalg.vector_norm(y.detach(), torch.inf, out=self.peak)
         return y
@@ -450,24 +474,42 @@ class Coupling(Addition):
     def stored(self, a, b): return b, self.add(a, self.s, self.kept(b))
 
     def undo(self, b, y):
-        a = y - self.rounded(self.call(b, self.arguments.tensors), y.dtype)
-        return a if self.s is None else a/self.s, b
+        return self.change(y, self.call(b, self.arguments.tensors), self.s, undo=True), b
 
     def forward(self, a, b, s, *tensors):
         return b, self.add(a, s, self.run(b, tensors[:self.extras]))
 
-    def backward(self, b, y, gb, gy, tensors, needs):
+    def backward(self, b, y, gb, gy, tensors, needs, grads=()):
         s, (b0, rest) = tensors[0], self.fresh(b, tensors, needs)
         with self.placed(rest[self.extras:]): out, inputs = self.again(b0, rest)
-        g, *rest = gradients(out, inputs, (needs[0], *needs[2:]), gy)
+        ga, g_out = self.to_both(gy, s)
+        g, *rest = gradients([out], inputs, (needs[0], *needs[2:]), [g_out])
         # after the gradients, whose peak it would raise
-        a = y - self.rounded(out if torch.is_grad_enabled() else out.detach(), y.dtype)
-        if s is not None: a = a/s
-        scaled = s is not None and gy is not None
-        ga, gs = s*gy if scaled else gy, (gy*a).sum() if scaled and needs[1] else None
+        a = self.change(y, out if torch.is_grad_enabled() else out.detach(), s, undo=True)
+        gs = None
+        if s is not None and gy is not None and needs[1]:
+            gs = -(gy*y).sum()/s if self.inverse else (gy*a).sum()
         if g is None or gb is None: g = gb if g is None else g
         else: g = gb + g
         return a, b, ga, g, (gs, *rest)
+
+    def to_both(self,
+        gy, # gradient of the stream that has changed, or `None`
+        s, # scale, a scalar; `None`: 1
+    ): # of the stream before, and of what was added
+        "Share a gradient out."
+        if gy is None: return None, None
+        if self.inverse: gy = gy if s is None else gy/s
+        return (gy, -gy) if self.inverse else (gy if s is None else s*gy, gy)
+
+    def log_det(self,
+        a, # the stream that changes
+        s, # scale, a scalar; `None`: 1
+    ): # of the shape of a stream without the channels, nats
+        "Return the log-determinant of the step."
+        n, like = a.shape[self.axis], a.select(self.axis, 0)
+        if s is None: return torch.zeros_like(like)
+        return (s.abs().log()*(-n if self.inverse else n)).expand(like.shape)
 
 # %% ../../nbs/machine/51_steps.ipynb #1bfed44f
 def full_precision(
@@ -484,28 +526,40 @@ class JoinedStreams(KeptStep):
         positions=None, # int64, for the bijection
         axis=-1, # along which the streams are put together
         ways=None, # `BijectionModule(bijection)`, made outside of compiled code
+        inverse=False, # the streams come in the other order, and are led back
     ):
         super().__init__(bijection, (positions,), axis=axis)
-        self.grid, self.ways = None, ways
+        self.grid, self.ways, self.inverse = None, ways, inverse
+        self.measures, self.measured = False, None # whether to measure volume; the last result
 
     def join(self,
         a, # first stream
         b, # second stream
     ): # both, with the channels last
         "Put the two streams together."
-        return torch.cat([a, b], self.axis).movedim(self.axis, -1)
+        streams = [b, a] if self.inverse else [a, b]
+        return torch.cat(streams, self.axis).movedim(self.axis, -1)
 
     def part(self,
         x, # both, with the channels last
     ): # two streams
         "Take two streams apart."
-        return x.movedim(-1, self.axis).chunk(2, self.axis)
+        streams = x.movedim(-1, self.axis).chunk(2, self.axis)
+        return streams[::-1] if self.inverse else streams
 
-    def position(self,
-        tensors, # the extras
-    ): # the positions, or `None`
-        "Return the positions for the bijection."
-        return tensors[0] if self.extras else None
+    def map(self,
+        x, # both streams, with the channels last
+        extras, # the positions, or nothing
+        undo=False, # the other way
+    ): # of the same shape
+        "Lead both streams through the bijection, and measure it if wanted."
+        name = 'inverse' if self.inverse != undo else 'forward'
+        if self.measures and not undo:
+            x, self.measured = getattr(self.module, f'{name}_and_log_det')(x, *extras)
+            return x
+        return self.module.inverse(x, *extras) if name == 'inverse' else self.module(x, *extras)
+
+    def call(self, b, extras): return self.map(b, extras)
 
 # %% ../../nbs/machine/51_steps.ipynb #70ea6c47
 class BijectionStep(JoinedStreams):
@@ -519,23 +573,24 @@ class BijectionStep(JoinedStreams):
 
     def undo(self, b, y):
         with full_precision(b):
-            x = self.module.inverse(self.join(b, y), self.position(self.arguments.tensors))
-        return self.part(x)
+            return self.part(self.map(self.join(b, y), self.arguments.tensors, undo=True))
 
     def forward(self, a, b, s, *tensors):
         with full_precision(a):
             return self.part(self.run(self.join(a, b), tensors[:self.extras]))
 
-    def backward(self, b, y, gb, gy, tensors, needs):
+    def backward(self, b, y, gb, gy, tensors, needs, grads=()):
         _, rest = self.fresh(b, tensors, needs)
         with self.placed(rest[self.extras:]):
-            with full_precision(b): x = self.module.inverse(self.join(b, y), self.position(rest))
+            with full_precision(b):
+                x = self.map(self.join(b, y), rest[:self.extras], undo=True)
             out, inputs = self.again(fresh(x, needs[0]), rest)
         grad = None
         if gb is not None or gy is not None:
             grad = self.join(torch.zeros_like(b) if gb is None else gb,
                              torch.zeros_like(y) if gy is None else gy)
-        g, *rest = gradients(out, inputs, (needs[0], *needs[2:]), grad)
+        outs = [out, self.measured] if self.measures else [out]
+        g, *rest = gradients(outs, inputs, (needs[0], *needs[2:]), [grad, *grads])
         ga, gb = (None, None) if g is None else self.part(g)
         return *self.part(x), ga, gb, (None, *rest)
 
