@@ -99,8 +99,14 @@ def second_run(
     repeat, # a `ReplayContext`
     *args, # of `call`
 ): # the module's result
-    "Call a module as the first time."
-    return call(*args) if torch.compiler.is_compiling() else repeat.again(call, *args)
+    "Call a module as the first time. Raise a RuntimeError where `vmap` forbids its random numbers."
+    if torch.compiler.is_compiling(): return call(*args)
+    try: return repeat.again(call, *args)
+    except RuntimeError as error:
+        if 'randomness' not in str(error): raise
+        raise RuntimeError("a reversible chain cannot repeat random numbers within vmap, as jacrev "
+                           "runs its backward pass: use memory='store', or "
+                           "enigma_lab.machine.dropout.CounterDropout") from error
 
 # %% ../../nbs/machine/53_compile.ipynb #8ee6dfd7
 def pullback(

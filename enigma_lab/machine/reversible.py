@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SPAN', 'KEEP', 'MEMORY', 'measures', 'ReversibleSpan', 'ChainEnd', 'spans', 'kept_steps', 'ChainStart',
            'check_return', 'frozen_steps', 'run_frozen', 'run_head', 'reversible', 'coupled', 'as_block', 'BlockList',
-           'couplings', 'check_sequence', 'ReversibleBlocks', 'ReversibleChain', 'MeasuredSequence',
+           'couplings', 'check_sequence', 'check_gathered', 'ReversibleBlocks', 'ReversibleChain', 'MeasuredSequence',
            'ReversibleSequence']
 
-# %% ../../nbs/machine/52_reversible.ipynb #d3ff84ea
+# %% ../../nbs/machine/52_reversible.ipynb #8f2a3b05
 import itertools, warnings
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .bijection import Bijection, check_even
 from .compile import BijectionModule, traced
 from .grid import GRID, check_grid, check_range, snap
-from .internals import ensure, has_values, is_traced
+from .internals import ensure, has_values, is_sharded, is_traced
 from .steps import Arguments, BijectionStep, Coupling, sketch
 
 # %% ../../nbs/machine/52_reversible.ipynb #6919df91
@@ -296,6 +296,15 @@ def check_sequence(
             raise ValueError("an exact block needs exact streams: "
                              "ReversibleSequence(..., exact=True)")
 
+def check_gathered(
+    block, # of a chain
+):
+    "Raise a ValueError for a block in the care of `fully_shard`, whose hooks would not run."
+    if is_sharded(block):
+        raise ValueError("a reversible chain runs the parts of a block and not the block, so that "
+                         "fully_shard(block) would never gather its parameters: use "
+                         "fully_shard(f) and fully_shard(g), or fully_shard(chain)")
+
 # %% ../../nbs/machine/52_reversible.ipynb #f32d3a9a
 class ReversibleBlocks(nn.Module):
     "Hold reversible blocks, and make the steps of their chain."
@@ -330,6 +339,7 @@ class ReversibleBlocks(nn.Module):
         self.update_ways()
         steps = []
         for block, ways in zip(self.blocks, self.ways):
+            check_gathered(block)
             grid = self.grid if self.exact else None
             if ways: steps.append(BijectionStep(block, positions, self.axis, ways, inverse))
             else: steps += couplings(block, extras, self.axis, grid, inverse)
