@@ -22,6 +22,8 @@ GONE = { # without a successor: why
     'apps.chat.newest_conversation': 'a chat begins empty; an earlier one is opened by name',
     'cli.run_line': 'the table of runs is made in lab.runs',
     'lab.launch.same_signals': 'the launcher works in a thread, which touches no handler',
+    'machine.reversible.check_traceable': 'a compiler is told by what a function draws',
+    'machine.reversible.weights': 'a step lists what it reads',
     'lm.train.replace_resume': 'every setting goes through one function'}
 
 def room(name): return name.removeprefix('enigma_lab.').partition('.')[0]
