@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .bijection import Bijection, as_positions
 from .exact import Lifted
 from .grid import GRID, grid_limit, snap
-from .reversible import ReversibleSequence, full_precision
+from .reversible import ReversibleSequence
 from .rotor import condition_numbers
 
 # %% ../../nbs/machine/70_certify.ipynb #152444f5
@@ -313,7 +313,8 @@ def volume(
 )->dict|None: # dim, axes, dtype; of each row: true, ahead, back; `None`: nothing is said
     "Compare log-determinants, forwards and backwards, with the Jacobian of every row."
     x = x.detach().clone().requires_grad_()
-    with full_precision(x): y, log_det = ahead.measured(x, *args, **kwargs)
+    exactly = partial(torch.autocast, x.device.type, enabled=False)
+    with exactly(): y, log_det = ahead.measured(x, *args, **kwargs)
     if log_det is None: return None
     said = said_of_rows(log_det, x)
     if not y.requires_grad: raise ValueError("no gradient passes through the module")
@@ -329,7 +330,7 @@ def volume(
     true = torch.cat([
         row_jacobians(y, x, axes, slice(i, i + several)).slogdet()[1].double()
         for i in range(0, rows, several)])
-    with torch.no_grad(), full_precision(x): _, undone = back.measured(y.detach(), *args, **kwargs)
+    with torch.no_grad(), exactly(): _, undone = back.measured(y.detach(), *args, **kwargs)
     undone = None if undone is None else -sum_rows(said_of_rows(undone, y), axes)
     return dict(dim=dim, axes=axes, true=true, dtype=log_det.dtype,
                 ahead=sum_rows(said, axes), back=undone)
