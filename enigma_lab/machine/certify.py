@@ -319,8 +319,7 @@ def volume(
     said = said_of_rows(log_det, x)
     if not y.requires_grad: raise ValueError("no gradient passes through the module")
     axes = next((n for n in range(said.ndim, 0, -1) if rows_apart(y, x, n)), 0)
-    rows = x.shape[:axes].numel()
-    dim = x.numel() // rows
+    dim = x.numel() // x.shape[:axes].numel()
     if y.numel() != x.numel(): raise ValueError(
         f"a bijection must keep the count of numbers, {x.numel()}, got {y.numel()}")
     if dim > MOST: raise ValueError(
@@ -329,7 +328,7 @@ def volume(
     several = max(1, 2**25 // dim**2)
     true = torch.cat([
         row_jacobians(y, x, axes, slice(i, i + several)).slogdet()[1].double()
-        for i in range(0, rows, several)])
+        for i in range(0, x.numel() // dim, several)])
     with torch.no_grad(), exactly(): _, undone = back.measured(y.detach(), *args, **kwargs)
     undone = None if undone is None else -sum_rows(said_of_rows(undone, y), axes)
     return dict(dim=dim, axes=axes, true=true, dtype=log_det.dtype,
