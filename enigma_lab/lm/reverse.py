@@ -81,12 +81,12 @@ class BlockChain(ReversibleSequence):
     def steps(self,
         extras, # not used
         positions:Tensor, # (B, T) int64
-    ): # an iterator of reversible steps
+    ): # a list of reversible steps
         "List the steps of all blocks."
         base, = self.model
         dtype = base.embed_tokens.weight.dtype
         inputs = *base.attention_inputs(positions, dtype), None
-        for block in base.chain(positions, inputs): yield from block
+        return [step for block in base.chain(positions, inputs) for step in block]
 
 # %% ../../nbs/lm/32_reverse.ipynb #ccbfe513
 def certify_model(

@@ -23,7 +23,6 @@ from .bijection import Bijection, as_positions
 from .exact import Lifted
 from .grid import GRID, grid_limit, snap
 from .reversible import ReversibleSequence
-from .steps import full_precision
 from .rotor import condition_numbers
 
 # %% ../../nbs/machine/70_certify.ipynb #152444f5
@@ -314,13 +313,13 @@ def volume(
 )->dict|None: # dim, axes, dtype; of each row: true, ahead, back; `None`: nothing is said
     "Compare log-determinants, forwards and backwards, with the Jacobian of every row."
     x = x.detach().clone().requires_grad_()
-    with full_precision(x): y, log_det = ahead.measured(x, *args, **kwargs)
+    exactly = partial(torch.autocast, x.device.type, enabled=False)
+    with exactly(): y, log_det = ahead.measured(x, *args, **kwargs)
     if log_det is None: return None
     said = said_of_rows(log_det, x)
     if not y.requires_grad: raise ValueError("no gradient passes through the module")
     axes = next((n for n in range(said.ndim, 0, -1) if rows_apart(y, x, n)), 0)
-    rows = x.shape[:axes].numel()
-    dim = x.numel() // rows
+    dim = x.numel() // x.shape[:axes].numel()
     if y.numel() != x.numel(): raise ValueError(
         f"a bijection must keep the count of numbers, {x.numel()}, got {y.numel()}")
     if dim > MOST: raise ValueError(
@@ -329,8 +328,8 @@ def volume(
     several = max(1, 2**25 // dim**2)
     true = torch.cat([
         row_jacobians(y, x, axes, slice(i, i + several)).slogdet()[1].double()
-        for i in range(0, rows, several)])
-    with torch.no_grad(), full_precision(x): _, undone = back.measured(y.detach(), *args, **kwargs)
+        for i in range(0, x.numel() // dim, several)])
+    with torch.no_grad(), exactly(): _, undone = back.measured(y.detach(), *args, **kwargs)
     undone = None if undone is None else -sum_rows(said_of_rows(undone, y), axes)
     return dict(dim=dim, axes=axes, true=true, dtype=log_det.dtype,
                 ahead=sum_rows(said, axes), back=undone)
@@ -441,22 +440,25 @@ def max_or_nan(
     return largest(torch.tensor(list(values), dtype=torch.float64))
 
 class Alone(Bijection):
-    "Present any invertible module as a bijection, so that a chain takes it."
+    "Present any invertible module as a bijection of vectors, so that a chain takes it."
     def __init__(self,
         module:nn.Module, # with an inverse
+        shape, # of what the module takes, without the batch
         inverse=None, # as in `two_ways`
         args=(), # further arguments of the module
         kwargs=None, # further arguments of the module, by name
     ):
         super().__init__()
-        self.module, self.ways, self.given = module, two_ways(module, inverse), (args, kwargs or {})
+        self.module, self.ways, self.shape = module, two_ways(module, inverse), shape
+        self.args, self.kwargs = args, kwargs or {}
 
     def passed(self,
         way:Way, # forwards or backwards
-        x:Tensor, # input
-    )->tuple[Tensor,Tensor|None]: # result; log-determinants, or `None`
-        "Pass a tensor one way, with the arguments that were given."
-        return way.measured(x, *self.given[0], **self.given[1])
+        x:Tensor, # (B, dim)
+    )->tuple[Tensor,Tensor|None]: # result (B, dim); log-determinants, or `None`
+        "Pass vectors one way, in their own shape and with the arguments that were given."
+        y, log_det = way.measured(x.view(len(x), *self.shape), *self.args, **self.kwargs)
+        return y.reshape(x.shape), log_det
 
     def forward_and_log_det(self, x, positions=None): return self.passed(self.ways[0], x)
     def inverse_and_log_det(self, y, positions=None): return self.passed(self.ways[1], y)
@@ -665,14 +667,14 @@ def look_at_gradients(
 )->dict: # gradient_error; or refusals
     "Compare a chain's gradients with the stored run's; any other module is put in a chain alone."
     module, x = trial.module, trial.x
-    axis = next((a for a in range(x.ndim - 1, 0, -1) if x.shape[a] % 2 == 0), None)
-    if isinstance(module, ReversibleSequence): chain, (args, kwargs) = module, trial.given(None)
-    elif axis is None: return {}
-    else:
-        alone = module if isinstance(module, Bijection) else Alone(
-            module, trial.inverse, *trial.given(None))
-        chain, args, kwargs = ReversibleSequence([alone], axis=axis), (), {}
-    kwargs = {**kwargs, 'positions': trial.positions}
+    args, kwargs = trial.given(trial.positions)
+    if isinstance(module, ReversibleSequence): chain = module
+    elif isinstance(module, Bijection) and x.shape[-1] % 2 == 0:
+        chain, args, kwargs = ReversibleSequence([module]), (), {'positions': trial.positions}
+    elif x[0].numel() % 2 == 0:
+        chain = ReversibleSequence([Alone(module, x.shape[1:], trial.inverse, args, kwargs)])
+        x, args, kwargs = x.flatten(1), (), {}
+    else: return {}
     with warnings.catch_warnings(): # of gradients that are wrong: we are told by a number
         warnings.simplefilter('ignore')
         try: return dict(gradient_error=gradient_error(chain, x, *args, **kwargs))
