@@ -111,7 +111,7 @@ def test_drawn_dropout_cannot_be_compiled():
         torch.compile(chain, backend='aot_eager', fullgraph=True)(torch.randn(2, 4, 16))
 
 def reduced():
-    "In each process: gradients over half of the batch, averaged by DDP."
+    "In each process: gradients over half of the batch, averaged by DDP and by FSDP2."
     import torch.distributed as dist
     dist.init_process_group('gloo')
     blocks = make_blocks(3, 8)
@@ -119,8 +119,20 @@ def reduced():
     own = nn.parallel.DistributedDataParallel(ReversibleSequence(blocks, keep=0))
     own(x.chunk(dist.get_world_size())[dist.get_rank()]).pow(2).mean().backward()
     ReversibleSequence(twin := copy.deepcopy(blocks), memory='store')(x).pow(2).mean().backward()
-    for p, q in zip(blocks.parameters(), twin.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
+    def compare(found):
+        for p, q in zip(found.parameters(), twin.parameters()):
+            torch.testing.assert_close(full(p.grad), q.grad, rtol=1e-4, atol=1e-7)
+    full = lambda g: g.full_tensor() if hasattr(g, 'full_tensor') else g
+    compare(blocks)
+    # each part in the care of FSDP2, as is usual, at any place of the chain
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    for keep in (0, 2**20):
+        sharded = ReversibleSequence(make_blocks(3, 8), keep=keep)
+        for f, g in sharded.blocks:
+            for part in (f, g): fully_shard(part, mesh=init_device_mesh('cpu', (2,)))
+        sharded(x.chunk(dist.get_world_size())[dist.get_rank()]).pow(2).mean().backward()
+        compare(sharded.blocks)
     dist.destroy_process_group()
 
 def test_two_processes(): launch(reduced, processes=2)

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['in_transform', 'is_traced', 'plain_value', 'has_values', 'ensure', 'version', 'node_number', 'entrances',
-           'tree_flatten', 'tree_unflatten']
+           'is_sharded', 'tree_flatten', 'tree_unflatten']
 
-# %% ../../nbs/machine/46_internals.ipynb #61aee36a
+# %% ../../nbs/machine/46_internals.ipynb #fc6cf62e
+import sys
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -79,6 +81,14 @@ def entrances(
         elif node._sequence_nr() < since: older = True
         else: todo += [edge for edge, _ in node.next_functions]
     return leaves, older
+
+# %% ../../nbs/machine/46_internals.ipynb #a1fecef6
+def is_sharded(
+    module:nn.Module, # any
+)->bool: # True: `fully_shard` has it in its care
+    "Tell whether a module gathers its own parameters."
+    fsdp = sys.modules.get('torch.distributed.fsdp') # never loaded for this question
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 # %% ../../nbs/machine/46_internals.ipynb #cf7e27b7
 _all_ = ['tree_flatten', 'tree_unflatten']

@@ -172,7 +172,7 @@ def run_frozen(
 )->tuple[Tensor,Tensor]: # the two streams behind them
     "Run steps as they are. Raise a RuntimeError where one learns after all."
     for step in steps:
-        a, b = step.plain(a, b)
+        a, b = step.stored(a, b)
         if a.requires_grad or b.requires_grad:
             raise RuntimeError("a reversible step must own what it learns from, but "
                                f"{type(step.module).__name__} reads a tensor that requires a "

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['random_state', 'set_random_state', 'generators_at', 'AutocastContext', 'ModesContext', 'ReplayContext', 'Arguments',
            'Link', 'Reader', 'Placed', 'check_unchanged', 'left_behind', 'check_known', 'check_repeated', 'try_twice',
-           'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients', 'forth', 'back', 'Addition', 'Coupling',
-           'full_precision', 'JoinedStreams', 'BijectionStep', 'sketch']
+           'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients', 'accumulated', 'forth', 'back', 'Addition',
+           'Coupling', 'full_precision', 'JoinedStreams', 'BijectionStep', 'sketch']
 
-# %% ../../nbs/machine/51_steps.ipynb #e6fb8556
+# %% ../../nbs/machine/51_steps.ipynb #d48ec03c
 import contextlib, threading, weakref
 from collections import OrderedDict
 
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .grid import snap, snapped
-from .internals import entrances, has_values, node_number, tree_flatten, tree_unflatten, version
+from .internals import entrances, has_values, is_sharded, node_number, tree_flatten, tree_unflatten, version
 
 # %% ../../nbs/machine/51_steps.ipynb #a6db1c00
 def random_state(
     device:torch.device, # on which a function runs
 ): # a state for the CPU and, if the device is another, one for the device
     "Read the state of the generators that a kernel on this device may draw from."
-    if device.type in ('cpu', 'meta'): return (torch.get_rng_state(),)
+    if device.type == 'cpu': return (torch.get_rng_state(),)
     there = torch.get_device_module(device)
     return torch.get_rng_state(), there.get_rng_state(device)
 
@@ -70,11 +70,11 @@ class AutocastContext:
 class ModesContext(AutocastContext):
     "Remember the modes of modules, too."
     def __init__(self,
-        device:torch.device, # on which a function runs
+        stream:Tensor, # that a function reads
         modules=(), # `nn.Module`s
     ):
-        super().__init__('cpu' if device.type == 'meta' else device.type)
-        self.device, self.modules = device, modules
+        self.device, self.modules, self.real = stream.device, modules, has_values(stream)
+        super().__init__(self.device.type if self.real else 'cpu')
         self.modes = [m.training for m in modules]
 
     @contextlib.contextmanager
@@ -96,6 +96,7 @@ class ReplayContext(ModesContext):
         *args, # of the function
     ): # its result
         "Run a function, and keep the generators' state if it draws from them."
+        if not self.real: return function(*args)
         with _drawing, self.cast():
             before = random_state(self.device)
             out = function(*args)
@@ -107,12 +108,10 @@ class ReplayContext(ModesContext):
         function, # to be run
         *args, # of the function
     ): # its result
-        "Run a function as the first time, but with a graph."
-        if self.state is None and self.amp is None and self.modes == [
-                m.training for m in self.modules]:
-            with torch.enable_grad(): return function(*args)
-        with (generators_at(self.device, self.state), self.in_modes(), torch.enable_grad(),
-              self.cast()):
+        "Run a function as the first time; whether with a graph, its caller says."
+        same = self.modes == [m.training for m in self.modules]
+        if self.state is None and self.amp is None and same: return function(*args)
+        with generators_at(self.device, self.state), self.in_modes(), self.cast():
             return function(*args)
 
 # %% ../../nbs/machine/51_steps.ipynb #ebbe310a
@@ -183,7 +182,10 @@ class Reader(Link):
     def read(self): # the scale, extras, and parameters that learn
         "List the tensors that the step reads, before a run that is to be repeated."
         self.modules, self.places, found = list(self.module.modules()), [], {}
-        for m in self.modules:
+        self.sharded = any(map(is_sharded, self.modules))
+        # a module that gathers its parameters hands out their gradients, too
+        if self.sharded: found[torch.empty(0, requires_grad=True)] = 0
+        for m in () if self.sharded else self.modules:
             for held in (m._parameters, m._buffers):
                 for name, t in held.items():
                     if t is None: continue
@@ -257,7 +259,7 @@ def check_known(
         raise RuntimeError(f"a reversible step is undone and run again, but {name} leaves "
                            f"{', '.join(left)} with a graph that no loss would reach: store "
                            "its detach(), or compute that loss outside of the chain")
-    if out.grad_fn is None: return []
+    if out.grad_fn is None or step.sharded: return []
     leaves, older = entrances(out, since, known)
     inputs = {id(t) for t in inputs if t is not None}
     params = {id(p) for p in step.params}
@@ -315,7 +317,8 @@ class Step(Placed):
         extras, # tensors
     ): # its result
         "Call the module."
-        if not self.extras and self.arguments.tree is None: return self.module(b, *self.arguments.leaves)
+        if not self.extras and self.arguments.tree is None:
+            return self.module(b, *self.arguments.leaves)
         args, named = self.arguments.filled(extras)
         return self.module(b, *args, **named)
 
@@ -324,7 +327,7 @@ class Step(Placed):
         extras, # tensors
     ): # its result
         "Run the function once, without a graph; refuse one that changes what it reads."
-        self.repeat = ReplayContext(b.device, self.modules)
+        self.repeat = ReplayContext(b, self.modules)
         before, self.versions = version(b), [version(t) for t in self.buffers]
         out = self.repeat.first(self.call, b, extras)
         check_unchanged(type(self.module).__name__, version(b) == before,
@@ -351,10 +354,11 @@ class RepeatedStep(Step):
         rest, # fresh extras and parameters, placed in the module
     ): # the result, and what it depends on
         "Run the function a second time, with a graph."
-        with torch.enable_grad(): b_ = b.view_as(b) # module trackers cannot hook a leaf
-        since, inputs = node_number(b_), [b, *rest]
-        known = [t.grad_fn for t in inputs] if torch.is_grad_enabled() else ()
-        out = self.repeat.again(self.call, b_, rest[:self.extras])
+        known = [t.grad_fn for t in (b, *rest) if t is not None] if torch.is_grad_enabled() else ()
+        with torch.enable_grad():
+            b_ = b.view_as(b) # module trackers cannot hook a leaf
+            since, inputs = node_number(b_), [b, *rest]
+            out = self.repeat.again(self.call, b_, rest[:self.extras])
         for p in check_known(self, out, since, inputs, known):
             i = next(i for i, own in enumerate(self.params) if own is p)
             inputs[1 + self.extras + i] = p
@@ -384,7 +388,7 @@ class KeptStep(RepeatedStep):
     ): # its result
         "Run the function twice, and look at its graph."
         extras, since = self.arguments.tensors, node_number(b)
-        repeat = ReplayContext(b.device, self.modules)
+        repeat = ReplayContext(b, self.modules)
         out = repeat.first(self.call, b, extras)
         known = [t.grad_fn for t in (b, *extras, *self.params)]
         check_known(self, out, since, (*extras, *self.params), known)
@@ -407,6 +411,22 @@ def gradients(
     found = iter(torch.autograd.grad(outs, wanted, grads, allow_unused=True,
                                      create_graph=torch.is_grad_enabled()))
     return [next(found) if need else None for need in needs]
+
+# %% ../../nbs/machine/51_steps.ipynb #b9ddbcd5
+def accumulated(
+    outs:list, # tensors with a graph
+    inputs, # what they depend on
+    needs, # for which of them a gradient is wanted
+    grads:list, # of `outs`, each perhaps `None`
+)->list: # a gradient or `None` for each of `inputs`
+    "Run the backward pass of a module that hands out the gradients of its parameters itself."
+    if torch.is_grad_enabled():
+        raise RuntimeError("a reversible chain of sharded parts has no second derivative: "
+                           "shard the whole chain, fully_shard(chain)")
+    given = [(out, g.to(out.dtype)) for out, g in zip(outs, grads)
+             if g is not None and out.requires_grad]
+    if given: torch.autograd.backward(*zip(*given))
+    return [t.grad if need else None for t, need in zip(inputs, needs)]
 
 # %% ../../nbs/machine/51_steps.ipynb #5584e12d
 def forth(
@@ -447,7 +467,9 @@ class Addition(KeptStep):
         undo=False, # the other way
     ): # the new stream
         "Add the function's result to a stream, or subtract it."
-        if self.grid: out = (snap if torch.is_grad_enabled() else snapped)(out, self.grid).to(a.dtype)
+        if self.grid:
+            rounded = snap if torch.is_grad_enabled() else snapped
+            out = rounded(out, self.grid).to(a.dtype)
         return (back if self.inverse != undo else forth)(a, out, s)
 
     def add(self,
@@ -483,7 +505,8 @@ class Coupling(Addition):
         s, (b0, rest) = tensors[0], self.fresh(b, tensors, needs)
         with self.placed(rest[self.extras:]): out, inputs = self.again(b0, rest)
         ga, g_out = self.to_both(gy, s)
-        g, *rest = gradients([out], inputs, (needs[0], *needs[2:]), [g_out])
+        found = accumulated if self.sharded else gradients
+        g, *rest = found([out], inputs, (needs[0], *needs[2:]), [g_out])
         # after the gradients, whose peak it would raise
         a = self.change(y, out if torch.is_grad_enabled() else out.detach(), s, undo=True)
         gs = None
@@ -590,7 +613,8 @@ class BijectionStep(JoinedStreams):
             grad = self.join(torch.zeros_like(b) if gb is None else gb,
                              torch.zeros_like(y) if gy is None else gy)
         outs = [out, self.measured] if self.measures else [out]
-        g, *rest = gradients(outs, inputs, (needs[0], *needs[2:]), [grad, *grads])
+        found = accumulated if self.sharded else gradients
+        g, *rest = found(outs, inputs, (needs[0], *needs[2:]), [grad, *grads])
         ga, gb = (None, None) if g is None else self.part(g)
         return *self.part(x), ga, gb, (None, *rest)
 
