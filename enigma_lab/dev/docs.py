@@ -451,9 +451,7 @@ def check_imports(
 
 # %% ../../nbs/dev/10_docs.ipynb #73bd67e8
 LONG_CELLS = { # page and cell -> why it is longer; five at most
-    'lm/30_model.ipynb 7f33511e': 'a table: the fields of EnigmaConfig, each with its meaning',
-    'machine/52_reversible.ipynb 5ad02627': 'three halves of one autograd function',
-    'machine/52_reversible.ipynb caebaf74': 'three halves of one autograd function'}
+    'lm/30_model.ipynb 7f33511e': 'a table: the fields of EnigmaConfig, each with its meaning'}
 
 _ASSIGNMENTS = ast.Assign, ast.AnnAssign, ast.AugAssign
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .bijection import Bijection, as_positions
 from .exact import Lifted
 from .grid import GRID, grid_limit, snap
-from .reversible import ReversibleSequence, full_precision
+from .reversible import ReversibleSequence
+from .steps import full_precision
 from .rotor import condition_numbers
 
 # %% ../../nbs/machine/70_certify.ipynb #152444f5

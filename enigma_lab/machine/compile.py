@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'SWITCHES', 'argument', 'draws', 'RefuseDraws', 'wait_for', 'call', 'first_run', 'second_run', 'pullback',
-           'TracedCoupling', 'TracedTurn', 'Way', 'BijectionModule', 'TracedEnd', 'TracedStart', 'check_owned',
-           'traced_step', 'traced']
+           'TracedCouplingForward', 'TracedCoupling', 'TracedTurnForward', 'TracedTurn', 'Way', 'BijectionModule',
+           'TracedEnd', 'TracedStart', 'check_owned', 'traced_step', 'traced']
 
 # %% ../../nbs/machine/53_compile.ipynb #f23d929d
 import torch
@@ -42,6 +42,7 @@ def argument(
         if name in named: return named[name]
     return args[place] if len(args) > place else default
 
+# %% ../../nbs/machine/53_compile.ipynb #65e0fcab
 def draws(
     function, # of torch
     args, # positional
@@ -99,8 +100,14 @@ def second_run(
     repeat, # a `ReplayContext`
     *args, # of `call`
 ): # the module's result
-    "Call a module as the first time."
-    return call(*args) if torch.compiler.is_compiling() else repeat.again(call, *args)
+    "Call a module as the first time. Raise a RuntimeError where `vmap` forbids its random numbers."
+    if torch.compiler.is_compiling(): return call(*args)
+    try: return repeat.again(call, *args)
+    except RuntimeError as error:
+        if 'randomness' not in str(error): raise
+        raise RuntimeError("a reversible chain cannot repeat random numbers within vmap, as jacrev "
+                           "runs its backward pass: use memory='store', or "
+                           "enigma_lab.machine.dropout.CounterDropout") from error
 
 # %% ../../nbs/machine/53_compile.ipynb #8ee6dfd7
 def pullback(
@@ -119,11 +126,9 @@ def pullback(
         return [found.get(i) for i in range(len(inputs))]
     return out, all_gradients
 
-# %% ../../nbs/machine/53_compile.ipynb #990ff0e2
-class TracedCoupling(torch.autograd.Function):
-    "Apply `Coupling` under `torch.compile` and `torch.func`."
-    generate_vmap_rule = True
-
+# %% ../../nbs/machine/53_compile.ipynb #5a51c577
+class TracedCouplingForward(torch.autograd.Function):
+    "Run the forward pass of `TracedCoupling`."
     @staticmethod
     def forward(step, module, names, amp, repeat, a, b, va, vb, s, *tensors):
         out = first_run(repeat, module, names, amp, step.arguments, b, tensors)
@@ -140,6 +145,11 @@ class TracedCoupling(torch.autograd.Function):
         ctx.step, ctx.module, ctx.names, ctx.amp, ctx.repeat = inputs[:5]
         ctx.scaled = inputs[9] is not None
         ctx.save_for_backward(*inputs[9 if ctx.scaled else 10:])
+
+# %% ../../nbs/machine/53_compile.ipynb #990ff0e2
+class TracedCoupling(TracedCouplingForward):
+    "Apply `Coupling` under `torch.compile` and `torch.func`."
+    generate_vmap_rule = True
 
     @staticmethod
     def backward(
@@ -164,11 +174,9 @@ class TracedCoupling(torch.autograd.Function):
         g, *rest = pull(g_out.to(out.dtype))
         return (None,)*5 + (ga, gb + g, a, b, gs, *rest)
 
-# %% ../../nbs/machine/53_compile.ipynb #caac7204
-class TracedTurn(torch.autograd.Function):
-    "Apply `BijectionStep` under `torch.compile` and `torch.func`."
-    generate_vmap_rule = True
-
+# %% ../../nbs/machine/53_compile.ipynb #b3c2919f
+class TracedTurnForward(torch.autograd.Function):
+    "Run the forward pass of `TracedTurn`."
     @staticmethod
     def forward(step, ways, names, repeat, positions, a, b, va, vb, *params):
         way = Way(positions, step.inverse, step.measures)
@@ -186,6 +194,11 @@ class TracedTurn(torch.autograd.Function):
         ctx.step, ctx.ways, ctx.names, ctx.repeat, positions = inputs[:5]
         ctx.placed = positions is not None
         ctx.save_for_backward(*inputs[4:5] if ctx.placed else (), *inputs[9:])
+
+# %% ../../nbs/machine/53_compile.ipynb #caac7204
+class TracedTurn(TracedTurnForward):
+    "Apply `BijectionStep` under `torch.compile` and `torch.func`."
+    generate_vmap_rule = True
 
     @staticmethod
     def backward(
@@ -210,7 +223,7 @@ class TracedTurn(torch.autograd.Function):
 
 # %% ../../nbs/machine/53_compile.ipynb #00bfce2b
 class Way:
-    "Stand for the `Arguments` of a `BijectionModule`."
+    "Hold the arguments of a `BijectionModule`, which are no tensors to be placed."
     def __init__(self,
         positions, # int64, for the bijection
         inverse, # True: its inverse
@@ -226,6 +239,7 @@ class Way:
         "Return the arguments."
         return self.args, {}
 
+# %% ../../nbs/machine/53_compile.ipynb #f51e3184
 class BijectionModule(nn.Module):
     "Call a bijection in both directions through `forward`."
     def __init__(self,

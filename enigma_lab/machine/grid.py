@@ -26,6 +26,7 @@ def snapped(
 
 class StraightThrough(torch.autograd.Function):
     "Apply `snapped` with a gradient that passes straight through."
+    generate_vmap_rule = True
     @staticmethod
     def forward(x, grid): return snapped(x, grid)
     @staticmethod

@@ -43,7 +43,7 @@ def ensure(
     message:str, # of the error
     error:type=RuntimeError, # its type; of compiled code always a RuntimeError
 ):
-    "Raise an error unless all of `ok` is True, also from compiled code and without waiting for a GPU."
+    "Raise an error unless all of `ok` is True, also from compiled code; never wait for a GPU."
     if not has_values(ok): return
     if torch.compiler.is_compiling() or not in_transform() and ok.device.type != 'cpu':
         torch._assert_async(ok.all(), message)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SPAN', 'KEEP', 'MEMORY', 'measures', 'ReversibleSpan', 'ChainEnd', 'spans', 'kept_steps', 'ChainStart',
            'check_return', 'frozen_steps', 'run_frozen', 'run_head', 'reversible', 'coupled', 'as_block', 'BlockList',
-           'couplings', 'check_sequence', 'ReversibleBlocks', 'ReversibleChain', 'MeasuredSequence',
-           'ReversibleSequence']
+           'couplings', 'check_sequence', 'check_gathered', 'ReversibleBlocks', 'ReversibleSteps', 'ReversibleChain',
+           'MeasuredSequence', 'ReversibleSequence']
 
-# %% ../../nbs/machine/52_reversible.ipynb #d3ff84ea
+# %% ../../nbs/machine/52_reversible.ipynb #8f2a3b05
 import itertools, warnings
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .bijection import Bijection, check_even
 from .compile import BijectionModule, traced
 from .grid import GRID, check_grid, check_range, snap
-from .internals import ensure, has_values, is_traced
+from .internals import ensure, has_values, is_sharded, is_traced
 from .steps import Arguments, BijectionStep, Coupling, sketch
 
 # %% ../../nbs/machine/52_reversible.ipynb #6919df91
@@ -27,18 +27,16 @@ def measures(
     "Tell whether a step measures how it changes volume."
     return getattr(step, 'measures', False)
 
+# %% ../../nbs/machine/52_reversible.ipynb #8f056114
 class ReversibleSpan(torch.autograd.Function):
     "Run a few steps of the chain; the last two gradients are values."
     @staticmethod
     def forward(ctx, steps, a, b, va, vb, *tensors):
         ctx.set_materialize_grads(False)
-        ctx.steps, i = steps, 0
+        ctx.steps, rest = steps, iter(tensors)
         ctx.save_for_backward(*tensors)
-        for step in steps:
-            a, b = step.forward(a, b, *tensors[i:i + len(step.tensors)])
-            i += len(step.tensors)
-        measured = [step.measured for step in steps if measures(step)]
-        return a, b, a.detach(), b.detach(), *measured
+        for step in steps: a, b = step.forward(a, b, *itertools.islice(rest, len(step.tensors)))
+        return a, b, a.detach(), b.detach(), *(s.measured for s in steps if measures(s))
 
     @staticmethod
     def backward(
@@ -47,16 +45,16 @@ class ReversibleSpan(torch.autograd.Function):
         gb, # gradient of the second stream, or `None`
         a, # value of the first stream
         b, # value of the second stream
-        *grads_measured, # of log-determinants
+        *measured, # gradients of log-determinants
     ): # a gradient or `None` for each argument of `forward`
         "Lead values and gradients back through the steps."
         tensors, needs, grads = ctx.saved_tensors, ctx.needs_input_grad[5:], ()
         below, i = any(ctx.needs_input_grad[1:3]), len(tensors)
         for step in reversed(ctx.steps):
             i, j = i - len(step.tensors), i
-            *grads_measured, g = grads_measured if measures(step) else (*grads_measured, None)
-            a, b, ga, gb, found = step.backward(
-                a, b, ga, gb, tensors[i:j], (below or any(needs[:i]), *needs[i:j]), (g,))
+            *measured, g = measured if measures(step) else (*measured, None)
+            a, b, ga, gb, found = step.backward(a, b, ga, gb, tensors[i:j],
+                (below or any(needs[:i]), *needs[i:j]), (g,))
             grads = *found, *grads
         return None, ga, gb, a, b, *grads
 
@@ -256,11 +254,24 @@ class BlockList(nn.ModuleList):
     ):
         super().__init__(as_block(b) for b in blocks)
 
-    def append(self, module): return super().append(as_block(module))
+    def append(self,
+        module, # a block
+    ): # the list
+        "Add a block at the end."
+        return super().append(as_block(module))
 
-    def insert(self, index, module): super().insert(index, as_block(module))
+    def insert(self,
+        index:int, # of the block before which the new one comes
+        module, # a block
+    ):
+        "Add a block somewhere."
+        super().insert(index, as_block(module))
 
-    def extend(self, modules): return super().extend(as_block(b) for b in modules)
+    def extend(self,
+        modules, # blocks
+    ): # the list
+        "Add blocks at the end."
+        return super().extend(as_block(b) for b in modules)
 
     def __setitem__(self, index, module): super().__setitem__(index, as_block(module))
 
@@ -296,9 +307,18 @@ def check_sequence(
             raise ValueError("an exact block needs exact streams: "
                              "ReversibleSequence(..., exact=True)")
 
+def check_gathered(
+    block, # of a chain
+):
+    "Raise a ValueError for a block in the care of `fully_shard`, whose hooks would not run."
+    if is_sharded(block):
+        raise ValueError("a reversible chain runs the parts of a block and not the block, so that "
+                         "fully_shard(block) would never gather its parameters: use "
+                         "fully_shard(f) and fully_shard(g), or fully_shard(chain)")
+
 # %% ../../nbs/machine/52_reversible.ipynb #f32d3a9a
 class ReversibleBlocks(nn.Module):
-    "Hold reversible blocks, and make the steps of their chain."
+    "Hold reversible blocks, and how to run them."
     def __init__(self,
         blocks, # each a `RevBlock`, a pair (F, G) of modules, or a `Bijection` of both streams
         exact:bool=False, # streams on a grid: undone to the last bit, and gradients bit-equal
@@ -321,6 +341,9 @@ class ReversibleBlocks(nn.Module):
                 None if coupled(b) else b for b in self.blocks]:
             self.ways = [None if coupled(b) else BijectionModule(b) for b in self.blocks]
 
+# %% ../../nbs/machine/52_reversible.ipynb #8d4b8772
+class ReversibleSteps(ReversibleBlocks):
+    "Make the steps of a chain."
     def steps(self,
         extras, # for every F and G, or `Arguments`
         positions, # int64, for bijections
@@ -330,13 +353,14 @@ class ReversibleBlocks(nn.Module):
         self.update_ways()
         steps = []
         for block, ways in zip(self.blocks, self.ways):
+            check_gathered(block)
             grid = self.grid if self.exact else None
             if ways: steps.append(BijectionStep(block, positions, self.axis, ways, inverse))
             else: steps += couplings(block, extras, self.axis, grid, inverse)
         return steps[::-1] if inverse else steps
 
 # %% ../../nbs/machine/52_reversible.ipynb #2094eedb
-class ReversibleChain(ReversibleBlocks):
+class ReversibleChain(ReversibleSteps):
     "Lead streams through the blocks, and back."
     def split(self,
         x, # with an even number of channels along `axis`

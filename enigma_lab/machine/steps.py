@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['random_state', 'set_random_state', 'generators_at', 'AutocastContext', 'ModesContext', 'ReplayContext', 'Arguments',
-           'Link', 'Reader', 'Placed', 'check_unchanged', 'left_behind', 'check_known', 'check_repeated', 'try_twice',
-           'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients', 'accumulated', 'forth', 'back', 'Addition',
-           'Coupling', 'full_precision', 'JoinedStreams', 'BijectionStep', 'sketch']
+           'ForwardLink', 'Link', 'Reader', 'Placed', 'check_unchanged', 'left_behind', 'check_known', 'check_repeated',
+           'try_twice', 'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients', 'accumulated', 'forth', 'back',
+           'Addition', 'CheckedAddition', 'SharedAddition', 'Coupling', 'full_precision', 'JoinedStreams',
+           'TurnedStreams', 'BijectionStep', 'sketch']
 
-# %% ../../nbs/machine/51_steps.ipynb #d48ec03c
+# %% ../../nbs/machine/51_steps.ipynb #d6ad7f91
 import contextlib, threading, weakref
 from collections import OrderedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .grid import snap, snapped
-from .internals import entrances, has_values, is_sharded, node_number, tree_flatten, tree_unflatten, version
+from .internals import (entrances, has_values, is_sharded, node_number,
+    tree_flatten, tree_unflatten, version)
 
 # %% ../../nbs/machine/51_steps.ipynb #a6db1c00
 def random_state(
@@ -35,6 +37,7 @@ def set_random_state(
     torch.set_rng_state(state[0])
     if len(state) > 1: torch.get_device_module(device).set_rng_state(state[1], device)
 
+# %% ../../nbs/machine/51_steps.ipynb #b25e94cf
 _drawing = threading.RLock() # for the generators, which all threads share
 
 @contextlib.contextmanager
@@ -127,7 +130,7 @@ class Arguments:
         self.places = [i for i, t in enumerate(self.leaves) if isinstance(t, Tensor)]
         self.tensors = [self.leaves[i] for i in self.places]
 
-    def __len__(self): return len(self.places)
+    def __len__(self): return len(self.places) # how many tensors
 
     def filled(self,
         tensors, # one for each of `self.tensors`
@@ -137,9 +140,9 @@ class Arguments:
         for i, t in zip(self.places, tensors): leaves[i] = t
         return (leaves, {}) if self.tree is None else tree_unflatten(leaves, self.tree)
 
-# %% ../../nbs/machine/51_steps.ipynb #f5d58f77
-class Link:
-    "Say what a link of a chain of two streams does; a `Coupling` or a `BijectionStep` does it."
+# %% ../../nbs/machine/51_steps.ipynb #983948cd
+class ForwardLink:
+    "Say how a link of a chain of two streams runs."
     def plain(self,
         a, # first stream
         b, # second stream
@@ -147,6 +150,16 @@ class Link:
         "Run the step as autograd does it, storing everything."
         raise NotImplementedError
 
+    def stored(self,
+        a, # first stream
+        b, # second stream
+    ): # the two streams after the step
+        "Run the step as autograd does it, under the rules of one that runs twice."
+        raise NotImplementedError
+
+# %% ../../nbs/machine/51_steps.ipynb #f5d58f77
+class Link(ForwardLink):
+    "Say how a link is undone, too; a `Coupling` or a `BijectionStep` does it."
     def undo(self,
         b, # first stream after the step
         y, # second stream after the step
@@ -310,6 +323,7 @@ def fresh(
     if t is None: return None
     return t.view_as(t) if torch.is_grad_enabled() else t.detach().requires_grad_(need)
 
+# %% ../../nbs/machine/51_steps.ipynb #63f540ad
 class Step(Placed):
     "Make a link of a reversible chain: a module, and the tensors that it reads."
     def call(self,
@@ -472,6 +486,9 @@ class Addition(KeptStep):
             out = rounded(out, self.grid).to(a.dtype)
         return (back if self.inverse != undo else forth)(a, out, s)
 
+# %% ../../nbs/machine/51_steps.ipynb #cc65c80b
+class CheckedAddition(Addition):
+    "Add a function's result, of the right shape, and note how large the stream becomes."
     def add(self,
         a, # the stream that changes
         s, # scale, a scalar; `None`: 1
@@ -486,8 +503,29 @@ class Addition(KeptStep):
             torch.linalg.vector_norm(y.detach(), torch.inf, out=self.peak)
         return y
 
+# %% ../../nbs/machine/51_steps.ipynb #de2d0103
+class SharedAddition(CheckedAddition):
+    "Share gradients out between a stream and what is added to it, and measure volume."
+    def to_both(self,
+        gy, # gradient of the stream that has changed, or `None`
+        s, # scale, a scalar; `None`: 1
+    ): # of the stream before, and of what was added
+        "Share a gradient out."
+        if gy is None: return None, None
+        if self.inverse: gy = gy if s is None else gy/s
+        return (gy, -gy) if self.inverse else (gy if s is None else s*gy, gy)
+
+    def log_det(self,
+        a, # the stream that changes
+        s, # scale, a scalar; `None`: 1
+    ): # of the shape of a stream without the channels, nats
+        "Return the log-determinant of the step."
+        n, like = a.shape[self.axis], a.select(self.axis, 0)
+        if s is None: return torch.zeros_like(like)
+        return (s.abs().log()*(-n if self.inverse else n)).expand(like.shape)
+
 # %% ../../nbs/machine/51_steps.ipynb #4deb4916
-class Coupling(Addition):
+class Coupling(SharedAddition):
     "Map `(a, b)` to `(b, s a + F(b))` (RevNet, arXiv:1707.04585, eq. 8)."
     def plain(self, a, b):
         # a view gathers F's gradients before they are added: the same order, the same bits
@@ -515,24 +553,6 @@ class Coupling(Addition):
         if g is None or gb is None: g = gb if g is None else g
         else: g = gb + g
         return a, b, ga, g, (gs, *rest)
-
-    def to_both(self,
-        gy, # gradient of the stream that has changed, or `None`
-        s, # scale, a scalar; `None`: 1
-    ): # of the stream before, and of what was added
-        "Share a gradient out."
-        if gy is None: return None, None
-        if self.inverse: gy = gy if s is None else gy/s
-        return (gy, -gy) if self.inverse else (gy if s is None else s*gy, gy)
-
-    def log_det(self,
-        a, # the stream that changes
-        s, # scale, a scalar; `None`: 1
-    ): # of the shape of a stream without the channels, nats
-        "Return the log-determinant of the step."
-        n, like = a.shape[self.axis], a.select(self.axis, 0)
-        if s is None: return torch.zeros_like(like)
-        return (s.abs().log()*(-n if self.inverse else n)).expand(like.shape)
 
 # %% ../../nbs/machine/51_steps.ipynb #1bfed44f
 def full_precision(
@@ -570,6 +590,9 @@ class JoinedStreams(KeptStep):
         streams = x.movedim(-1, self.axis).chunk(2, self.axis)
         return streams[::-1] if self.inverse else streams
 
+# %% ../../nbs/machine/51_steps.ipynb #f359e576
+class TurnedStreams(JoinedStreams):
+    "Lead two streams through a bijection, forwards or backwards."
     def map(self,
         x, # both streams, with the channels last
         extras, # the positions, or nothing
@@ -584,9 +607,6 @@ class JoinedStreams(KeptStep):
 
     def call(self, b, extras): return self.map(b, extras)
 
-# %% ../../nbs/machine/51_steps.ipynb #70ea6c47
-class BijectionStep(JoinedStreams):
-    "Map `(a, b)` to `f([a; b])`, f a bijection."
     def plain(self, a, b):
         with full_precision(a):
             return self.part(self.call(self.join(a, b), self.arguments.tensors))
@@ -598,6 +618,9 @@ class BijectionStep(JoinedStreams):
         with full_precision(b):
             return self.part(self.map(self.join(b, y), self.arguments.tensors, undo=True))
 
+# %% ../../nbs/machine/51_steps.ipynb #70ea6c47
+class BijectionStep(TurnedStreams):
+    "Map `(a, b)` to `f([a; b])`, f a bijection."
     def forward(self, a, b, s, *tensors):
         with full_precision(a):
             return self.part(self.run(self.join(a, b), tensors[:self.extras]))
