@@ -127,10 +127,16 @@ class Fails(Broken):
 
 NOISY = Case(1, parts=('linear none functional', 'mlp none none')*2)
 REMEMBERS = Case(1, buffer='update')
+NORMED = Case(1, parts=('linear batch none',)*4) # what it remembers shows in buffers alone
+
+@pytest.mark.parametrize('case', [NOISY, replace(NOISY, scale=True, dtype='float64'),
+                                  replace(NOISY, exact=True, extras=('scalar', 'mask'))])
+def test_the_engine_agrees(case): assert judge(case).verdict == 'equal'
 
 @pytest.mark.parametrize('engine, case, verdict', [
     (Broken, NOISY, 'equal'), (Broken, REMEMBERS, 'equal'), (Forgets, NOISY, 'DIFFERENT'),
     (Shifts, NOISY, 'DIFFERENT'), (Slightly, NOISY, 'DIFFERENT'), (Twice, REMEMBERS, 'DIFFERENT'),
+    (Broken, NORMED, 'equal'), (Twice, NORMED, 'DIFFERENT'),
     (Refuses, NOISY, 'refused'), (Fails, NOISY, 'crash')])
 def test_a_broken_engine_is_found(engine, case, verdict, monkeypatch):
     monkeypatch.setattr(page, 'ReversibleSequence', engine)

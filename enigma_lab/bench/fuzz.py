@@ -728,10 +728,11 @@ def shifted_loss(
 def differs_from_slope(
     case:Case, # from `draw_case`
     found:dict, # name -> value, of the engine
-)->list[str]: # '' or what is wrong, for cases that have a slope
+)->list[str]: # what is wrong, for cases that have a slope
     "Compare gradients with finite differences."
-    if (case.path, case.flavour) != ('eager', 'plain') or case.dtype != 'float64' or case.exact \
-            or case.hooks: return []
+    # no slope: rounding is flat, hooks and a buffer that follows its input change gradients
+    if (case.path, case.flavour, case.dtype) != ('eager', 'plain', 'float64'): return []
+    if case.exact or case.hooks or case.buffer == 'update': return []
     up, directions = shifted_loss(case, 1e-5)
     slope = (up - shifted_loss(case, -1e-5)[0])/2e-5
     gradient = sum((found[f'gradient of {name}']*v).sum().item() for name, v in directions.items()
@@ -805,7 +806,7 @@ class Report:
     def by_size(self)->list[tuple[Verdict, Verdict]]: # few rows, and many
         "List the cases whose verdict depends on the number of rows."
         return [(few, many) for few, many in self.sizes
-                if (few.verdict, few.kind) != (many.verdict, many.kind)]
+                if few.verdict != many.verdict]
 
 # %% ../../nbs/bench/11_fuzz.ipynb #19a82a72
 @patch
