@@ -524,14 +524,19 @@ class HeldOut:
     def find(self,
         documents:Iterable[str], # to learn from, perhaps a stream; or a `LongText`
     )->Iterator[tuple[str|LongText,Leak|None]]: # each document, and what it shares
-        "Look through documents, some at a time."
+        "Look through documents, some at a time. Raise a ValueError after `forget`."
+        if self.passages is None: raise ValueError("the index was given back: make a new HeldOut")
         for batch in batches(as_list(documents)):
             if len(batch) == 1: yield batch[0], find_long(self, batch[0])
             else: yield from zip(batch, find_batch(self, batch))
 
     def leaked(self)->set[int]: # numbers of held-out documents
         "List the held-out documents that were found so far, whole or in part."
-        return self.copied | hit_texts(self.passages)
+        return self.copied if self.passages is None else self.copied | hit_texts(self.passages)
+
+    def forget(self):
+        "Give the memory of the index back; what was found is still listed."
+        self.copied, self.passages, self.near = self.leaked(), None, None
 
 # %% ../../nbs/data/14_leaks.ipynb #c2375adc
 def strictest(
@@ -791,6 +796,7 @@ def remove_leaks(
     report = LeakReport(HeldOut(held_out, rule))
     report.remove = mode == 'remove' or mode == 'auto' and corpus.source not in ('auto', 'tasks')
     clean = without_leaks(corpus, report)
+    report.held_out.forget() # a training keeps the report
     share = report.lost/max(1, report.characters)
     if mode == 'auto' and report.remove and share > MOST:
         report.remove, clean = False, corpus
