@@ -110,6 +110,8 @@ def test_a_book_loses_the_passage_and_nothing_else():
     corpus, report = remove_leaks(Corpus('book', [book], [held], ['a test']))
     assert corpus.train == ['\n'.join(lines)] and (report.cut, report.dropped) == (1, 0)
     assert report.rate == 1/2 and corpus.validation == [held]
+    # the index is given back, not what was found
+    with pytest.raises(ValueError, match='given back'): next(report.held_out.find(['a', 'b']))
 
 @pytest.mark.parametrize('seed', range(5))
 def test_a_text_in_parts_is_the_text(seed):

@@ -7,9 +7,9 @@ __all__ = ['UNSPACED', 'SIGNS', 'KINDS', 'MODES', 'MOST', 'Letters', 'words', 'W
            'join_arrays', 'Encoder', 'encode_words', 'mix', 'powers', 'running_sums', 'WordRows', 'KeyTable',
            'LeakRule', 'minhash', 'band_keys', 'shingles', 'jaccard', 'NearIndex', 'NearCandidates', 'NearCopies',
            'Passages', 'blocks', 'stream_blocks', 'PassageRows', 'LongPassages', 'SharedPassages', 'hit_texts', 'Leak',
-           'batches', 'HeldOut', 'strictest', 'find_batch', 'find_long', 'divide', 'cut_words', 'LeakReport',
-           'strip_text', 'is_short', 'apply_leak', 'excerpt', 'drop_leaks', 'report_lines', 'check_mode', 'drop_rows',
-           'without_leaks', 'remove_leaks']
+           'batches', 'HeldOutIndex', 'HeldOut', 'strictest', 'find_batch', 'find_long', 'divide', 'cut_words',
+           'LeakReport', 'strip_text', 'is_short', 'apply_leak', 'excerpt', 'drop_leaks', 'report_lines', 'check_mode',
+           'drop_rows', 'without_leaks', 'remove_leaks']
 
 # %% ../../nbs/data/14_leaks.ipynb #c76243c5
 import re, unicodedata, warnings
@@ -502,8 +502,8 @@ def batches(
     if batch: yield batch
 
 # %% ../../nbs/data/14_leaks.ipynb #c75a186e
-class HeldOut:
-    "Find what training documents share with held-out ones."
+class HeldOutIndex:
+    "Hold what is looked for in training documents."
     def __init__(self,
         documents:Iterable[str|LongText], # validation and test
         rule:LeakRule=LeakRule(), # what counts
@@ -521,17 +521,25 @@ class HeldOut:
         self.near = NearCopies(texts, rule)
         self.copied = set() # documents of which a copy was found
 
+    def leaked(self)->set[int]: # numbers of held-out documents
+        "List the held-out documents that were found so far, whole or in part."
+        return self.copied if self.passages is None else self.copied | hit_texts(self.passages)
+
+    def forget(self):
+        "Give the memory of the index back; what was found is still listed."
+        self.copied, self.passages, self.near = self.leaked(), None, None
+
+# %% ../../nbs/data/14_leaks.ipynb #77af410f
+class HeldOut(HeldOutIndex):
+    "Find what training documents share with held-out ones."
     def find(self,
         documents:Iterable[str], # to learn from, perhaps a stream; or a `LongText`
     )->Iterator[tuple[str|LongText,Leak|None]]: # each document, and what it shares
-        "Look through documents, some at a time."
+        "Look through documents, some at a time. Raise a ValueError after `forget`."
+        if self.passages is None: raise ValueError("the index was given back: make a new HeldOut")
         for batch in batches(as_list(documents)):
             if len(batch) == 1: yield batch[0], find_long(self, batch[0])
             else: yield from zip(batch, find_batch(self, batch))
-
-    def leaked(self)->set[int]: # numbers of held-out documents
-        "List the held-out documents that were found so far, whole or in part."
-        return self.copied | hit_texts(self.passages)
 
 # %% ../../nbs/data/14_leaks.ipynb #c2375adc
 def strictest(
@@ -791,6 +799,7 @@ def remove_leaks(
     report = LeakReport(HeldOut(held_out, rule))
     report.remove = mode == 'remove' or mode == 'auto' and corpus.source not in ('auto', 'tasks')
     clean = without_leaks(corpus, report)
+    report.held_out.forget() # a training keeps the report
     share = report.lost/max(1, report.characters)
     if mode == 'auto' and report.remove and share > MOST:
         report.remove, clean = False, corpus
