@@ -17,8 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .reversible_peers import Plain, build, make_blocks
-from ..machine.reversible import ReversibleSequence
+from .reversible_peers import REFERENCES, Plain, build, make_blocks
 
 # %% ../../nbs/bench/09_reversible_checks.ipynb #7da49147
 # question -> function from a Subject to '' or what is wrong, in the order of the page
@@ -91,9 +90,7 @@ class Subject:
                 f.out.weight.mul_(gain)
                 g.down.weight.mul_(gain)
         twin = copy.deepcopy(blocks)
-        if 'exact' in self.name: reference = ReversibleSequence(twin, exact=True, memory='store')
-        else: reference = Plain(twin)
-        module = build(self.name, blocks)
+        module, reference = build(self.name, blocks), REFERENCES.get(self.name, Plain)(twin)
         return module, list(blocks.parameters()), reference, list(twin.parameters())
 
 # %% ../../nbs/bench/09_reversible_checks.ipynb #57df52b6
