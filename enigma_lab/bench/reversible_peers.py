@@ -323,12 +323,12 @@ def fit(
     tokens:int, # of a text
     budget:float, # MiB of the whole step
     unit:int, # tokens by which a context grows
-    rounds:int=5, # steps of the batch that are weighed
+    weighings:int=5, # steps at that batch
     device:str='cpu', # or 'cuda'
 )->dict: # MiB, and the largest batch and context
     "Weigh training steps of an engine in this process, and search what fits in the budget."
     held, weigh = make_scales(name, depth, dim, device)
-    whole = [weigh(batch, tokens) for _ in range(rounds)]
+    whole = [weigh(batch, tokens) for _ in range(weighings)]
     texts, by_batch = largest(lambda n: weigh(n, tokens), budget)
     units, by_context = largest(lambda n: weigh(1, n*unit), budget)
     return dict(held_mib=held, whole_mib=whole, largest_batch=texts,
