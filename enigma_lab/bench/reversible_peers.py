@@ -258,7 +258,7 @@ def peak_mib(
     for _ in range(steps): step()
     return top_mib() - base
 
-# %% ../../nbs/bench/08_reversible_peers.ipynb #2d7589fe
+# %% ../../nbs/bench/08_reversible_peers.ipynb #b4e0cd7a
 class ByteModel(nn.Module):
     "Predict each byte of a text from those before, with an engine between embedding and head."
     def __init__(self,
@@ -283,38 +283,38 @@ def make_update(
     depth:int, # blocks
     dim:int, # channels of a stream
     device:str='cpu', # or 'cuda'
-)->Callable: # from batch and tokens of a text to nothing
+)->Callable: # from batch and tokens of a text, and whether to add up gradients only, to nothing
     "Make a function that trains a model by one step on random bytes."
     model = ByteModel(name, depth, dim).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    def update(batch, tokens):
+    def update(batch, tokens, accumulate=False):
         ids = torch.randint(256, (batch, tokens + 1), device=device)
-        optimizer.zero_grad()
+        if not accumulate: optimizer.zero_grad()
         model(ids).backward()
-        optimizer.step()
+        if not accumulate: optimizer.step()
     return update
 
-# %% ../../nbs/bench/08_reversible_peers.ipynb #a442fc50
+# %% ../../nbs/bench/08_reversible_peers.ipynb #48a6f4bf
 def make_scales(
     name:str, # of ENGINES
     depth:int, # blocks
     dim:int, # channels of a stream
     device:str='cpu', # or 'cuda'
-)->tuple[float,Callable]: # MiB that stay between steps; from batch and tokens to a step's peak
+)->tuple[float,Callable]: # MiB that stay between steps; from the arguments of a step to its peak
     "Make a model, and scales that weigh a step of it with everything that it holds."
     torch.set_num_threads(1)
     make_update(name, 1, dim, device)(1, 16) # what kernels allocate once
     before = held_mib(device)
     update = make_update(name, depth, dim, device)
     update(1, 16) # the optimiser's averages
-    def weigh(batch, tokens):
+    def weigh(batch, tokens, accumulate=False):
         forget_peak(device)
-        try: update(batch, tokens)
+        try: update(batch, tokens, accumulate)
         except torch.OutOfMemoryError: return float('inf')
         return top_mib(device) - before
     return held_mib(device) - before, weigh
 
-# %% ../../nbs/bench/08_reversible_peers.ipynb #b692e442
+# %% ../../nbs/bench/08_reversible_peers.ipynb #f21fe918
 def fit(
     name:str, # of ENGINES
     depth:int, # blocks
@@ -328,9 +328,11 @@ def fit(
 )->dict: # MiB, and the largest batch and context
     "Weigh training steps of an engine in this process, and search what fits in the budget."
     held, weigh = make_scales(name, depth, dim, device)
-    whole = [weigh(batch, tokens) for _ in range(weighings)]
+    whole, above = ([weigh(batch, tokens, accumulate) for _ in range(weighings)]
+                    for accumulate in (False, True))
     texts, by_batch = largest(lambda n: weigh(n, tokens), budget)
     units, by_context = largest(lambda n: weigh(1, n*unit), budget)
-    return dict(held_mib=held, whole_mib=whole, largest_batch=texts,
+    return dict(held_mib=held, whole_mib=whole, activations_mib=[mib - held for mib in above],
+                largest_batch=texts,
                 largest_batch_mib=by_batch.get(texts), longest_context=units*unit,
                 longest_context_mib=by_context.get(units))
