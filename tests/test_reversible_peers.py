@@ -156,7 +156,7 @@ def test_tables_by_hand(record):
     assert found['ours_largest_batch'] == 30 and found['ours_same_speed_ratio'] == .8
     assert found['loaded'] is False
     said = verdict(record)
-    assert '0.80 of plain' in said and 'fits 30 texts, plain autograd 3' in said
+    assert '0.80 of plain' in said and 'fits 30 texts instead of 3' in said
     assert 'Fastest at its largest batch is plain, with 2500' in said
 
 def test_a_broken_record_goes_on(record, monkeypatch):

@@ -95,6 +95,7 @@ def read_arguments(
     parser.add_argument('--resume', default='', help='go on with an unfinished run')
     return parser.parse_args(arguments)
 
+# %% ../../nbs/bench/11_reversible_fit.ipynb #7aec8351
 def main(
     arguments:list[str]=(), # of the command line
 )->Run: # finished
@@ -175,20 +176,17 @@ def verdict(
     run:Run, # a record
 )->str: # a paragraph
     "Say in words what a user of our engine gains and loses."
-    memory = memory_table(run)
-    speed = speed_table(run).set_index(['batch', 'engine'])
-    same, largest = speed.loc['same'], speed.loc['largest']
-    fits = memory['largest batch']
+    memory, speed = memory_table(run), speed_table(run).set_index(['batch', 'engine'])
     unit = 'tokens/s' if run.config['device'] == 'cuda' else 'tokens/CPU s'
-    best, plain = largest[unit].idxmax(), largest[unit]['plain']
-    ratio = same.loc['ours']
-    return (f"At the same batch our engine has {ratio['times plain']:.2f} of plain autograd's "
-            f"speed ({ratio['from']:.2f} to {ratio['to']:.2f}) and takes "
-            f"{memory['times plain']['ours']:.2f} of its memory. Within the budget "
-            f"it fits {fits['ours']} texts, plain autograd {fits['plain']}, and reads "
-            f"{memory['longest context']['ours']} tokens at once instead of "
-            f"{memory['longest context']['plain']}. Fastest at its largest batch is {best}, with "
-            f"{largest[unit][best]} {unit}; ours has {largest[unit]['ours']}, plain {plain}.")
+    same, pace = speed.loc['same', 'ours'], speed.loc['largest'][unit]
+    ours, plain, best = memory.loc['ours'], memory.loc['plain'], pace.idxmax()
+    return (f"At the same batch our engine has {same['times plain']:.2f} of plain autograd's "
+            f"speed ({same['from']:.2f} to {same['to']:.2f}) and takes "
+            f"{ours['times plain']:.2f} of its memory. Within the budget it fits "
+            f"{ours['largest batch']:.0f} texts instead of {plain['largest batch']:.0f}, and reads "
+            f"{ours['longest context']:.0f} tokens at once instead of "
+            f"{plain['longest context']:.0f}. Fastest at its largest batch is {best}, with "
+            f"{pace[best]} {unit}; ours has {pace['ours']}, plain autograd {pace['plain']}.")
 
 # %% ../../nbs/bench/11_reversible_fit.ipynb #f8df9ef2
 def summary(

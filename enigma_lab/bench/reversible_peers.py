@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
@@ -93,20 +94,23 @@ class Plain(nn.Module):
         a = a + f(b)
         return a, b + g(a)
 
-    def chain(self,
-        blocks:nn.ModuleList, # some of the blocks
-        a:Tensor, # (B, T, dim), first stream
-        b:Tensor, # (B, T, dim), second stream
-    )->tuple[Tensor,Tensor]: # both streams
-        "Run one block after the other."
-        for f, g in blocks: a, b = self.step(f, g, a, b)
-        return a, b
+# %% ../../nbs/bench/08_reversible_peers.ipynb #e0451b36
+@patch
+def chain(self:Plain,
+    blocks:nn.ModuleList, # some of the blocks
+    a:Tensor, # (B, T, dim), first stream
+    b:Tensor, # (B, T, dim), second stream
+)->tuple[Tensor,Tensor]: # both streams
+    "Run one block after the other."
+    for f, g in blocks: a, b = self.step(f, g, a, b)
+    return a, b
 
-    def forward(self,
-        x:Tensor, # (B, T, 2 dim), both streams
-    )->Tensor: # (B, T, 2 dim)
-        "Run all blocks."
-        return torch.cat(self.chain(self.blocks, *x.chunk(2, -1)), -1)
+@patch
+def forward(self:Plain,
+    x:Tensor, # (B, T, 2 dim), both streams
+)->Tensor: # (B, T, 2 dim)
+    "Run all blocks."
+    return torch.cat(self.chain(self.blocks, *x.chunk(2, -1)), -1)
 
 # %% ../../nbs/bench/08_reversible_peers.ipynb #10f7830f
 class Checkpointed(Plain):
@@ -278,6 +282,7 @@ class ByteModel(nn.Module):
         logits = self.head(self.engine(self.embed(ids[:, :-1])))
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
+# %% ../../nbs/bench/08_reversible_peers.ipynb #c0efe255
 def make_update(
     name:str, # of ENGINES
     depth:int, # blocks
