@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEP', 'quantise', 'odd', 'pack', 'unpack', 'advance', 'retreat', 'Change', 'call', 'generators', 'Setting',
-           'BDIAStep', 'TapeEnd', 'BDIA']
+           'BDIAStep', 'TapeEnd', 'draw', 'BDIA']
 
 # %% ../../nbs/bench/07_bdia.ipynb #9374ad11
 import torch
@@ -173,6 +173,14 @@ class TapeEnd(torch.autograd.Function):
         ctx.tape[:] = ctx.saved_tensors
         return None, grad_a, grad_b
 
+# %% ../../nbs/bench/07_bdia.ipynb #8f985a87
+def draw(
+    x:Tensor, # (B, ...)
+)->Tensor: # (B, 1, ...) of .5 and -.5
+    "Draw a sign for each sample."
+    shape = x.shape[0], *[1]*(x.ndim - 1)
+    return torch.randint(0, 2, shape, device=x.device).to(x.dtype) - .5
+
 # %% ../../nbs/bench/07_bdia.ipynb #8129a4cb
 class BDIA(nn.Module):
     "Run transformer blocks that training can undo to the last bit (arXiv:2407.09093)."
@@ -183,14 +191,6 @@ class BDIA(nn.Module):
         super().__init__()
         self.changes, self.store = nn.ModuleList(Change(f, g) for f, g in blocks), store
 
-    def draw(self,
-        x:Tensor, # (B, ...)
-    )->Tensor|float: # (B, 1, ...) of .5 and -.5; 0 after training
-        "Draw a sign for each sample."
-        if not self.training: return 0.
-        shape = x.shape[0], *[1]*(x.ndim - 1)
-        return torch.randint(0, 2, shape, device=x.device).to(x.dtype) - .5
-
     def forward(self,
         x:Tensor, # (B, ..., 2 dim): two states
     )->Tensor: # (B, ..., 2 dim): the last two
@@ -198,7 +198,7 @@ class BDIA(nn.Module):
         (a, b), tape = quantise(x).chunk(2, -1), []
         forget = self.training and torch.is_grad_enabled() and not self.store
         for change in self.changes:
-            gamma = self.draw(a)
+            gamma = draw(a) if self.training else 0.
             params = [p for p in change.parameters() if p.requires_grad]
             y = (BDIAStep.apply(tape, change, gamma, a, b, *params) if forget
                  else advance(a, b, change(b), gamma))

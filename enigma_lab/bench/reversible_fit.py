@@ -44,6 +44,7 @@ def paces(
                 lambda update=update, batch=batch: update(batch, c['tokens']), batch*c['tokens'])
     return found
 
+# %% ../../nbs/bench/11_reversible_fit.ipynb #3ff63186
 def measure_speed(
     run:Run, # an open record, with what fits
 ):
