@@ -287,7 +287,7 @@ def make_update(
     name:str, # of ENGINES
     depth:int, # blocks
     dim:int, # channels of a stream
-    device:str='cpu', # or 'cuda'
+    device:str='cpu', # or 'cuda', where autocast computes in bfloat16
 )->Callable: # from batch and tokens of a text, and whether to add up gradients only, to nothing
     "Make a function that trains a model by one step on random bytes."
     model = ByteModel(name, depth, dim).to(device)
@@ -295,7 +295,8 @@ def make_update(
     def update(batch, tokens, accumulate=False):
         ids = torch.randint(256, (batch, tokens + 1), device=device)
         if not accumulate: optimizer.zero_grad()
-        model(ids).backward()
+        with torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'): loss = model(ids)
+        loss.backward()
         if not accumulate: optimizer.step()
     return update
 
