@@ -140,8 +140,10 @@ def memory_table(
                       'largest batch': row['largest_batch'],
                       'longest context': row['longest_context']})
     table = pd.DataFrame(lines).set_index('engine')
-    table.insert(3, 'times plain', (table['whole step'] / table['whole step']['plain']).round(3))
-    return table.round(1).assign(**{'times plain': table['times plain']})
+    step = table['whole step']
+    table = table.round(1)
+    table.insert(3, 'step to plain', (step / step['plain']).round(3))
+    return table.reindex([name for name in ENGINES if name in table.index])
 
 # %% ../../nbs/bench/11_reversible_fit.ipynb #096a257c
 def speed_table(
@@ -154,13 +156,13 @@ def speed_table(
         speed = group.assign(speed=1e3*group.tokens/group[clock])
         speed = speed.pivot(index='round', columns='engine', values='speed')
         ratios = speed.div(speed['plain'], axis=0)
-        for name in [n for n in run.config['engines'] if n in speed]:
+        for name in [n for n in ENGINES if n in speed]:
             own, (low, high) = group[group.engine == name], median_interval(ratios[name])
             lines.append({'engine': name, 'batch': at,
                           'texts': own.tokens.iloc[0] // run.config['tokens'],
                           'tokens/s': round(1e3*(own.tokens / own.wall_ms).median()),
                           'tokens/CPU s': round(1e3*(own.tokens / own.cpu_ms).median()),
-                          'times plain': round(ratios[name].median(), 3),
+                          'speed to plain': round(ratios[name].median(), 3),
                           'from': round(low, 3), 'to': round(high, 3)})
     return pd.DataFrame(lines)
 
@@ -181,9 +183,9 @@ def verdict(
     unit = 'tokens/s' if run.config['device'] == 'cuda' else 'tokens/CPU s'
     same, pace = speed.loc['same', 'ours'], speed.loc['largest'][unit]
     ours, plain, best = memory.loc['ours'], memory.loc['plain'], pace.idxmax()
-    return (f"At the same batch our engine has {same['times plain']:.2f} of plain autograd's "
+    return (f"At the same batch our engine has {same['speed to plain']:.2f} of plain autograd's "
             f"speed ({same['from']:.2f} to {same['to']:.2f}) and takes "
-            f"{ours['times plain']:.2f} of its memory. Within the budget it fits "
+            f"{ours['step to plain']:.2f} of its memory. Within the budget it fits "
             f"{ours['largest batch']:.0f} texts instead of {plain['largest batch']:.0f}, and reads "
             f"{ours['longest context']:.0f} tokens at once instead of "
             f"{plain['longest context']:.0f}. Fastest at its largest batch is {best}, with "
@@ -198,11 +200,11 @@ def summary(
     found = dict(loaded=busy(run, 'speed'))
     for name, row in memory_table(run).iterrows():
         found |= {f'{label(name)}_{key}': float(row[column]) for key, column in dict(
-            activations_mib='activations', whole_mib='whole step', whole_ratio='times plain',
+            activations_mib='activations', whole_mib='whole step', whole_ratio='step to plain',
             largest_batch='largest batch', longest_context='longest context').items()}
     for _, row in speed_table(run).iterrows():
         at = f"{label(row['engine'])}_{row['batch']}"
-        found |= {f'{at}_speed_ratio': row['times plain'], f'{at}_speed_ratio_low': row['from'],
+        found |= {f'{at}_speed_ratio': row['speed to plain'], f'{at}_speed_ratio_low': row['from'],
                   f'{at}_speed_ratio_high': row['to'], f'{at}_tokens_per_s': row['tokens/s'],
                   f'{at}_tokens_per_cpu_s': row['tokens/CPU s']}
     return found
