@@ -14,8 +14,9 @@ def is_proof(cell):
 PAGES = [p.relative_to(ROOT).as_posix() for p in sorted((ROOT/'nbs').rglob('*.ipynb'))
          if any(map(is_proof, json.loads(p.read_text(encoding='utf-8'))['cells']))]
 
-@pytest.mark.proof('bench.ablation_sgdd', 'bench.lm', 'bench.maskpro', 'bench.reversible',
-                   'bench.reversible_checks', 'bench.reversible_peers', 'bench.sgdd_peers',
+@pytest.mark.proof('bench.ablation_sgdd', 'bench.lm', 'bench.maskpro', 'bench.memory',
+                   'bench.reversible', 'bench.reversible_checks', 'bench.reversible_fit',
+                   'bench.reversible_peers', 'bench.sgdd_peers',
                    'bench.timing', seeds=(0,))
 @pytest.mark.parametrize('page', PAGES)
 def test_the_page_with_its_small_run(page):

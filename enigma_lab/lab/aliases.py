@@ -18,7 +18,8 @@ MOVED = { # module as it was -> modules that hold its names now
     'bench.gpu': 'dev.gpu_jobs bench.flops', 'bench.interval': 'lab.stats',
     'bench.lm': 'bench.timing', 'bench.machine': 'bench.timing',
     'bench.readers': 'bench.sgdd_peers sgdd.peers',
-    'bench.reversible': 'bench.reversible_peers bench.reversible_checks bench.timing',
+    'bench.reversible': 'bench.reversible_peers bench.reversible_checks bench.timing '
+                        'bench.memory',
     'data.text': 'data.windows data.tables', 'data.instruct': 'data.tables',
     'lab.docs': 'dev.docs', 'lab.door': 'lab.notebooks lab.papermill_plugin lab.progress',
     'lab.job': 'lab.task', 'lab.launch': 'lab.sweep', 'lab.loop': 'lab.train_loop',
