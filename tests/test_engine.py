@@ -5,7 +5,7 @@ from functools import partial
 import pytest, torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from enigma_lab.machine.bijection import Bijection
@@ -133,6 +133,19 @@ def test_gradient_penalties(keep):
         torch.manual_seed(2)
         return own(x)
     assert torch.autograd.gradgradcheck(fixed, x)
+
+@pytest.mark.parametrize('exact', [False, True])
+def test_forward_mode(exact):
+    "The same verdict with `keep=0`: forward mode needs nothing on the way back."
+    own = chain(keep=0, exact=exact)
+    loss, params = lambda m: lambda x: m(x).pow(3).sum(), dict(own.named_parameters())
+    ways = dict(
+        jvp=lambda m: jvp(m, (X,), (X + 1,)),
+        weights=lambda m: jvp(lambda p: functional_call(m, p, (X,)), (params,), (params,)),
+        inverse=lambda m: jvp(m.inverse, (X,), (X + 1,)), jacfwd=lambda m: [jacfwd(loss(m))(X)],
+        hessian=lambda m: [hessian(loss(m))(X)],
+        each=lambda m: [vmap(lambda x: jvp(m, (x[None],), (x[None] + 1,))[1])(X)])
+    for way in ways.values(): alike(way(own), way(stored(own)))
 
 def test_gradients_of_each_sample():
     own = chain(keep=0)

@@ -16,9 +16,15 @@ from enigma_lab.machine.rotor import RollRotor
 
 engines = pytest.mark.parametrize('engine', ['ours', 'ours, exact', 'ours, default'])
 
+# what runs twice cannot be right there, and must say so; all else must be right
+REFUSED = {'a tensor in passing': 'RuntimeError: a reversible step must own what it learns from',
+           'BatchNorm': 'RuntimeError: a reversible step runs twice'}
+
 @engines
 @pytest.mark.parametrize('question', [q for q in BEHAVIOURS if not q.startswith('compile')])
-def test_behaviour(engine, question): assert ask(engine, question) == ''
+def test_behaviour(engine, question):
+    answer = ask(engine, question)
+    assert answer.startswith(REFUSED[question]) if question in REFUSED else answer == ''
 
 @engines
 @pytest.mark.parametrize('question', [q for q in BEHAVIOURS if q.startswith('compile')])

@@ -5,14 +5,15 @@ import pytest, torch
 
 from enigma_lab.bench import reversible_peers
 from enigma_lab.bench.bdia import BDIA, STEP, advance, odd, quantise, retreat
-from enigma_lab.bench.reversible_checks import BEHAVIOURS, ask
+from enigma_lab.bench.reversible_checks import ask
 from enigma_lab.bench.reversible_peers import ENGINES, Segmented, build, installed, make_blocks
 from enigma_lab.lab.runs import start_run
 
 HERE = installed('cuda')
 NEW = ['checkpoint, every n', 'save_on_cpu', 'checkpoint, offloaded', 'BDIA']
-QUESTIONS = [q for q in BEHAVIOURS if q != 'torch.func' and not q.startswith('compile')
-             and q != 'bf16 autocast, 48 blocks'] # the same code as 8 blocks, and slow
+QUESTIONS = ['gradients', 'dropout', 'F.dropout', 'bf16 autocast', 'weight norm', 'input untouched',
+             'input without grad', 'in-place after', 'autograd.grad', 'no side effects',
+             'backward twice', 'hooks once', 'partly frozen', 'inside checkpoint', 'DDP']
 
 @pytest.mark.parametrize('engine', NEW)
 @pytest.mark.parametrize('question', QUESTIONS)

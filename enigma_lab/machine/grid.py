@@ -44,6 +44,14 @@ class StraightThrough(torch.autograd.Function):
     ): # gradient of `x` in the type of `x`; `None` for `grid`
         "Pass the gradient on."
         return g.to(ctx.dtype), None
+    @staticmethod
+    def jvp(
+        ctx, # of autograd
+        t, # tangent of `x`
+        grid, # `None`
+    ): # tangent of the points
+        "Pass the tangent on."
+        return t.clone()
 
 # %% ../../nbs/machine/48_grid.ipynb #5e0a71c3
 def snap(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['in_transform', 'is_traced', 'plain_value', 'has_values', 'ensure', 'version', 'node_number', 'entrances',
-           'is_sharded', 'tree_flatten', 'tree_unflatten']
+           'has_tangents', 'is_sharded', 'tree_flatten', 'tree_unflatten']
 
 # %% ../../nbs/machine/46_internals.ipynb #fc6cf62e
 import sys
@@ -81,6 +81,16 @@ def entrances(
         elif node._sequence_nr() < since: older = True
         else: todo += [edge for edge, _ in node.next_functions]
     return leaves, older
+
+# %% ../../nbs/machine/46_internals.ipynb #2c8c963d
+def has_tangents(
+    tensors, # a function that lists them
+)->bool: # True: one of them carries a tangent of forward mode
+    "Tell whether forward mode passes through any of some tensors."
+    mode = torch.autograd.forward_ad
+    if mode._current_level < 0: return False
+    # a transform within forward mode hides the tangents
+    return in_transform() or any(mode.unpack_dual(t).tangent is not None for t in tensors())
 
 # %% ../../nbs/machine/46_internals.ipynb #a1fecef6
 def is_sharded(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .bijection import Bijection, check_even
 from .compile import BijectionModule, traced
 from .grid import GRID, check_grid, check_range, snap
-from .internals import ensure, has_values, is_sharded, is_traced
+from .internals import (
+    ensure, has_tangents, has_values, is_sharded, is_traced)
 from .steps import Arguments, BijectionStep, Coupling, sketch
 
 # %% ../../nbs/machine/52_reversible.ipynb #6919df91
@@ -376,7 +377,10 @@ class ReversibleChain(ReversibleSteps):
         streams, # two
     ): # the two streams behind the steps
         "Run the chain, and store no more than `memory` and `keep` ask for."
-        if self.memory == 'reverse': return reversible(steps, *streams, self.check, self.keep)
+        extras = next((s.arguments.tensors for s in steps if hasattr(s, 'arguments')), [])
+        forward_mode = has_tangents(lambda: [*streams, *extras, *self.parameters()])
+        if self.memory == 'reverse' and not forward_mode:
+            return reversible(steps, *streams, self.check, self.keep)
         for step in steps: streams = step.plain(*streams)
         return streams
 
