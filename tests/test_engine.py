@@ -226,6 +226,11 @@ def test_a_loss_left_on_a_module_is_refused(keep):
     differentiate(chain(leave_detached, keep=keep))
 
 @KEEPS
+def test_one_result_is_asked_for(keep):
+    own = ReversibleSequence([(nn.LSTM(3, 3), nn.Linear(3, 3))], keep=keep).double()
+    with pytest.raises(TypeError, match='LSTM must return one tensor, got tuple'): own(X[None])
+
+@KEEPS
 @pytest.mark.parametrize('part', [
     nn.BatchNorm1d(3), nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))],
     ids=['BatchNorm', 'spectral_norm'])
