@@ -81,12 +81,15 @@ class BlockChain(ReversibleSequence):
     def steps(self,
         extras, # not used
         positions:Tensor, # (B, T) int64
+        inverse:bool=False, # the way back
     ): # a list of reversible steps
         "List the steps of all blocks."
         base, = self.model
         dtype = base.embed_tokens.weight.dtype
         inputs = *base.attention_inputs(positions, dtype), None
-        return [step for block in base.chain(positions, inputs) for step in block]
+        steps = [step for block in base.chain(positions, inputs) for step in block]
+        for step in steps: step.inverse = inverse
+        return steps[::-1] if inverse else steps
 
 # %% ../../nbs/lm/32_reverse.ipynb #ccbfe513
 def certify_model(
