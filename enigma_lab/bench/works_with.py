@@ -20,5 +20,5 @@ def verdict(
 def verdicts(
     run:Run, # a record of `bench.reversible`
 ): # a pandas table: questions × engines
-    "Shorten answers to a word."
+    "Show each answer as a word."
     return behaviour_table(run).map(verdict)

@@ -47,7 +47,9 @@ def ensure(
     if not has_values(ok): return
     if torch.compiler.is_compiling() or not in_transform() and ok.device.type != 'cpu':
         torch._assert_async(ok.all(), message)
-    elif not plain_value(ok).all(): raise error(message)
+    elif not plain_value(ok).all():
+        refusal = error(message)
+        raise refusal
 
 # %% ../../nbs/machine/46_internals.ipynb #3926c79c
 def version(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPAN', 'KEEP', 'MEMORY', 'measures', 'ReversibleSpan', 'ChainEnd', 'spans', 'kept_steps', 'ChainStart',
            'check_return', 'frozen_steps', 'run_frozen', 'run_head', 'reversible', 'coupled', 'as_block', 'BlockList',
-           'couplings', 'check_sequence', 'check_gathered', 'ReversibleBlocks', 'ReversibleSteps', 'ReversibleChain',
-           'MeasuredSequence', 'ReversibleSequence']
+           'couplings', 'check_sequence', 'check_gathered', 'ReversibleBlocks', 'ReversibleSteps', 'in_forward_mode',
+           'ReversibleChain', 'MeasuredSequence', 'ReversibleSequence']
 
 # %% ../../nbs/machine/52_reversible.ipynb #8f2a3b05
 import itertools, warnings
@@ -360,6 +360,16 @@ class ReversibleSteps(ReversibleBlocks):
             else: steps += couplings(block, extras, self.axis, grid, inverse)
         return steps[::-1] if inverse else steps
 
+# %% ../../nbs/machine/52_reversible.ipynb #2a504be4
+def in_forward_mode(
+    sequence, # with its parameters
+    steps, # of the chain, with their arguments
+    streams, # two
+)->bool: # True: a tangent passes through the chain
+    "Tell whether a pass is one of forward mode, which needs nothing on the way back."
+    return has_tangents(lambda: [*streams, *sequence.parameters(), *(
+        t for step in steps for t in step.arguments.tensors if t.is_floating_point())])
+
 # %% ../../nbs/machine/52_reversible.ipynb #2094eedb
 class ReversibleChain(ReversibleSteps):
     "Lead streams through the blocks, and back."
@@ -377,9 +387,7 @@ class ReversibleChain(ReversibleSteps):
         streams, # two
     ): # the two streams behind the steps
         "Run the chain, and store no more than `memory` and `keep` ask for."
-        extras = next((s.arguments.tensors for s in steps if hasattr(s, 'arguments')), [])
-        forward_mode = has_tangents(lambda: [*streams, *extras, *self.parameters()])
-        if self.memory == 'reverse' and not forward_mode:
+        if self.memory == 'reverse' and not in_forward_mode(self, steps, streams):
             return reversible(steps, *streams, self.check, self.keep)
         for step in steps: streams = step.plain(*streams)
         return streams
@@ -390,10 +398,9 @@ class ReversibleChain(ReversibleSteps):
     ): # two streams, and the log-determinant (shape without channels), nats
         "Run the chain, and add up how its steps change volume."
         for step in steps: step.measures = isinstance(step, BijectionStep)
-        like = streams[0]
         a, b = self.lead(steps, streams)
-        parts = [step.measured if step.measures else step.log_det(like, step.s) for step in steps]
-        return a, b, sum(parts, torch.zeros_like(like.select(self.axis, 0)))
+        parts = [step.measured if step.measures else step.log_det(a, step.s) for step in steps]
+        return a, b, sum(parts, torch.zeros_like(a.select(self.axis, 0)))
 
 # %% ../../nbs/machine/52_reversible.ipynb #9588505a
 class MeasuredSequence(ReversibleChain):

@@ -488,7 +488,14 @@ class Addition(KeptStep):
 
 # %% ../../nbs/machine/51_steps.ipynb #cc65c80b
 class CheckedAddition(Addition):
-    "Add a function's result, of the right shape, and note how large the stream becomes."
+    "Add a function's result, one tensor of the right shape, and note how large the stream is."
+    def call(self, b, extras): # F(b, *extras)
+        out = super().call(b, extras)
+        if isinstance(out, Tensor): return out
+        raise TypeError(f"{type(self.module).__name__} must return one tensor, got "
+                        f"{type(out).__name__}: give the chain a module that returns the first "
+                        "of several, and compute other losses from the streams outside of it")
+
     def add(self,
         a, # the stream that changes
         s, # scale, a scalar; `None`: 1
@@ -527,13 +534,6 @@ class SharedAddition(CheckedAddition):
 # %% ../../nbs/machine/51_steps.ipynb #4deb4916
 class Coupling(SharedAddition):
     "Map `(a, b)` to `(b, s a + F(b))` (RevNet, arXiv:1707.04585, eq. 8)."
-    def call(self, b, extras): # F(b, *extras)
-        out = super().call(b, extras)
-        if isinstance(out, Tensor): return out
-        raise TypeError(f"{type(self.module).__name__} must return one tensor, got "
-                        f"{type(out).__name__}: give the chain a module that returns the first "
-                        "of several, and compute other losses from the streams outside of it")
-
     def plain(self, a, b):
         # a view gathers F's gradients before they are added: the same order, the same bits
         return b, self.add(a, self.s, self.call(b.view_as(b), self.arguments.tensors))
