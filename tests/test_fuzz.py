@@ -22,7 +22,8 @@ def check(report, few):
     assert not report.by_size(), text
     assert len(report.found('invalid')) <= .005*len(report.verdicts), text
     eager = lambda case: case.path == 'eager'
-    assert report.refused(lambda case: eager(case) and usual(case)) <= few[0], text
+    assert report.refused(lambda case: eager(case) and usual(case)) == 0, text
+    assert report.refused(eager) <= few[0], text
     assert report.refused(lambda case: not eager(case)) <= few[1], text
 
 def test_200_cases():
