@@ -257,6 +257,31 @@ def test_arguments_of_every_kind(keep):
     alike(found, expected)
     alike([own.inverse(y, scale, flag=True, more=dict(shift=(shift, None)))], [X])
 
+class Masked(Part):
+    def forward(self, x, mask=None): return super().forward(x) * (1 if mask is None else mask)
+
+class Own(Part):
+    def forward(self, x, *, shift): return super().forward(x) + shift
+
+@KEEPS
+def test_a_part_gets_what_it_has_a_name_for(keep):
+    torch.manual_seed(0)
+    own = ReversibleSequence([(Masked(), Own()) for _ in range(2)], keep=keep).double()
+    mask, shift = (torch.rand(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    def run(module):
+        x = X.clone().requires_grad_()
+        y = module(x, mask=mask, shift=shift)
+        return y, *torch.autograd.grad(y.pow(3).sum(), [x, mask, shift, *own.parameters()])
+    a, b = X.chunk(2, -1)
+    for f, g in own.blocks: # by hand
+        a = a + f(b, mask)
+        b = b + g(a, shift=shift)
+    y, *found = run(own)
+    alike([y, *found], [torch.cat([a, b], -1), *run(stored(own))[1:]])
+    alike(run(torch.compile(own, fullgraph=True, backend='aot_eager')), [y, *found])
+    alike([own.inverse(y, mask=mask, shift=shift)], [X])
+    with pytest.raises(TypeError, match="takes an argument 'msk'"): own(X, msk=mask, shift=shift)
+
 def test_blocks_are_a_list():
     own = chain(depth=3, keep=0)
     own.blocks.append((Part().double(), Part().double()))

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SPAN', 'KEEP', 'MEMORY', 'measures', 'ReversibleSpan', 'ChainEnd', 'spans', 'kept_steps', 'ChainStart',
            'check_return', 'frozen_steps', 'run_frozen', 'run_head', 'reversible', 'coupled', 'as_block', 'BlockList',
-           'couplings', 'check_sequence', 'check_gathered', 'ReversibleBlocks', 'ReversibleSteps', 'in_forward_mode',
-           'ReversibleChain', 'MeasuredSequence', 'ReversibleSequence']
+           'takes', 'for_part', 'check_taken', 'couplings', 'check_sequence', 'check_gathered', 'ReversibleBlocks',
+           'ReversibleSteps', 'in_forward_mode', 'ReversibleChain', 'MeasuredSequence', 'ReversibleSequence']
 
 # %% ../../nbs/machine/52_reversible.ipynb #8f2a3b05
-import itertools, warnings
+import inspect, itertools, warnings
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from .bijection import Bijection, check_even
 from .compile import BijectionModule, traced
 from .grid import GRID, check_grid, check_range, snap
-from .internals import (
-    ensure, has_tangents, has_values, is_sharded, is_traced)
+from .internals import ensure, has_tangents, has_values, is_sharded, is_traced
 from .steps import Arguments, BijectionStep, Coupling, sketch
 
 # %% ../../nbs/machine/52_reversible.ipynb #6919df91
@@ -276,20 +275,48 @@ class BlockList(nn.ModuleList):
 
     def __setitem__(self, index, module): super().__setitem__(index, as_block(module))
 
+# %% ../../nbs/machine/52_reversible.ipynb #75ad08fe
+@torch.compiler.assume_constant_result
+def takes(
+    kind:type, # of a module
+    name:str, # of an argument
+)->bool: # True: its `forward` has that argument, or takes all that are named
+    "Tell whether modules of a kind have an argument."
+    found = inspect.signature(kind.forward).parameters
+    return name in found or any(p.kind is p.VAR_KEYWORD for p in found.values())
+
+def for_part(
+    part, # F or G
+    arguments, # `Arguments` of the chain
+): # `Arguments` of the part
+    "Keep the named arguments that a part takes."
+    kind = type(getattr(part, '_orig_mod', part)) # of a part that is compiled by itself
+    mine = {name: t for name, t in arguments.named.items() if takes(kind, name)}
+    if len(mine) == len(arguments.named): return arguments
+    return Arguments(arguments.args, mine)
+
+def check_taken(
+    steps, # of a chain
+    named, # arguments by their names
+):
+    "Raise a TypeError for an argument that no part of a chain takes."
+    lost = {*named} - {name for step in steps for name in step.arguments.named}
+    if lost: raise TypeError(f"no F or G of the chain takes an argument {sorted(lost)[0]!r}")
+
 # %% ../../nbs/machine/52_reversible.ipynb #4a661de7
 MEMORY = 'reverse', 'store'
 
 def couplings(
     block, # a pair of modules, or a `RevBlock`
-    extras, # further arguments, or `Arguments`
+    extras, # `Arguments`
     axis, # of the channels
     grid, # the step of exact streams; `None`: floats
     inverse=False, # the way back
 ): # two `Coupling`s
     "Make two half blocks of a pair of functions."
-    f, g = block if isinstance(block, nn.ModuleList) else (block.f, block.g)
+    parts = block if isinstance(block, nn.ModuleList) else (block.f, block.g)
     s = block.s if getattr(block, 'log_scale', None) is not None else None
-    return [Coupling(part, extras, s, axis, grid, inverse) for part in (f, g)]
+    return [Coupling(part, for_part(part, extras), s, axis, grid, inverse) for part in parts]
 
 # %% ../../nbs/machine/52_reversible.ipynb #f422fd6e
 def check_sequence(
@@ -352,12 +379,14 @@ class ReversibleSteps(ReversibleBlocks):
     ): # a list of steps
         "Make the steps of the chain for one pass."
         self.update_ways()
+        extras = extras if isinstance(extras, Arguments) else Arguments(extras)
         steps = []
         for block, ways in zip(self.blocks, self.ways):
             check_gathered(block)
             grid = self.grid if self.exact else None
             if ways: steps.append(BijectionStep(block, positions, self.axis, ways, inverse))
             else: steps += couplings(block, extras, self.axis, grid, inverse)
+        check_taken(steps, extras.named)
         return steps[::-1] if inverse else steps
 
 # %% ../../nbs/machine/52_reversible.ipynb #2a504be4
@@ -435,7 +464,7 @@ class ReversibleSequence(MeasuredSequence):
         x, # with an even number of channels along `axis`
         *extras, # for every F and G: tensors, flags, `None`, or tuples and dictionaries of them
         positions=None, # int64, for bijections
-        **named, # likewise, by keyword
+        **named, # by keyword, for every F and G that has an argument of that name
     ): # of the shape of `x`
         "Run the chain."
         steps = self.steps(Arguments(extras, named), positions)

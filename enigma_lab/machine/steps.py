@@ -124,6 +124,7 @@ class Arguments:
         args=(), # positional: tensors, `None`, flags, or nested ones
         named=None, # by keyword
     ):
+        self.args, self.named = args, named or {}
         self.leaves, self.tree = (
             tree_flatten((tuple(args), named or {})) if named or any(
                 t is not None and not isinstance(t, Tensor) for t in args) else (args, None))
