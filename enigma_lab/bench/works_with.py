@@ -11,10 +11,11 @@ from ..lab.runs import Run
 
 # %% ../../nbs/bench/17_works_with.ipynb #903cb5e7
 def verdict(
-    answer:str, # of a question: 'right', or what is wrong
-)->str: # 'yes', 'error' or 'wrong'
+    answer:str, # of a question: 'right', or what is wrong; another type: it was not asked
+)->str: # 'yes', 'error', 'wrong' or '–'
     "Tell an error from what went wrong without one."
     if answer == 'right': return 'yes'
+    if not isinstance(answer, str): return '–'
     return 'error' if answer.split(':')[0].isidentifier() else 'wrong'
 
 def verdicts(
