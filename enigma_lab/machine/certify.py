@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'MOST', 'as_pair', 'Way', 'two_ways', 'generator_states', '
            'row_jacobians', 'said_of_rows', 'sum_rows', 'volume', 'as_double', 'volume_in_float64', 'digits', 'excess',
            'log_det_errors', 'log_det_error', 'chain_gradients', 'max_or_nan', 'Alone', 'gradient_error', 'Faults',
            'Verdict', 'Findings', 'Certificate', 'grid_of', 'Trial', 'known', 'look_at_inverse', 'look_at_gradients',
-           'look_at_volume', 'look_at', 'noting', 'inner_parts', 'chain_parts', 'find_blame', 'certify', 'trial',
+           'look_at_volume', 'look_at', 'noting', 'inner_parts', 'chain_parts', 'find_blame', 'certify', 'trial_input',
            'sample_input']
 
 # %% ../../nbs/machine/70_certify.ipynb #1cdb1c28
@@ -793,13 +793,13 @@ def certify(
         raise ValueError("positions are for a Bijection or a ReversibleSequence, "
                          f"got {type(module).__name__}: hand them over as a further argument")
     with torch.inference_mode(False), left_alone(module):
-        x, positions = trial(module, x, positions, grid_of(module))
+        x, positions = trial_input(module, x, positions, grid_of(module))
         tried = Trial(module, x, extras, named, positions, inverse)
         found = look_at(tried)
         return found if found.ok else replace(found, blame=find_blame(tried))
 
 # %% ../../nbs/machine/70_certify.ipynb #8d58030f
-def trial(
+def trial_input(
     module:nn.Module, # to be certified
     x:Tensor|None, # (B, …), B at least 2; `None`: 32 normal vectors
     positions:Tensor|None, # int64, broadcastable to `x.shape[:-1]`; `None`: 0, 1, 2, …
