@@ -225,6 +225,19 @@ def test_a_loss_left_on_a_module_is_refused(keep):
         return x
     differentiate(chain(leave_detached, keep=keep))
 
+def test_fixed_statistics():
+    "Buffers have no gradient: nobody asks for one."
+    own = ReversibleSequence([(nn.Sequential(Part(), nn.BatchNorm1d(3)), Part())], keep=0).double()
+    own.blocks[0][0][1].running_mean.fill_(.3)
+    own.eval()
+    params = dict(own.named_parameters())
+    found = grad(lambda p: functional_call(own, p, (X,)).pow(3).sum())(params)
+    alike([*found.values()], differentiate(stored(own))[1:])
+    compiled = torch.compile(own, fullgraph=True, backend='aot_eager')
+    alike(differentiate(compiled), differentiate(stored(own)))
+    with pytest.raises(Exception, match='changed a buffer of its own in training'):
+        torch.compile(own.train(), backend='aot_eager')(X)
+
 @KEEPS
 def test_one_result_is_asked_for(keep):
     own = ReversibleSequence([(nn.LSTM(3, 3), nn.Linear(3, 3))], keep=keep).double()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAWS', 'SWITCHES', 'METHODS', 'argument', 'draws', 'RefuseDraws', 'wait_for', 'call', 'first_run', 'second_run',
            'pullback', 'TracedCouplingForward', 'TracedCoupling', 'TracedTurnForward', 'TracedTurn', 'Way',
-           'BijectionModule', 'TracedEnd', 'TracedStart', 'check_owned', 'traced_step', 'traced']
+           'BijectionModule', 'TracedEnd', 'TracedStart', 'check_owned', 'check_statistics', 'traced_step', 'traced']
 
 # %% ../../nbs/machine/53_compile.ipynb #48d3481e
 from types import FunctionType
@@ -121,9 +121,11 @@ def second_run(
 def pullback(
     run, # a function of tensors
     *inputs, # its arguments
+    still=0, # how many of the last need no gradient
 ): # result, and the function from its gradient to those of `inputs`
     "Run a function and prepare its vector-Jacobian product."
-    floats = [i for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    floats = [i for i, t in enumerate(inputs[:len(inputs) - still])
+              if isinstance(t, Tensor) and t.is_floating_point()]
     def of_floats(*values):
         every = list(inputs)
         for i, v in zip(floats, values): every[i] = v
@@ -175,7 +177,7 @@ class TracedCoupling(TracedCouplingForward):
         out, pull = pullback(
             lambda b, *tensors: second_run(
                 ctx.repeat, ctx.module, ctx.names, ctx.amp, step.arguments, b, tensors),
-            b, *tensors)
+            b, *tensors, still=step.still)
         a = step.change(y, out, s, undo=True)
         ga, g_out = step.to_both(gy, s)
         gs = None if s is None else -(gy*y).sum()/s if step.inverse else (gy*a).sum()
@@ -225,7 +227,8 @@ class TracedTurn(TracedTurnForward):
             way = Way(positions, inverse, measures and inverse == step.inverse)
             return second_run(ctx.repeat, ctx.ways, ctx.names, None, way, x, params)
         x, _ = run(not step.inverse, step.join(a, b), *params)
-        outs, pull = pullback(lambda *inputs: run(step.inverse, *inputs), x, *params)
+        outs, pull = pullback(lambda *inputs: run(step.inverse, *inputs), x, *params,
+                              still=step.still)
         g, *rest = pull((step.join(ga, gb).to(outs[0].dtype), g_log_det.to(outs[1].dtype)))
         return (None,)*5 + (*step.part(g), *step.part(x), *rest)
 
@@ -339,6 +342,18 @@ def check_owned(
                         f"{type(m).__name__}.{name} requires a gradient and is no parameter: "
                         "register it, or pass it to the chain, chain(x, tensor)")
 
+# %% ../../nbs/machine/53_compile.ipynb #b62c2970
+def check_statistics(
+    module, # of a step
+):
+    "Raise a RuntimeError where a module would count the statistics of a batch, twice."
+    for m in module.modules():
+        counts = getattr(m, 'track_running_stats', False) and m.running_mean is not None
+        if counts and m.training:
+            raise RuntimeError(f"a reversible step runs twice, but {type(m).__name__} changed a "
+                               "buffer of its own in training: use LayerNorm or GroupNorm, or put "
+                               "that part in eval mode")
+
 # %% ../../nbs/machine/53_compile.ipynb #54a2a495
 def traced_step(
     step, # a link of the chain
@@ -349,7 +364,11 @@ def traced_step(
     coupling = not isinstance(step, BijectionStep)
     module = step.module if coupling else step.ways or BijectionModule(step.module)
     check_owned(module)
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    check_statistics(module)
+    state = dict(module.named_parameters())
+    # a buffer that learns, as `functional_call` may bring one, comes before those that do not
+    buffers = sorted(module.named_buffers(), key=lambda named: not named[1].requires_grad)
+    state, step.still = {**state, **dict(buffers)}, sum(not t.requires_grad for _, t in buffers)
     repeat = ReplayContext(streams[0], list(module.modules()))
     if coupling:
         return TracedCoupling.apply(
