@@ -6,12 +6,10 @@
 __all__ = ['verdict', 'verdicts', 'main']
 
 # %% ../../nbs/bench/17_works_with.ipynb #41e9d008
-import sys
-
 import torch
 
 from .reversible import behaviour_table, measure_behaviour
-from .reversible_peers import ON_GPU, installed
+from .reversible_peers import installed
 from ..lab.runs import Run, finish_run, start_run
 
 # %% ../../nbs/bench/17_works_with.ipynb #903cb5e7
