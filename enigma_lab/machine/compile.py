@@ -348,8 +348,9 @@ def check_statistics(
 ):
     "Raise a RuntimeError where a module would count the statistics of a batch, twice."
     for m in module.modules():
-        counts = getattr(m, 'track_running_stats', False) and m.running_mean is not None
-        if counts and m.training:
+        # an instance of BatchNorm without statistics has `None` there
+        counts = getattr(m, 'running_mean', None) is not None
+        if counts and m.training and getattr(m, 'track_running_stats', False):
             raise RuntimeError(f"a reversible step runs twice, but {type(m).__name__} changed a "
                                "buffer of its own in training: use LayerNorm or GroupNorm, or put "
                                "that part in eval mode")
