@@ -7,9 +7,9 @@ __all__ = ['PATHS', 'BODIES', 'NORMS', 'NOISES', 'EXTRAS', 'FOREIGN', 'GRID', 'T
            'without', 'tame', 'draw_case', 'possible', 'make_body', 'make_norm', 'attend', 'Part', 'add_extra',
            'make_parts', 'make_blocks', 'on_grid', 'PlainBlock', 'Plain', 'finish_module', 'make_module', 'Trial',
            'runs', 'run_eager', 'run_compiled', 'run_functional', 'run_second', 'run_autocast', 'run_checkpointed',
-           'run_offloaded', 'run_with_other_weights', 'one_process', 'run_distributed', 'run_sharded', 'own_words',
-           'kind_of', 'attempt', 'tolerance', 'differences', 'shifted_loss', 'differs_from_slope', 'Verdict',
-           'describe', 'judge', 'usual', 'Report', 'sized', 'fuzz', 'write_report', 'main']
+           'run_offloaded', 'run_with_other_weights', 'run_distributed', 'run_sharded', 'own_words', 'kind_of',
+           'attempt', 'tolerance', 'differences', 'shifted_loss', 'differs_from_slope', 'Verdict', 'describe', 'judge',
+           'usual', 'Report', 'sized', 'fuzz', 'write_report', 'main']
 
 # %% ../../nbs/bench/13_fuzz.ipynb #7e683f75
 import argparse, ast, random, sys, time, warnings
@@ -20,12 +20,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .reversible_checks import group_of_one
 from ..machine import reversible as engine
 from ..machine.rev_block import RevBlock
 from ..machine.reversible import ReversibleSequence
@@ -629,31 +629,26 @@ def run_with_other_weights(
     return {**trial.backward(y), 'gradient of the rate': rate.grad}
 
 # %% ../../nbs/bench/13_fuzz.ipynb #3afe26c6
-def one_process(): # a mesh of one process
-    "Join a process group of one."
-    from torch.distributed.device_mesh import init_device_mesh
-    if not dist.is_initialized():
-        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh('cpu', (1,))
-
 @runs('ddp')
+@group_of_one()
 def run_distributed(
     trial:Trial, # to be run
 )->dict[str, Tensor]: # named values
     "Wrap the module in DistributedDataParallel."
-    one_process()
     wrapped = nn.parallel.DistributedDataParallel(trial.module)
     return trial.backward(trial.run(wrapped))
 
 @runs('fsdp')
+@group_of_one()
 def run_sharded(
     trial:Trial, # to be run
 )->dict[str, Tensor]: # named values
     "Run with F and G sharded, or blocks, or all at once."
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     groups = dict(parts=[m for m in trial.module.modules() if isinstance(m, Part)],
                   blocks=[*trial.module.blocks], root=[trial.module])
-    mesh = one_process()
+    mesh = init_device_mesh('cpu', (1,))
     for module in groups[trial.case.flavour]: fully_shard(module, mesh=mesh)
     return trial.backward(trial.run(trial.module))
 

@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'PEER', 'TRIAL_SEED', 'CASES', 'TIMED', 'PARTS', 'FULL', 'CUDA', 'SMALL', 'reachable', 'shape', 'build',
            'updates', 'measure_speed', 'writers', 'own_times', 'measure_generation', 'train_once', 'best_rate',
            'measure_quality', 'probe', 'measure_memory', 'utilization', 'ratios', 'bits_at', 'untuned', 'scores',
-           'summary', 'verdict', 'read_options', 'open_run', 'main']
+           'summary', 'verdict', 'read_options', 'main']
 
 # %% ../../nbs/bench/30_lm.ipynb #16f12854
 import argparse, cProfile, json, math, pstats, subprocess, sys, tempfile, time
@@ -19,11 +19,12 @@ from transformers import set_seed
 
 from .ablation import RATES, narrowed
 from .flops import flops_per_token, peak_flops
-from ..lab.stats import median_interval
-from .timing import UpdateClock, alternate, busy, high_water, look_at_load, once
+from .timing import (
+    UpdateClock, alternate, busy, high_water, look_at_load, once, open_record)
 from ..data.windows import Windows
 from ..lab.optimizer import make_optimizer
-from ..lab.runs import Run, find_run, finish_run, start_run, write_json
+from ..lab.runs import Run, finish_run
+from ..lab.stats import median_interval
 from ..lab.trainer import fit
 from ..lm.generate import generate
 from ..lm.model import EnigmaConfig, EnigmaForCausalLM, parameter_card
@@ -414,27 +415,12 @@ def read_options(
     chosen = {k: v for k, v in given.items() if v is not None}
     return sizes | chosen | dict(compile=given['device'] == 'cuda'), resume
 
-# %% ../../nbs/bench/30_lm.ipynb #83d6ab5d
-def open_run(
-    config:dict, # what to measure
-    resume:str, # a record to go on with, or empty
-)->Run: # its history has whole lines only
-    "Start a new record, or open an unfinished one."
-    if not resume: return start_run('bench_lm', config)
-    run = find_run(resume)
-    if run.finished:
-        raise FileExistsError(f"a run is written once, and {run.name} is finished; start another")
-    lines = ''.join(json.dumps(line) + '\n' for line in run.history)
-    (run.path/'history.jsonl').write_text(lines, encoding='utf-8')
-    write_json(run.path/'env.json', dict(run.env, process_start_s=0))
-    return run
-
 # %% ../../nbs/bench/30_lm.ipynb #33e56e09
 def main(
     arguments:list[str]=(), # of the command line
 )->Run: # finished
     "Measure the language model beside its peers; prints the tables."
-    run = open_run(*read_options(arguments))
+    run = open_record('bench_lm', *read_options(arguments))
     c = run.config
     parts = prepare(make_config(c['preset'], max_chars=c['max_chars']))
     for row in ROWS:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPILED', 'SHAPES', 'MEASURES', 'PARTS', 'FULL', 'SMALL', 'in_process', 'training_step', 'Everywhere', 'flops',
-           'measure_time', 'drift', 'measure_behaviour', 'measure_memory', 'measure_drift', 'open_run', 'main',
-           'rows_of', 'behaviour_table', 'memory_table', 'time_table', 'summary', 'plot_drift']
+           'measure_time', 'drift', 'measure_behaviour', 'measure_memory', 'measure_drift', 'main', 'rows_of',
+           'behaviour_table', 'memory_table', 'time_table', 'summary', 'plot_drift']
 
 # %% ../../nbs/bench/10_reversible.ipynb #7ccbc445
 import argparse, contextlib, statistics, sys
@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .memory import apart
 from .reversible_checks import BEHAVIOURS, ask
 from .reversible_peers import ENGINES, ON_GPU, build, installed, make_blocks
-from .timing import busy, look_at_load, once, sample_ms
-from ..lab.runs import Run, find_run, finish_run, start_run
+from .timing import busy, look_at_load, once, open_record, sample_ms
+from ..lab.runs import Run, finish_run
 from ..machine.grid import snapped
 from ..machine.reversible import ReversibleSequence
 
@@ -139,17 +139,6 @@ FULL = dict(depths=[4, 16, 48], deepest=1000, shapes=list(SHAPES), rounds=25,
 SMALL = dict(depths=[1], deepest=0, shapes=['small'], rounds=2, drift_depths=[2],
              engines=['plain', 'ours', 'ours, exact'])
 
-def open_run(
-    config:dict, # what to measure
-    resume:str, # name of a record to go on with, or empty
-)->Run: # open
-    "Start a record, or go on with one."
-    if not resume: return start_run('bench_reversible', config)
-    run = find_run(resume)
-    if run.finished:
-        raise FileExistsError(f"a run is written once, and {run.name} is finished; start another")
-    return run
-
 # %% ../../nbs/bench/10_reversible.ipynb #6df6d660
 def main(
     arguments:list[str]=(), # of the command line
@@ -164,7 +153,8 @@ def main(
     given = parser.parse_args(arguments)
     size = SMALL if given.small else FULL
     engines = {name: version for name, version in installed().items() if name in size['engines']}
-    run = open_run(dict(size, parts=given.parts, engines=engines), given.resume)
+    config = dict(size, parts=given.parts, engines=engines)
+    run = open_record('bench_reversible', config, given.resume)
     torch.set_num_threads(1)
     for part in run.config['parts']:
         look_at_load(run, part)

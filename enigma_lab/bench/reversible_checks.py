@@ -9,13 +9,15 @@ __all__ = ['BEHAVIOURS', 'behaviour', 'run', 'differentiate', 'off', 'wrong', 'S
            'no_side_effects', 'backward_twice', 'hooks_once', 'partly_frozen', 'differentiate_frozen', 'Steered',
            'tensor_in_passing', 'Remembering', 'batch_norm', 'functional', 'compiled', 'other_weights', 'per_sample',
            'forward_mode', 'exported', 'quantised', 'copied', 'on_meta', 'inside_checkpoint', 'offloaded',
-           'compiled_memory', 'stored_bytes', 'compiled_bytes', 'distributed', 'fully_sharded', 'ask']
+           'compiled_memory', 'stored_bytes', 'compiled_bytes', 'group_of_one', 'distributed', 'fully_sharded', 'ask']
 
 # %% ../../nbs/bench/09_reversible_checks.ipynb #b747764b
 import copy, warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
@@ -26,8 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from .reversible_peers import (
-    MLP, REFERENCES, Attention, Plain, build, make_blocks)
+from .reversible_peers import Attention, MLP, Plain, REFERENCES, build, make_blocks
 
 # %% ../../nbs/bench/09_reversible_checks.ipynb #7da49147
 # question -> function from a Subject to '' or what is wrong, in the order of the page
@@ -556,16 +557,25 @@ def compiled_bytes(
     module(x.clone().requires_grad_()).pow(2).mean().backward()
     return sizes[0]
 
+# %% ../../nbs/bench/09_reversible_checks.ipynb #65d37689
+@contextmanager
+def group_of_one():
+    "Be a group of one process; leave it at the end."
+    if dist.is_initialized(): raise RuntimeError(
+        "a process belongs to one group, and this one is in a group already; "
+        "call torch.distributed.destroy_process_group() before")
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try: yield
+    finally: dist.destroy_process_group()
+
 # %% ../../nbs/bench/09_reversible_checks.ipynb #9ccb40c6
 @behaviour('DDP')
+@group_of_one()
 def distributed(
     s:Subject, # an engine
 )->str: # '' or what is wrong
     "Check that DDP with one process reduces every parameter once."
-    import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-    if not dist.is_initialized():
-        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     module, ps, *_ = s()
     reduced = []
     def count(state, bucket):
@@ -579,15 +589,13 @@ def distributed(
 
 # %% ../../nbs/bench/09_reversible_checks.ipynb #bb66f367
 @behaviour('FSDP2')
+@group_of_one()
 def fully_sharded(
     s:Subject, # an engine
 )->str: # '' or what is wrong
     "Compare all gradients when each F and each G is sharded, on one process."
-    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
-    if not dist.is_initialized():
-        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     module, _, reference, qs = s()
     parts = [m for m in module.modules() if isinstance(m, (Attention, MLP))]
     for part in parts: fully_shard(part, mesh=DeviceMesh('cpu', [0]))
