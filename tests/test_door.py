@@ -11,7 +11,9 @@ ROOT = checkout(__file__)
 
 SETTINGS = "steps: int = 3  # training steps\ndata = 'auto'"
 START = (
+    "from enigma_lab.lab import runs\n"
     "from enigma_lab.lab.runs import start_run, finish_run\n"
+    "runs.environment = dict # the real one imports torch, for seconds\n"
     "run = start_run('{name}', dict(steps=steps))"
 )
 TRAIN = """import time

@@ -105,6 +105,14 @@ for name in {modules!r}:
     failed += os.waitpid(child, 0)[1] != 0
 print(failed, 'failed')
 """
+LOOK_UP = """
+print('names')
+for line in {names!r}:
+    module, _, name = line.rpartition('.')
+    try: getattr(importlib.import_module('enigma_lab.' + module), name)
+    except (ImportError, AttributeError) as e: print(line, e)
+"""
+OLD = (Path(__file__).parent/'names_0.1.0.txt').read_text(encoding='utf-8').split()
 
 def libraries():
     "What the modules import of other libraries, at the top."
@@ -117,33 +125,27 @@ def libraries():
                 found |= {node.module, *(f'{node.module}.{a.name}' for a in node.names)}
     return sorted(name for name in found if not name.startswith('enigma_lab'))
 
-def import_all(folder, modules):
-    code = IMPORT_ALL.format(root=str(ROOT), folder=str(folder), modules=modules,
-                             others=libraries())
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory):
+    "Import everything in one process, each module in a child of it first; return what was said."
+    code = IMPORT_ALL.format(root=str(ROOT), folder=str(tmp_path_factory.mktemp('empty')),
+                             modules=MODULES, others=libraries()) + LOOK_UP.format(names=OLD)
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    modules, _, names = done.stdout.partition('names\n')
+    return modules, names
 
-def test_importing_does_nothing_else(tmp_path):
-    done = import_all(tmp_path, MODULES)
-    assert done.stdout.strip().endswith('0 failed'), done.stdout[-3000:] + done.stderr[-1000:]
+def test_importing_does_nothing_else(imported):
+    modules, _ = imported
+    assert modules.strip().endswith('0 failed'), modules[-3000:]
 
-OLD = (Path(__file__).parent/'names_0.1.0.txt').read_text(encoding='utf-8').split()
-LOOK_UP = """
-import importlib, warnings
-warnings.simplefilter('ignore')
-for line in {names!r}:
-    module, _, name = line.rpartition('.')
-    try: getattr(importlib.import_module('enigma_lab.' + module), name)
-    except (ImportError, AttributeError) as e: print(line, e)
-"""
-
-def test_names_of_the_last_version_work():
+def test_names_of_the_last_version_work(imported):
     "Every public name of 0.1.0 is found where it was, moved or renamed."
     assert len(OLD) > 1000
-    done = subprocess.run([sys.executable, '-c', LOOK_UP.format(names=OLD)], capture_output=True,
-                          text=True)
-    lost = [line for line in done.stdout.splitlines() if line.split()[0] not in GONE]
-    assert done.returncode == 0 and not lost, done.stdout[-3000:] + done.stderr[-1000:]
+    _, names = imported
+    lost = [line for line in names.splitlines() if line.split()[0] not in GONE]
+    assert not lost, lost
 
 def test_a_table_of_names_says_what_is_there():
     "Each row leads to a module, and each new name is in it."

@@ -152,8 +152,10 @@ def test_an_error_in_the_loop_is_passed_on_and_marked():
 # wandb keeps its state for the life of a process, so each of its cases gets one
 
 LOOP = """
+from enigma_lab.lab import runs
 from enigma_lab.lab.runs import finish_run, start_run
 from enigma_lab.lab.trackers import open_tracker
+runs.environment = dict # the real one imports torch, for seconds
 run = start_run('loop', dict(dim=8, seed=0))
 with open_tracker('wandb', run, experiment='a-trial') as tracker:
     MIDWAY
