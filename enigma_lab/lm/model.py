@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['machine_places', 'presets', 'TransformersFields', 'EnigmaConfig', 'check_sizes', 'check_streams', 'check_config',
            'Linear', 'Dropout', 'make_dropout', 'AttentionWeights', 'Attention', 'MLP', 'Block', 'OwnMemory',
-           'EnigmaPreTrainedModel', 'token_positions', 'alibi_features', 'short_on_cpu', 'AttentionInputs',
-           'BlockSteps', 'TwoStreams', 'Streams', 'Ends', 'make_machine', 'make_wheels', 'WholeWay', 'EnigmaModel',
-           'NextToken', 'EnigmaForCausalLM', 'parameter_card', 'reached_matrices']
+           'reset_missing', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_features', 'short_on_cpu',
+           'AttentionInputs', 'BlockSteps', 'TwoStreams', 'Streams', 'Ends', 'make_machine', 'make_wheels', 'WholeWay',
+           'EnigmaModel', 'NextToken', 'EnigmaForCausalLM', 'parameter_card', 'reached_matrices']
 
 # %% ../../nbs/lm/30_model.ipynb #75251407
 import math
@@ -181,6 +181,12 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs)
         self.start = start
 
+    def reset_parameters(self):
+        "Draw the weights; within the constructor as torch does, to be drawn again by the model."
+        if not hasattr(self, 'start'): return super().reset_parameters()
+        init.normal_(self.weight, std=self.start)
+        init.zeros_(self.bias)
+
 class Dropout(nn.Dropout):
     "Drop features as `nn.Dropout` does, which draws its mask and needs no key."
     def __init__(self,
@@ -298,6 +304,16 @@ class OwnMemory:
             p.data = p.data.clone()
         return loaded
 
+# %% ../../nbs/lm/30_model.ipynb #5a3d0543
+def reset_missing(
+    module:nn.Module, # with a `reset_parameters`
+):
+    "Reset the parameters and buffers of a module, but for those that a checkpoint has brought."
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    loaded = [(t, t.clone()) for _, t in own if getattr(t, '_is_hf_initialized', False)]
+    module.reset_parameters()
+    for t, values in loaded: t.copy_(values)
+
 # %% ../../nbs/lm/30_model.ipynb #937b4dc6
 class EnigmaPreTrainedModel(OwnMemory, PreTrainedModel):
     "Provide what the bare model and the language model share."
@@ -312,15 +328,14 @@ class EnigmaPreTrainedModel(OwnMemory, PreTrainedModel):
         config:EnigmaConfig, # shape
     ):
         super().__init__(config)
+        self.is_shape = torch.empty(0).is_meta # built without numbers, to be loaded
 
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, nn.Embedding): init.normal_(module.weight, std=.02)
-        if isinstance(module, (nn.RMSNorm, nn.LayerNorm)): init.ones_(module.weight)
-        if isinstance(module, nn.LayerNorm): init.zeros_(module.bias)
-        if isinstance(module, Linear):
-            init.normal_(module.weight, std=module.start)
-            init.zeros_(module.bias)
+        elif isinstance(module, Linear): module.reset_parameters()
+        # what a checkpoint lacks; a constructor with numbers has done it
+        elif self.is_shape and hasattr(module, 'reset_parameters'): reset_missing(module)
 
 # %% ../../nbs/lm/30_model.ipynb #dbef9a6a
 def token_positions(

@@ -69,6 +69,11 @@ class LiftedFactors(Wired):
         super().__init__(dim, seed)
         self.packed = nn.Parameter(torch.zeros(count, 2, dim*(dim-1)//2))
 
+    def reset_parameters(self):
+        "Begin again with the wiring alone."
+        super().reset_parameters()
+        nn.init.zeros_(self.packed)
+
     def factors(self,
         k:int, # which matrix, 0 … count-1
     )->tuple[Tensor,Tensor]: # strictly lower triangular (dim, dim), twice
@@ -116,10 +121,16 @@ class ExactReflector(SwapHalves):
         seed:int=0, # of the first shear
     ):
         super().__init__(dim)
-        g = torch.Generator().manual_seed(seed)
-        self.a, self.b = (
-            nn.Parameter(torch.randn(dim//2, generator=g) * size)
-            for size in (1., (dim//2)**-.5))
+        self.seed = seed
+        self.a, self.b = (nn.Parameter(torch.empty(dim//2)) for _ in range(2))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        "Draw the shear as it was at the start."
+        g, n = torch.Generator().manual_seed(self.seed), len(self.a)
+        for t, size in ((self.a, 1.), (self.b, n**-.5)):
+            t.copy_(torch.randn(n, generator=g, device='cpu') * size)
 
     def shear(self,
         x, # (..., dim) float64, on the grid
@@ -149,7 +160,11 @@ class ExactMLP(nn.Module):
     ):
         super().__init__()
         self.up, self.down = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.size = nn.Parameter(torch.tensor(size))
+        self.first, self.size = size, nn.Parameter(torch.tensor(size))
+
+    def reset_parameters(self):
+        "Set the bound as at the start; the two layers do likewise."
+        nn.init.constant_(self.size, self.first)
 
     def forward(self, x:Tensor)->Tensor: # (..., dim), float64
         h = fixed_linear(self.up, x.double()).clamp(-64, 64)

@@ -44,7 +44,15 @@ class Reflector(SwapHalves):
         seed:int=0, # of the first `v`
     ):
         super().__init__(dim)
-        self.v = nn.Parameter(torch.randn(dim, generator=torch.Generator().manual_seed(seed)))
+        self.seed, self.v = seed, nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        "Draw `v` as it was at the start."
+        drawn = torch.randn(
+            self.dim, generator=torch.Generator().manual_seed(self.seed), device='cpu')
+        self.v.copy_(drawn)
 
     def mirror(self,
         x:Tensor, # (..., dim)

@@ -24,7 +24,11 @@ class BoundedMLP(nn.Module):
     ):
         super().__init__()
         self.up, self.down = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.size = nn.Parameter(torch.tensor(size))
+        self.first, self.size = size, nn.Parameter(torch.tensor(size))
+
+    def reset_parameters(self):
+        "Set the bound as at the start; the two layers do likewise."
+        nn.init.constant_(self.size, self.first)
 
     def forward(self, x:Tensor)->Tensor: # (..., dim)
         return self.size * torch.tanh(self.down(nn.functional.leaky_relu(self.up(x), .1)))
@@ -67,6 +71,10 @@ class TwoHalves(Bijection):
         self.dim, self.grid = dim, grid if exact else None
         self.f, self.g = f or part(dim//2), g or part(dim//2)
         self.log_scale = nn.Parameter(torch.zeros(())) if scale else None
+
+    def reset_parameters(self):
+        "Set the scale to 1; the parts do likewise."
+        if self.log_scale is not None: nn.init.zeros_(self.log_scale)
 
     def added(self,
         part, # `f` or `g`

@@ -34,9 +34,16 @@ class Wired(nn.Module):
         seed:int, # which permutation and signs
     ):
         super().__init__()
-        permutation, sign = signed_permutation(dim, seed)
-        self.register_buffer('permutation', permutation)
-        self.register_buffer('sign', sign)
+        self.seed = seed
+        self.register_buffer('permutation', torch.empty(dim, dtype=torch.int64))
+        self.register_buffer('sign', torch.empty(dim))
+        Wired.reset_parameters(self)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        "Wire the matrices as they were at the start."
+        for t, drawn in zip((self.permutation, self.sign),
+                            signed_permutation(len(self.sign), self.seed)): t.copy_(drawn)
 
 def at_least_float32(
     x:Tensor, # any shape, floating point
@@ -62,6 +69,11 @@ class PackedFactors(Wired):
     ):
         super().__init__(dim, seed)
         self.packed = nn.Parameter(torch.zeros(count, dim, dim))
+
+    def reset_parameters(self):
+        "Begin again with the wiring alone."
+        super().reset_parameters()
+        nn.init.zeros_(self.packed)
 
     def log_scales(self,
         packed:Tensor, # (..., dim, dim)
@@ -152,6 +164,11 @@ class Rotations(Wired):
         super().__init__(dim, seed)
         self.skew = nn.Parameter(torch.zeros(count, dim*(dim-1)//2))
         self.solved = {}  # what `rotation` remembers
+
+    def reset_parameters(self):
+        "Begin again with the wiring alone."
+        super().reset_parameters()
+        nn.init.zeros_(self.skew)
 
     def rotation(self,
         k:int, # which matrix, 0 … count-1
@@ -397,7 +414,13 @@ class PermutationRotor(SteppingRotor):
     ):
         super().__init__(dim, dim if num_positions is None else num_positions, place, key)
         check_contacts(dim, self.num_positions)
-        self.register_buffer('wiring', signed_permutation(dim, seed)[0])
+        self.seed = seed
+        self.register_buffer('wiring', torch.empty(dim, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "Wire the rotor as it was at the start."
+        self.wiring.copy_(signed_permutation(len(self.wiring), self.seed)[0])
 
     def turned(self,
         x, # (..., dim)
