@@ -187,6 +187,7 @@ class Linear(nn.Linear):
         init.normal_(self.weight, std=self.start)
         init.zeros_(self.bias)
 
+# %% ../../nbs/lm/30_model.ipynb #28828d50
 class Dropout(nn.Dropout):
     "Drop features as `nn.Dropout` does, which draws its mask and needs no key."
     def __init__(self,

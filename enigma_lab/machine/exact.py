@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .bijection import check_width
 from .grid import snap, snapped
-from .reflector import SwapHalves, swap_halves
+from .reflector import SwapHalves, draw_normal, swap_halves
 from .rotor import Wired, lower_triangle, parametrizations
 
 # %% ../../nbs/machine/49_exact.ipynb #955c1357
@@ -69,11 +69,6 @@ class LiftedFactors(Wired):
         super().__init__(dim, seed)
         self.packed = nn.Parameter(torch.zeros(count, 2, dim*(dim-1)//2))
 
-    def reset_parameters(self):
-        "Begin again with the wiring alone."
-        super().reset_parameters()
-        nn.init.zeros_(self.packed)
-
     def factors(self,
         k:int, # which matrix, 0 … count-1
     )->tuple[Tensor,Tensor]: # strictly lower triangular (dim, dim), twice
@@ -125,12 +120,9 @@ class ExactReflector(SwapHalves):
         self.a, self.b = (nn.Parameter(torch.empty(dim//2)) for _ in range(2))
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self):
         "Draw the shear as it was at the start."
-        g, n = torch.Generator().manual_seed(self.seed), len(self.a)
-        for t, size in ((self.a, 1.), (self.b, n**-.5)):
-            t.copy_(torch.randn(n, generator=g, device='cpu') * size)
+        draw_normal(self.seed, (self.a, 1.), (self.b, len(self.b)**-.5))
 
     def shear(self,
         x, # (..., dim) float64, on the grid

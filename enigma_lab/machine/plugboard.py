@@ -27,6 +27,7 @@ def draw_swaps(
     wiring[a], wiring[b] = b, a
     return wiring
 
+# %% ../../nbs/machine/20_plugboard.ipynb #009037bb
 class FixedPermutation(Bijection):
     "Permute the channels by a wiring that is not learned, and saved with the parameters."
     def __init__(self,

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['parametrizations', 'signed_permutation', 'Wired', 'at_least_float32', 'as_nats', 'PackedFactors', 'PLU',
-           'lower_triangle', 'cayley', 'unchanged', 'Rotations', 'Orthogonal', 'make_parametrization',
+           'lower_triangle', 'cayley', 'unchanged', 'remember', 'Rotations', 'Orthogonal', 'make_parametrization',
            'InvertibleConv1x1', 'InvertibleConv1x1Stack', 'odometer', 'reached_positions', 'by_position', 'roll',
            'SteppingRotor', 'LearnedRotor', 'TableRotor', 'check_contacts', 'RollRotor', 'PermutationRotor',
            'DynamicInvertibleConv1x1Stack', 'condition_numbers']
 
 # %% ../../nbs/machine/30_rotor.ipynb #c2391450
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ def signed_permutation(
     permutation = torch.randperm(dim, generator=g, device='cpu')
     return permutation, torch.randint(2, (dim,), generator=g, device='cpu') * 2. - 1
 
+# %% ../../nbs/machine/30_rotor.ipynb #01898c1b
 class Wired(nn.Module):
     "Hold what all matrices share: a fixed permutation with signs, saved with the parameters."
     def __init__(self,
@@ -41,9 +43,10 @@ class Wired(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        "Wire the matrices as they were at the start."
+        "Begin again with the wiring alone: what is learned is zero."
         for t, drawn in zip((self.permutation, self.sign),
                             signed_permutation(len(self.sign), self.seed)): t.copy_(drawn)
+        for p in self.parameters(recurse=False): p.zero_()
 
 def at_least_float32(
     x:Tensor, # any shape, floating point
@@ -69,11 +72,6 @@ class PackedFactors(Wired):
     ):
         super().__init__(dim, seed)
         self.packed = nn.Parameter(torch.zeros(count, dim, dim))
-
-    def reset_parameters(self):
-        "Begin again with the wiring alone."
-        super().reset_parameters()
-        nn.init.zeros_(self.packed)
 
     def log_scales(self,
         packed:Tensor, # (..., dim, dim)
@@ -153,6 +151,19 @@ def unchanged(
     return (old is not None and old.device == new.device and old.dtype == new.dtype
             and torch.equal(old, new))
 
+def remember(
+    found:dict, # what is remembered: key -> (a copy of the source, a value)
+    key, # of this value
+    source:Tensor, # what the value is computed from
+    compute:Callable, # gives the value
+): # the value
+    "Compute a value again only where its source has changed."
+    old, value = found.get(key, (None, None))
+    if not unchanged(old, source):
+        value = compute()
+        found[key] = source.clone(), value
+    return value
+
 # %% ../../nbs/machine/30_rotor.ipynb #a9c91b0b
 class Rotations(Wired):
     "Hold rotations, each given by what a skew matrix has below its diagonal."
@@ -165,24 +176,14 @@ class Rotations(Wired):
         self.skew = nn.Parameter(torch.zeros(count, dim*(dim-1)//2))
         self.solved = {}  # what `rotation` remembers
 
-    def reset_parameters(self):
-        "Begin again with the wiring alone."
-        super().reset_parameters()
-        nn.init.zeros_(self.skew)
-
     def rotation(self,
         k:int, # which matrix, 0 … count-1
         dtype:torch.dtype, # of the result
     )->Tensor: # Q (dim, dim)
         "Return a rotation; without gradients solve again only where the parameter has changed."
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.solve_rotation(k).to(dtype)
-        skew = self.skew[k]
-        old, Q = self.solved.get((k, dtype), (None, None))
-        if not unchanged(old, skew):
-            Q = self.solve_rotation(k).to(dtype)
-            self.solved[k, dtype] = skew.clone(), Q
-        return Q
+        solve = lambda: self.solve_rotation(k).to(dtype)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling(): return solve()
+        return remember(self.solved, (k, dtype), self.skew[k], solve)
 
     def solve_rotation(self,
         k:int, # which matrix, 0 … count-1
@@ -414,8 +415,7 @@ class PermutationRotor(SteppingRotor):
     ):
         super().__init__(dim, dim if num_positions is None else num_positions, place, key)
         check_contacts(dim, self.num_positions)
-        self.seed = seed
-        self.register_buffer('wiring', torch.empty(dim, dtype=torch.int64))
+        self.seed, self.wiring = seed, nn.Buffer(torch.empty(dim, dtype=torch.int64))
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -431,9 +431,7 @@ class PermutationRotor(SteppingRotor):
         p = self.stands_at(positions, x)
         return roll(roll(x, p)[..., wiring], -p), x.new_zeros(p.shape)
 
-    def forward_and_log_det(self, x, positions=None):
-        return self.turned(x, positions, self.wiring)
-
+    def forward_and_log_det(self, x, positions=None): return self.turned(x, positions, self.wiring)
     def inverse_and_log_det(self, y, positions=None):
         return self.turned(y, positions, self.wiring.argsort())
 
