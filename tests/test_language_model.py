@@ -36,7 +36,7 @@ def perplexity_of_noise(machine, steps=200, seed=0):
     return math.exp(torch.stack(losses).mean().item())
 
 @pytest.mark.parametrize('machine', ['none', 'input', 'both'])
-def test_noise_stays_noise(machine): assert perplexity_of_noise(machine) >= .99 * V
+def test_noise_stays_noise(machine): assert perplexity_of_noise(machine, steps=60) >= .99 * V
 
 @pytest.mark.proof('lm.model', 'lm.attention', seeds=(1, 2))
 @pytest.mark.parametrize('seed', [1, 2])

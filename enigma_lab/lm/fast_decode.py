@@ -170,17 +170,16 @@ class KVCache(KVTensors):
         return self.tokens
 
     def update(self,
-        k:Tensor, # (B, H, T, W) keys of new tokens, as the modules make them
-        v:Tensor, # (B, H, T, W) values of the same
+        k:Tensor, # (B, H, T, D) keys of new tokens, as the modules make them
+        v:Tensor, # (B, H, T, D) values of the same
         layer:int, # which layer
-    )->tuple[Tensor,Tensor]: # keys and values of all tokens so far, likewise
+    )->tuple[Tensor,Tensor]: # keys and values of all tokens so far (B, H, S, D)
         "Store new keys and values."
         t, end = self.tokens, self.tokens + k.shape[2]
-        self.keys[layer][:, :, t:end] = k
-        self.values[layer][:, :, t:end, self.own] = v[..., :self.D]
+        self.keys[layer][:, :, t:end, self.own] = k
+        self.values[layer][:, :, t:end, self.own] = v
         if not t: return k, v
-        values = self.values[layer][:, :, :end, self.own]
-        return self.keys[layer][:, :, :end], F.pad(values, (0, v.shape[-1] - self.D))
+        return tuple(held[layer][:, :, :end, self.own] for held in (self.keys, self.values))
 
     def take(self,
         rows:Tensor, # (B,) int64, which row of the batch each row goes on from
@@ -267,7 +266,7 @@ def prefill(
         mask = causal & memory.seen[:, None, None, :end]
     with torch.autocast(prompt.device.type, decoder.dtype, enabled=decoder.dtype != torch.float32):
         h = base.encipher(base.embed_tokens(prompt), positions)
-        front = alibi_features(base.config, positions, h.dtype)
+        front = alibi_features(base.config, positions, h.dtype, memory.positions[:, :end])
         for h in base.through_layers(h, positions, front, mask, memory): pass
         memory.tokens = end
         h = base.decipher(base.norm(h[:, -1:]), positions[:, -1:])

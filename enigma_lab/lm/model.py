@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['machine_places', 'presets', 'TransformersFields', 'EnigmaConfig', 'check_sizes', 'check_streams', 'check_config',
            'Linear', 'Dropout', 'make_dropout', 'AttentionWeights', 'Attention', 'MLP', 'Block', 'OwnMemory',
-           'reset_missing', 'EnigmaPreTrainedModel', 'token_positions', 'alibi_features', 'short_on_cpu',
-           'AttentionInputs', 'BlockSteps', 'TwoStreams', 'Streams', 'Ends', 'make_machine', 'make_wheels', 'WholeWay',
-           'EnigmaModel', 'NextToken', 'EnigmaForCausalLM', 'parameter_card', 'reached_matrices']
+           'reset_missing', 'EnigmaPreTrainedModel', 'key_positions', 'is_packed', 'check_unused', 'token_positions',
+           'alibi_features', 'short_on_cpu', 'AttentionInputs', 'BlockSteps', 'TwoStreams', 'Streams', 'Ends',
+           'make_machine', 'make_wheels', 'WholeWay', 'EnigmaModel', 'NextToken', 'EnigmaForCausalLM', 'AddAxis',
+           'parameter_card', 'reached_matrices']
 
 # %% ../../nbs/lm/30_model.ipynb #75251407
 import math
@@ -16,20 +17,23 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
-from transformers import PreTrainedModel
-from transformers import initialization as init
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel,
+    initialization as init)
 from transformers.cache_utils import DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import alibi_dims, alibi_mask, causal_attention, append_alibi
+from .attention import alibi_dims, alibi_mask, append_alibi, causal_attention
 from ..machine.dropout import CounterDropout, new_key
 from ..machine.enigma import Enigma, make_rotor, rotor_kinds
 from ..machine.grid import GRID, check_grid, snap
-from ..machine.reversible import Coupling, BijectionStep, BijectionModule, reversible
+from ..machine.internals import is_sharded
+from ..machine.reversible import BijectionModule, BijectionStep, Coupling, reversible
 from ..machine.rotor import TableRotor, odometer
 
 # %% ../../nbs/lm/30_model.ipynb #7741e82f
@@ -238,7 +242,7 @@ class Attention(AttentionWeights):
     def forward(self,
         x:Tensor, # (B, T, d)
         q_front:Tensor|None, # ALiBi's numbers to put before the queries; `None`: the mask has them
-        k_front:Tensor|None, # the same for the keys
+        k_front:Tensor|None, # the same for the keys, those in the cache included
         mask:Tensor|None=None, # see `causal_attention`
         key:Tensor|None=None, # of this pass's dropout
         cache=None, # keys and values of earlier tokens; `None`: there are none
@@ -248,12 +252,13 @@ class Attention(AttentionWeights):
         q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         D = q.shape[-1]
-        # (B, H, T, W)
-        if q_front is not None:
-            q, k, v = append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v)
         if cache is not None: k, v = cache.update(k, v, self.layer_idx)
         # a static cache that is being filled: the rest of it is empty
         if mask is None and 1 < T < k.shape[2]: k, v = k[:, :, :T], v[:, :, :T]
+        # (B, H, T, W) and (B, H, S, W): a cache holds keys as they are, for any library to handle
+        if q_front is not None:
+            k_front = k_front[:, :, :k.shape[2]]
+            q, k, v = append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v)
         out = causal_attention(q, k, v, D**-.5, mask, self.weight_dropout(key))[..., :D]
         return self.dropout(self.o_proj(out.transpose(1, 2).reshape(B, T, d)), key)
 
@@ -283,8 +288,28 @@ class Block(GradientCheckpointingLayer):
     ):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer_idx), MLP(config, layer_idx)
+        self.grid = config.grid if config.exact else None
 
-    def forward(self, h, front, mask, key=None, cache=None): # h, result: (B, T, d)
+    def steps(self,
+        *extras, # of the attention; the last, the key, is for the network, too
+        cache=None, # keys and values of earlier tokens; `None`: there are none
+    )->list: # two reversible steps
+        "Write the block as reversible steps of two streams."
+        attn = self.attn if cache is None else partial(self.attn, cache=cache)
+        return [Coupling(attn, extras, grid=self.grid),
+                Coupling(self.mlp, extras[-1:], grid=self.grid)]
+
+    def forward(self,
+        h, # (B, T, d), or a pair of them: the two streams of a reversible model
+        front, # ALiBi's numbers for queries and for keys
+        mask, # see `causal_attention`
+        key=None, # of this pass's dropout
+        cache=None, # keys and values of earlier tokens
+    ): # of the shape of `h`
+        "Pass the signal through attention and network."
+        if isinstance(h, tuple):
+            for step in self.steps(*front, mask, key, cache=cache): h = step.plain(*h)
+            return h
         h = h + self.attn(h, *front, mask, key, cache)
         return h + self.mlp(h, key)
 
@@ -338,6 +363,40 @@ class EnigmaPreTrainedModel(OwnMemory, PreTrainedModel):
         # what a checkpoint lacks; a constructor with numbers has done it
         elif self.is_shape and hasattr(module, 'reset_parameters'): reset_missing(module)
 
+# %% ../../nbs/lm/30_model.ipynb #9a1fed6e
+def key_positions(
+    positions:Tensor, # (B, T), of the queries
+    attention_mask:Tensor|None, # (B, S), 1 for tokens and 0 for padding
+    cache, # keys and values of earlier tokens; `None`: there are none
+)->Tensor|None: # (B, S), of all keys that the attention sees; `None`: those of the queries
+    "Find the place in its text of each token that is in the cache or comes into it."
+    if cache is None: return None
+    T, device = positions.shape[1], positions.device
+    S, _ = cache.get_mask_sizes(T, 0)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        known = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return F.pad(known, (0, S - known.shape[1])) # a static cache has room for more
+    # without padding, what is cached stands right before
+    ahead = torch.arange(S, device=device) - (cache.get_seq_length() + T - 1)
+    return (positions[:, -1:] + ahead).clamp(min=0)
+
+def is_packed(
+    position_ids:Tensor|None, # (B, T) or (1, T)
+    attention_mask:Tensor|None, # (B, S)
+)->bool: # True: a row holds several texts
+    "Tell whether positions begin again."
+    if position_ids is None or attention_mask is not None or position_ids.shape[-1] == 1:
+        return False
+    return not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) != 1).any())
+
+def check_unused(
+    cache, # that was given, or `None`
+)->None:
+    "Raise a ValueError for a cache that was given: it could not tell apart the texts of a row."
+    if cache is not None: raise ValueError(
+        "a cache holds one text a row, got position_ids that begin again; leave past_key_values "
+        "out, or give each text a row of its own")
+
 # %% ../../nbs/lm/30_model.ipynb #dbef9a6a
 def token_positions(
     h:Tensor, # (B, T, d), for its shape
@@ -356,9 +415,12 @@ def alibi_features(
     config:EnigmaConfig, # shape
     positions:Tensor, # (B, T)
     dtype:torch.dtype, # of queries and keys
+    keys:Tensor|None=None, # (B, S), positions of the keys; `None`: those of the queries
 )->tuple[Tensor,Tensor]: # for queries and for keys; zeros without ALiBi
     "Compute what every layer puts in front of its queries and keys."
-    q, k = alibi_dims(positions, config.num_heads, config.dim//config.num_heads, dtype)
+    shape = config.num_heads, config.dim//config.num_heads, dtype
+    q, k = alibi_dims(positions, *shape)
+    if keys is not None: _, k = alibi_dims(keys, *shape)
     return (q, k) if config.use_alibi else (torch.zeros_like(q), torch.zeros_like(k))
 
 # %% ../../nbs/lm/30_model.ipynb #91452480
@@ -382,12 +444,13 @@ class AttentionInputs:
         dtype:torch.dtype, # of queries and keys
         mask:Tensor|None=None, # of transformers; `None`: causal
         ordinary:bool=True, # positions count from 0, and nothing is cached
+        keys:Tensor|None=None, # (B, S), positions of the keys; `None`: those of the queries
     )->tuple: # two fronts, or `None` twice, and a mask or `None`
         "Prepare what every attention gets."
         c, T = self.config, positions.shape[1]
         if ordinary and mask is None and short_on_cpu(c, T, positions.device, dtype):
             return None, None, alibi_mask(T, c.num_heads, c.dim//c.num_heads, positions.device)
-        return *alibi_features(c, positions, dtype), mask
+        return *alibi_features(c, positions, dtype, keys), mask
 
 # %% ../../nbs/lm/30_model.ipynb #c696bec5
 class BlockSteps:
@@ -395,17 +458,18 @@ class BlockSteps:
     def chain(self,
         positions:Tensor, # (B, T)
         extras:tuple, # what every attention gets; the last, the key, is for networks, too
-        cache=None, # keys and values of earlier tokens; `None`: there are none
     ): # an iterator: a list of reversible steps for each block
         "Write the blocks as reversible steps."
-        grid = self.config.grid if self.config.exact else None
         for i, layer in enumerate(self.layers):
-            turn = []
-            if i and self.wheels is not None:
-                turn = [BijectionStep(self.wheels[i - 1], positions, ways=self.ways[i - 1])]
-            attn = layer.attn if cache is None else partial(layer.attn, cache=cache)
-            yield [*turn, Coupling(attn, extras, grid=grid),
-                   Coupling(layer.mlp, extras[-1:], grid=grid)]
+            yield [*self.turns(i, positions), *layer.steps(*extras)]
+
+    def turns(self,
+        i:int, # of the block that comes after
+        positions:Tensor, # (B, T)
+    )->list: # one reversible step, or none
+        "Write the wheel before a block as a reversible step."
+        if not i or self.wheels is None: return []
+        return [BijectionStep(self.wheels[i - 1], positions, ways=self.ways[i - 1])]
 
     def read_out(self,
         a:Tensor, # (B, T, d)
@@ -430,13 +494,16 @@ class TwoStreams(BlockSteps):
         h = h.float() if exact else h
         # two tensors, whose gradients meet only here
         a, b = ((snap(h, grid) if exact else h).view_as(h) for _ in range(2))
-        blocks = list(self.chain(positions, (*front, mask, key), cache))
-        if torch.is_grad_enabled() and cache is None and not self.config.output_hidden_states:
+        undone = torch.is_grad_enabled() and cache is None and not self.config.output_hidden_states
+        # a layer that gathers its own parameters does so when it is called
+        if undone and not any(map(is_sharded, self.layers)):
+            blocks = self.chain(positions, (*front, mask, key))
             a, b = reversible([step for block in blocks for step in block], a, b)
             yield self.read_out(a, b)
             return
-        for block in blocks:
-            for step in block: a, b = step.plain(a, b)
+        for i, layer in enumerate(self.layers):
+            for turn in self.turns(i, positions): a, b = turn.plain(a, b)
+            a, b = layer((a, b), front, mask, key, cache)
             yield self.read_out(a, b)
 
 # %% ../../nbs/lm/30_model.ipynb #e1ae2ca7
@@ -528,12 +595,15 @@ class WholeWay(Ends, Streams):
             raise ValueError("give either input_ids or inputs_embeds, got both or neither")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self.make_cache(past_key_values, use_cache)
+        if cache is not None and is_packed(position_ids, attention_mask):
+            cache = check_unused(past_key_values)
         past = cache.get_seq_length() if cache is not None else 0
         positions = token_positions(h, attention_mask, position_ids, past)
+        keys = key_positions(positions, attention_mask, cache)
         mask = create_causal_mask(self.config, h, attention_mask, cache, position_ids)
         h = self.encipher(h, positions)
         ordinary = position_ids is None and cache is None
-        *front, mask = self.attention_inputs(positions, h.dtype, mask, ordinary)
+        *front, mask = self.attention_inputs(positions, h.dtype, mask, ordinary, keys)
         states = (h,) if output_hidden_states or self.config.output_hidden_states else None
         for h in self.through_layers(h, positions, front, mask, cache):
             if states is not None: states = *states, h
@@ -612,6 +682,26 @@ class EnigmaForCausalLM(NextToken, EnigmaPreTrainedModel, GenerationMixin):
 AutoConfig.register('enigma', EnigmaConfig, exist_ok=True)
 AutoModel.register(EnigmaConfig, EnigmaModel, exist_ok=True)
 AutoModelForCausalLM.register(EnigmaConfig, EnigmaForCausalLM, exist_ok=True)
+
+# %% ../../nbs/lm/30_model.ipynb #ab74e014
+class AddAxis(ConversionOps):
+    "Give single numbers the axis that they lack in checkpoints of 0.1."
+    def convert(self,
+        input_dict:dict, # a pattern -> tensors
+        source_patterns:list, # unused
+        target_patterns:list, # one
+        **kwargs, # whatever else transformers passes
+    )->dict: # the target pattern -> the same tensors, each with an axis at least
+        "Convert what one parameter was saved as."
+        tensors, = input_dict.values()
+        return {target_patterns[0]: [t[None] if t.ndim == 0 else t for t in tensors]}
+
+    @property
+    def reverse_op(self): return self # what is saved keeps its axis
+
+register_checkpoint_conversion_mapping(
+    'enigma', [WeightConverter(name, name, [AddAxis()]) for name in ('log_scale', '.size')],
+    overwrite=True)
 
 # %% ../../nbs/lm/30_model.ipynb #4937a5e5
 def parameter_card(

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .bijection import Bijection, check_even, check_width
-from .exact import ExactMLP
+from .exact import ExactMLP, SavedNumbers
 from .grid import GRID, check_grid, snap
 # its users look for it here
 from .reversible import ReversibleSequence # noqa: F401
 
 # %% ../../nbs/machine/50_rev_block.ipynb #a9294398
-class BoundedMLP(nn.Module):
+class BoundedMLP(SavedNumbers):
     "Compute `F(x) = size * tanh(W₂ leaky_relu(W₁ x))`, which one half adds to the other."
     def __init__(self,
         dim:int, # channels in and out
@@ -24,7 +24,7 @@ class BoundedMLP(nn.Module):
     ):
         super().__init__()
         self.up, self.down = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.first, self.size = size, nn.Parameter(torch.tensor(size))
+        self.first, self.size = size, nn.Parameter(torch.tensor([size]))
 
     def reset_parameters(self):
         "Set the bound as at the start; the two layers do likewise."
@@ -42,17 +42,17 @@ class CommonScale:
     @property
     def s(self)->Tensor|float: # the scale, between 1/e and e
         "Compute the scale."
-        return 1. if self.log_scale is None else self.log_scale.tanh().exp()
+        return 1. if self.log_scale is None else self.log_scale.squeeze().tanh().exp()
 
     def log_det(self,
         x:Tensor, # (..., dim), of which the shape counts
     )->Tensor: # dim * log s (...), nats
         "Return the log-determinant of the block."
         if self.log_scale is None: return x.new_zeros(x.shape[:-1])
-        return (self.dim * self.log_scale.tanh()).expand(x.shape[:-1])
+        return (self.dim * self.log_scale.squeeze().tanh()).expand(x.shape[:-1])
 
 # %% ../../nbs/machine/50_rev_block.ipynb #4d3f2df3
-class TwoHalves(Bijection):
+class TwoHalves(SavedNumbers, Bijection):
     "Hold what a block of two halves is made of: what each adds to the other, and a scale."
     def __init__(self,
         dim:int, # channels, even
@@ -70,7 +70,7 @@ class TwoHalves(Bijection):
         part = ExactMLP if exact else BoundedMLP
         self.dim, self.grid = dim, grid if exact else None
         self.f, self.g = f or part(dim//2), g or part(dim//2)
-        self.log_scale = nn.Parameter(torch.zeros(())) if scale else None
+        self.log_scale = nn.Parameter(torch.zeros(1)) if scale else None
 
     def reset_parameters(self):
         "Set the scale to 1; the parts do likewise."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['parametrizations', 'signed_permutation', 'Wired', 'at_least_float32', 'as_nats', 'PackedFactors', 'PLU',
            'lower_triangle', 'cayley', 'unchanged', 'remember', 'Rotations', 'Orthogonal', 'make_parametrization',
-           'InvertibleConv1x1', 'InvertibleConv1x1Stack', 'odometer', 'reached_positions', 'by_position', 'roll',
-           'SteppingRotor', 'LearnedRotor', 'TableRotor', 'check_contacts', 'RollRotor', 'PermutationRotor',
+           'log_det_of', 'InvertibleConv1x1', 'InvertibleConv1x1Stack', 'odometer', 'reached_positions', 'by_position',
+           'roll', 'SteppingRotor', 'LearnedRotor', 'TableRotor', 'check_contacts', 'RollRotor', 'PermutationRotor',
            'DynamicInvertibleConv1x1Stack', 'condition_numbers']
 
 # %% ../../nbs/machine/30_rotor.ipynb #c2391450
@@ -40,6 +40,12 @@ class Wired(nn.Module):
         self.register_buffer('permutation', torch.empty(dim, dtype=torch.int64))
         self.register_buffer('sign', torch.empty(dim))
         Wired.reset_parameters(self)
+
+    def forward(self,
+        read:Callable, # (this module) -> anything: what is done with the matrices
+    ): # what `read` returns
+        "Let a function read the matrices, within the hooks of this module."
+        return read(self)
 
     @torch.no_grad()
     def reset_parameters(self):
@@ -231,6 +237,13 @@ def make_parametrization(
     return parametrizations[parametrization](dim, count, seed)
 
 # %% ../../nbs/machine/30_rotor.ipynb #485adc9d
+def log_det_of(
+    wiring, # a parametrization
+    x:Tensor, # (..., dim)
+)->Tensor: # (...), nats
+    "Return log|det W| of the first matrix for every vector."
+    return as_nats(wiring.log_dets()[0], x).expand(x.shape[:-1])
+
 class InvertibleConv1x1(Bijection):
     "Apply one learned invertible matrix to the channels (Glow, arXiv:1807.03039, section 3.2)."
     def __init__(self,
@@ -243,17 +256,17 @@ class InvertibleConv1x1(Bijection):
 
     def forward_and_log_det(self, x, positions=None):
         check_width(x, self.dim)
-        return self.wiring.matmul(x, 0), self.log_det(x)
+        return self.wiring(lambda w: (w.matmul(x, 0), log_det_of(w, x)))
 
     def inverse_and_log_det(self, y, positions=None):
         check_width(y, self.dim)
-        return self.wiring.solve(y, 0), -self.log_det(y)
+        return self.wiring(lambda w: (w.solve(y, 0), -log_det_of(w, y)))
 
     def log_det(self,
         x:Tensor, # (..., dim)
     )->Tensor: # (...), nats
         "Return log|det W| for every vector."
-        return as_nats(self.wiring.log_dets()[0], x).expand(x.shape[:-1])
+        return self.wiring(lambda w: log_det_of(w, x))
 
 # %% ../../nbs/machine/30_rotor.ipynb #6c960e64
 class InvertibleConv1x1Stack(Chain):
@@ -362,11 +375,13 @@ class TableRotor(LearnedRotor):
 
     def forward_and_log_det(self, x, positions=None):
         p = self.stands_at(positions, x)
-        return by_position(x, p, self.wiring.matmul), as_nats(self.wiring.log_dets(), x)[p]
+        return self.wiring(
+            lambda w: (by_position(x, p, w.matmul), as_nats(w.log_dets(), x)[p]))
 
     def inverse_and_log_det(self, y, positions=None):
         p = self.stands_at(positions, y)
-        return by_position(y, p, self.wiring.solve), -as_nats(self.wiring.log_dets(), y)[p]
+        return self.wiring(
+            lambda w: (by_position(y, p, w.solve), -as_nats(w.log_dets(), y)[p]))
 
 # %% ../../nbs/machine/30_rotor.ipynb #854a39bc
 def check_contacts(
@@ -389,18 +404,18 @@ class RollRotor(LearnedRotor):
     def turned(self,
         x, # (..., dim)
         positions, # int64, broadcastable to `x.shape[:-1]`; `None`: all zero
-        through, # (x, 0) -> Wx or W⁻¹x
+        way, # 'matmul' or 'solve'
     ): # the mapped vectors (..., dim); log|det W| (...), nats
         "Pass vectors through the wiring as it stands at each position."
         p = self.stands_at(positions, x)
-        log_det = as_nats(self.wiring.log_dets()[0], x).expand(p.shape)
-        return roll(through(roll(x, p), 0), -p), log_det
+        y, log_det = self.wiring(
+            lambda w: (getattr(w, way)(roll(x, p), 0), log_det_of(w, x)))
+        return roll(y, -p), log_det
 
-    def forward_and_log_det(self, x, positions=None):
-        return self.turned(x, positions, self.wiring.matmul)
+    def forward_and_log_det(self, x, positions=None): return self.turned(x, positions, 'matmul')
 
     def inverse_and_log_det(self, y, positions=None):
-        x, log_det = self.turned(y, positions, self.wiring.solve)
+        x, log_det = self.turned(y, positions, 'solve')
         return x, -log_det
 
 # %% ../../nbs/machine/30_rotor.ipynb #aa604a94

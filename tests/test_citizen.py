@@ -1,0 +1,152 @@
+"Other libraries reach into a model: they move, divide, quantise and prune it; the logits stay."
+import copy, warnings
+
+import accelerate, pytest, torch
+import torch.nn.utils.prune as pruning
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import DynamicCache, StaticCache
+
+from enigma_lab.bench.reversible_checks import group_of_one
+from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM, Linear
+from enigma_lab.machine.exact import FixedLinear
+
+KINDS = dict(
+    none=dict(machine='none'), both=dict(machine='both'),
+    scaled=dict(machine='both', rev_scale=True, parametrization='plu', rotor='roll'),
+    between=dict(machine='between', reversible=True),
+    reversible=dict(machine='none', reversible=True),
+    exact=dict(machine='both', reversible=True, exact=True),
+    permutation=dict(machine='both', rotor='permutation', reciprocal=True))
+IDS = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    torch.manual_seed(0)
+    config = EnigmaConfig.preset('smoke', vocab_size=40, **KINDS[request.param])
+    model = EnigmaForCausalLM(config).eval()
+    with torch.no_grad(): # away from the start, where all positions are alike
+        for p in model.parameters(): p.add_(.1*torch.randn_like(p))
+    return model
+
+def difference(model, other, **kwargs):
+    with torch.no_grad(): return (model(IDS).logits - other(IDS, **kwargs).logits).abs().max()
+
+def test_hooks_are_called(model):
+    "Each part is called, and as often as the signal passes it: no library has to read it."
+    calls = {name: 0 for name, m in model.named_modules() if not isinstance(m, nn.ModuleList)
+             and not name.endswith('drop_weights')} # a probability, which the kernel gets
+    def count(name):
+        def hook(*_): calls[name] += 1
+        return hook
+    for name in calls: model.get_submodule(name).register_forward_hook(count(name))
+    model(IDS)
+    base, c = model.model, model.config
+    ends = (c.machine == 'both') + 1 if base.enigma is not None else 0
+    for name, n in calls.items():
+        part = name.removeprefix('model.enigma.')
+        there_and_back = part.startswith(('plugboard', 'rev_blocks')) or c.reciprocal
+        machine = ends * (2 if there_and_back and part not in ('reflector', name) else 1)
+        assert n == (machine if name.startswith('model.enigma') else 1), (name, n)
+
+def test_offload_to_the_processor_and_to_the_disk(model, tmp_path):
+    for offload, args in ((accelerate.cpu_offload, ()), (accelerate.disk_offload, (tmp_path,))):
+        moved = offload(copy.deepcopy(model), *args, execution_device=torch.device('cpu'))
+        assert next(moved.model.layers[0].parameters()).is_meta
+        assert difference(model, moved) == 0
+
+def test_a_map_with_parts_on_the_disk(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    away = {name: 'disk' for name in ('model.enigma', 'model.wheels', 'model.layers.1')
+            if any(n.startswith(name) for n, _ in model.named_parameters())}
+    stay = ('model.embed_tokens', 'model.norm', 'model.layers.0', 'lm_head')
+    loaded = EnigmaForCausalLM.from_pretrained(
+        tmp_path, device_map={**away, **dict.fromkeys(stay, 'cpu')},
+        offload_folder=tmp_path/'offload')
+    assert difference(model, loaded) == 0
+    assert loaded.generate(IDS[:, :4], max_new_tokens=3, do_sample=False).shape[1] <= 7
+
+def shard(model, places):
+    "Divide a model among one process, as FSDP2 does."
+    base, mesh = model.model, init_device_mesh('cpu', (1,))
+    parts = dict(root=[], blocks=base.layers, parts=[m for b in base.layers for m in b.children()])
+    wheels = [] if places == 'root' else [m for m in (base.enigma, *(base.wheels or ())) if m]
+    for part in (*parts[places], *wheels, model): fully_shard(part, mesh=mesh)
+    return model
+
+@pytest.mark.parametrize('places', ['root', 'blocks', 'parts'])
+def test_sharded(model, places):
+    with group_of_one(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert difference(model, shard(copy.deepcopy(model), places)) == 0
+        whole, divided = copy.deepcopy(model).train(), shard(copy.deepcopy(model).train(), places)
+        for m in (whole, divided): m(IDS, labels=IDS).loss.backward()
+        for (name, p), q in zip(whole.named_parameters(), divided.parameters()):
+            if p.grad is not None:
+                assert torch.allclose(q.grad.full_tensor(), p.grad, rtol=1e-5, atol=1e-6), name
+
+def test_quantised(model):
+    "The control has the numbers that the quantised weights stand for."
+    quantised, control = copy.deepcopy(model), copy.deepcopy(model)
+    quantize_(quantised, Int8WeightOnlyConfig())
+    with torch.no_grad():
+        for m, n in zip(quantised.modules(), control.modules()):
+            if isinstance(m, nn.Linear) and m.weight is not model.model.embed_tokens.weight:
+                n.weight = nn.Parameter(m.weight.dequantize().clone())
+    kinds = (Linear, FixedLinear) if model.config.exact else (Linear,)
+    assert all(type(m.weight) is not nn.Parameter for m in quantised.modules()
+               if isinstance(m, kinds))
+    assert difference(control, quantised) < 1e-4 < difference(model, quantised)
+
+def test_pruned(model):
+    pruned, control = copy.deepcopy(model), copy.deepcopy(model)
+    for m, n in zip(list(pruned.modules()), control.modules()):
+        for name, p in list(m.named_parameters(recurse=False)):
+            if p.ndim < 2 or p is pruned.lm_head.weight: continue
+            pruning.random_unstructured(m, name, .5)
+            with torch.no_grad(): getattr(n, name).mul_(getattr(m, name + '_mask'))
+    assert difference(control, pruned) == 0 < difference(model, pruned)
+
+def test_numbers_without_an_axis(model, tmp_path):
+    "A checkpoint of 0.1 holds single numbers, which sharding refuses."
+    assert all(p.ndim for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path/'model.safetensors')
+    old = {k: v.squeeze() if v.numel() == 1 else v for k, v in saved.items()}
+    save_file(old, tmp_path/'model.safetensors', {'format': 'pt'})
+    assert difference(model, EnigmaForCausalLM.from_pretrained(tmp_path)) == 0
+    again = EnigmaForCausalLM(model.config)
+    again.load_state_dict(old, strict=False) # the head is the embedding
+    assert difference(model, again.eval()) == 0
+
+def chunks(model, cache, cuts, **kwargs):
+    with torch.no_grad():
+        return torch.cat([model(IDS[:, a:b], past_key_values=cache, **{
+            k: v[:, :b] for k, v in kwargs.items()}).logits for a, b in zip(cuts, cuts[1:])], 1)
+
+def test_a_cache_holds_heads_of_the_usual_width(model):
+    c = model.config
+    width = c.hidden_size // c.num_attention_heads
+    close = 4*c.grid if c.exact else 1e-5 # a number may be rounded to the next step of the grid
+    whole, mask = model(IDS, use_cache=False).logits, torch.ones_like(IDS)
+    grown, fixed = DynamicCache(), StaticCache(config=c, max_cache_len=20)
+    fixed.early_initialization(2, c.num_attention_heads, width, torch.float32, 'cpu')
+    for cache in (grown, fixed):
+        assert torch.allclose(chunks(model, cache, (0, 5, 6, 10, 12)), whole, atol=close)
+        assert cache.layers[0].keys.shape[-1] == width
+    mask[0, :3] = 0 # padding on the left
+    padded = model(IDS, attention_mask=mask, use_cache=False).logits
+    found = chunks(model, DynamicCache(), (0, 6, 7, 12), attention_mask=mask)
+    assert torch.allclose(found[mask.bool()], padded[mask.bool()], atol=close)
+
+def test_several_texts_in_a_row(model):
+    "A row with several texts is each text alone; a cache that was given could not tell them apart."
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packed = model(IDS, position_ids=positions)
+    alone = torch.cat([model(IDS[:, :5]).logits, model(IDS[:, 5:]).logits], 1)
+    assert torch.allclose(packed.logits, alone, atol=1e-5) and packed.past_key_values is None
+    with pytest.raises(ValueError, match='position_ids that begin again'):
+        model(IDS, position_ids=positions, past_key_values=DynamicCache())
