@@ -11,6 +11,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import DynamicCache, StaticCache
 
 from enigma_lab.bench.reversible_checks import group_of_one
+from enigma_lab.lm.attention import alibi_weights
 from enigma_lab.lm.model import EnigmaConfig, EnigmaForCausalLM, Linear
 from enigma_lab.machine.exact import FixedLinear
 
@@ -150,3 +151,94 @@ def test_several_texts_in_a_row(model):
     assert torch.allclose(packed.logits, alone, atol=1e-5) and packed.past_key_values is None
     with pytest.raises(ValueError, match='position_ids that begin again'):
         model(IDS, position_ids=positions, past_key_values=DynamicCache())
+
+def test_standard_arguments(model):
+    whole = model(IDS)
+    logits, *_ = model(IDS, return_dict=False)
+    assert torch.equal(logits, whole.logits)
+    assert isinstance(model.model(IDS, return_dict=False), tuple)
+    for kept, expected in ((torch.tensor([0, 5]), [0, 5]), (3, [9, 10, 11])):
+        found = model(IDS, logits_to_keep=kept).logits
+        assert torch.allclose(found, whole.logits[:, expected], atol=1e-5)
+
+def test_attentions_and_hidden_states_while_learning(model):
+    "Asked for, they are there, in two streams, too; and the loss and its gradients stay."
+    c, ways = model.config, {}
+    for asked in (False, True):
+        model.zero_grad()
+        out = model(IDS, labels=IDS, output_hidden_states=asked, output_attentions=asked)
+        out.loss.backward()
+        ways[asked] = out, {name: p.grad for name, p in model.named_parameters()
+                            if p.grad is not None}
+    (plain, grads), (told, others) = ways.values()
+    assert plain.attentions is None and len(told.hidden_states) == c.num_layers + 1
+    assert len(told.attentions) == c.num_layers
+    for weights in told.attentions:
+        assert weights.shape == (2, c.num_heads, 12, 12) and (weights.triu(1) == 0).all()
+        assert torch.allclose(weights.sum(-1), torch.ones(2, c.num_heads, 12))
+    close = dict(rtol=.05, atol=4*c.grid) if c.exact else dict(rtol=1e-3, atol=1e-5)
+    assert torch.allclose(told.loss, plain.loss, **close)
+    assert grads.keys() == others.keys()
+    for name, grad in grads.items(): assert torch.allclose(others[name], grad, **close), name
+
+def test_attentions_by_the_definition():
+    "What the first layer looks at, beside ALiBi's formula in float64."
+    torch.manual_seed(0)
+    model = EnigmaForCausalLM(EnigmaConfig.preset('smoke', vocab_size=40, machine='none')).eval()
+    attn, seen = model.model.layers[0].attn, {}
+    for name in ('q_proj', 'k_proj'):
+        nn.init.normal_(getattr(attn, name).weight)
+        getattr(attn, name).register_forward_hook(
+            lambda m, _, out, name=name: seen.update({name: out}))
+    found = model(IDS, output_attentions=True).attentions[0]
+    q, k = (seen[name].view(2, 12, 2, -1).transpose(1, 2) for name in ('q_proj', 'k_proj'))
+    expected = alibi_weights(q, k, torch.arange(12).expand(2, -1))
+    assert torch.allclose(found.double(), expected, atol=3e-3) # slopes are rounded to bfloat16
+
+def test_what_is_refused_or_said():
+    exact = EnigmaForCausalLM(EnigmaConfig.preset('smoke', **KINDS['exact'])).bfloat16()
+    with pytest.raises(ValueError, match='exact streams need float32'): exact(IDS)
+    reversible = EnigmaForCausalLM(EnigmaConfig.preset('smoke', **KINDS['reversible']))
+    with pytest.warns(UserWarning, match='stores no activations'):
+        reversible.gradient_checkpointing_enable()
+
+def test_no_tokens(model):
+    "An empty text has no logits, and an empty batch no texts."
+    for ids in (IDS[:, :0], IDS[:0]):
+        assert model(ids, use_cache=False).logits.shape == (*ids.shape, 40)
+
+def compiled_is_the_same(model):
+    "What `_can_compile_fullgraph` says is so: one graph, for positions that are not known."
+    assert model._can_compile_fullgraph
+    assert difference(model, torch.compile(model, fullgraph=True, backend='eager')) < 1e-5
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids): return self.model(ids, use_cache=False).logits
+
+def exported_is_the_same(model):
+    "torch.export has the whole model in one graph, at another length, too."
+    length = torch.export.Dim('length', min=2, max=60)
+    with torch.no_grad():
+        program = torch.export.export(Logits(model), (IDS,), dynamic_shapes=({1: length},))
+    for n in (5, 12):
+        found = program.module()(IDS[:, :n])
+        assert torch.allclose(found, model(IDS[:, :n]).logits, atol=1e-5)
+
+# the exact machine is undone channel by channel, which makes a graph of minutes
+SHORT = [kind for kind in KINDS if kind != 'exact']
+
+@pytest.mark.parametrize('model', SHORT, indirect=True)
+def test_one_graph(model): compiled_is_the_same(model)
+
+@pytest.mark.parametrize('model', SHORT, indirect=True)
+def test_exported(model): exported_is_the_same(model)
+
+@pytest.mark.proof('lm.model', 'machine.rotor', 'machine.exact', 'machine.enigma')
+@pytest.mark.parametrize('model', ['exact'], indirect=True)
+def test_the_exact_machine_in_one_graph(model):
+    compiled_is_the_same(model)
+    exported_is_the_same(model)

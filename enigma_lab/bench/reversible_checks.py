@@ -560,7 +560,7 @@ def compiled_bytes(
 # %% ../../nbs/bench/09_reversible_checks.ipynb #65d37689
 @contextmanager
 def group_of_one():
-    "Be a group of one process; leave it at the end."
+    "Make a group of this process alone; leave it at the end."
     if dist.is_initialized(): raise RuntimeError(
         "a process belongs to one group, and this one is in a group already; "
         "call torch.distributed.destroy_process_group() before")

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['machine_places', 'presets', 'TransformersFields', 'EnigmaConfig', 'check_sizes', 'check_streams', 'check_config',
-           'Linear', 'Dropout', 'make_dropout', 'AttentionWeights', 'Attention', 'MLP', 'Block', 'OwnMemory',
-           'reset_missing', 'EnigmaPreTrainedModel', 'key_positions', 'is_packed', 'check_unused', 'token_positions',
-           'alibi_features', 'short_on_cpu', 'AttentionInputs', 'BlockSteps', 'TwoStreams', 'Streams', 'Ends',
-           'make_machine', 'make_wheels', 'WholeWay', 'EnigmaModel', 'NextToken', 'EnigmaForCausalLM', 'AddAxis',
-           'parameter_card', 'reached_matrices']
+           'Linear', 'Dropout', 'make_dropout', 'AttentionWeights', 'note_weights', 'Attention', 'MLP', 'Block',
+           'OwnMemory', 'reset_missing', 'Switches', 'EnigmaPreTrainedModel', 'key_positions', 'is_packed',
+           'drop_cache', 'token_positions', 'alibi_features', 'short_on_cpu', 'AttentionInputs', 'BlockSteps',
+           'wide_enough', 'TwoStreams', 'Streams', 'check_rows', 'Ends', 'make_machine', 'make_wheels', 'Within',
+           'WholeWay', 'EnigmaModel', 'NextToken', 'EnigmaForCausalLM', 'AddAxis', 'parameter_card', 'reached_matrices']
 
 # %% ../../nbs/lm/30_model.ipynb #75251407
-import math
+import math, warnings
 from functools import partial
 
 import torch
@@ -27,12 +27,14 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .attention import alibi_dims, alibi_mask, append_alibi, causal_attention
+from .one_file import write_code
 from ..machine.dropout import CounterDropout, new_key
 from ..machine.enigma import Enigma, make_rotor, rotor_kinds
 from ..machine.grid import GRID, check_grid, snap
-from ..machine.internals import is_sharded
+from ..machine.internals import has_values, is_sharded, is_traced
 from ..machine.reversible import BijectionModule, BijectionStep, Coupling, reversible
 from ..machine.rotor import TableRotor, odometer
 
@@ -234,6 +236,16 @@ class AttentionWeights(nn.Module):
         counted = p and isinstance(self.drop_weights, CounterDropout)
         return partial(self.drop_weights, key=key) if counted else p
 
+# %% ../../nbs/lm/30_model.ipynb #5b6d5f76
+def note_weights(
+    found:list, # gets the weights
+    dropout, # a probability, or a function
+    weights:Tensor, # (B, H, T, S) of an attention
+)->Tensor: # (B, H, T, S), some of them dropped
+    "Note an attention's weights on their way to the dropout."
+    found.append(weights)
+    return dropout(weights) if callable(dropout) else F.dropout(weights, dropout)
+
 # %% ../../nbs/lm/30_model.ipynb #f442e435
 class Attention(AttentionWeights):
     "Compute a norm and causal self-attention with ALiBi (arXiv:2108.12409) in widened heads."
@@ -246,12 +258,13 @@ class Attention(AttentionWeights):
         mask:Tensor|None=None, # see `causal_attention`
         key:Tensor|None=None, # of this pass's dropout
         cache=None, # keys and values of earlier tokens; `None`: there are none
+        attentions:list|None=None, # gets the weights (B, H, T, S) of this layer
     )->Tensor: # (B, T, d)
         "Let each token look at those before it and at itself."
         (B, T, d), x = x.shape, self.norm(x)
-        q, k, v = (proj(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+        D = d // self.num_heads
+        q, k, v = (proj(x).view(B, T, self.num_heads, D).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        D = q.shape[-1]
         if cache is not None: k, v = cache.update(k, v, self.layer_idx)
         # a static cache that is being filled: the rest of it is empty
         if mask is None and 1 < T < k.shape[2]: k, v = k[:, :, :T], v[:, :, :T]
@@ -259,7 +272,9 @@ class Attention(AttentionWeights):
         if q_front is not None:
             k_front = k_front[:, :, :k.shape[2]]
             q, k, v = append_alibi(q, q_front), append_alibi(k, k_front), append_alibi(v)
-        out = causal_attention(q, k, v, D**-.5, mask, self.weight_dropout(key))[..., :D]
+        drop = self.weight_dropout(key)
+        if attentions is not None: drop = partial(note_weights, attentions, drop)
+        out = causal_attention(q, k, v, D**-.5, mask, drop)[..., :D]
         return self.dropout(self.o_proj(out.transpose(1, 2).reshape(B, T, d)), key)
 
 # %% ../../nbs/lm/30_model.ipynb #3d35fd0f
@@ -292,30 +307,26 @@ class Block(GradientCheckpointingLayer):
 
     def steps(self,
         *extras, # of the attention; the last, the key, is for the network, too
-        cache=None, # keys and values of earlier tokens; `None`: there are none
+        **more, # of the attention: a cache, and where it notes its weights
     )->list: # two reversible steps
         "Write the block as reversible steps of two streams."
-        attn = self.attn if cache is None else partial(self.attn, cache=cache)
+        more = {name: value for name, value in more.items() if value is not None}
+        attn = partial(self.attn, **more) if more else self.attn
         return [Coupling(attn, extras, grid=self.grid),
                 Coupling(self.mlp, extras[-1:], grid=self.grid)]
 
-    def forward(self,
-        h, # (B, T, d), or a pair of them: the two streams of a reversible model
-        front, # ALiBi's numbers for queries and for keys
-        mask, # see `causal_attention`
-        key=None, # of this pass's dropout
-        cache=None, # keys and values of earlier tokens
-    ): # of the shape of `h`
-        "Pass the signal through attention and network."
+    # h, result: (B, T, d), or a pair of them, the two streams of a reversible model
+    def forward(self, h, front, mask, key=None, cache=None, attentions=None):
         if isinstance(h, tuple):
-            for step in self.steps(*front, mask, key, cache=cache): h = step.plain(*h)
+            steps = self.steps(*front, mask, key, cache=cache, attentions=attentions)
+            for step in steps: h = step.plain(*h)
             return h
-        h = h + self.attn(h, *front, mask, key, cache)
+        h = h + self.attn(h, *front, mask, key, cache, attentions)
         return h + self.mlp(h, key)
 
 # %% ../../nbs/lm/30_model.ipynb #d970420f
 class OwnMemory:
-    """Load models into memory of our own.
+    """Load models into memory of our own, and save them with their code.
 
     Tensors mapped from a file are aligned otherwise, which changes the last bits of a product.
     """
@@ -330,6 +341,17 @@ class OwnMemory:
             p.data = p.data.clone()
         return loaded
 
+    def save_pretrained(self,
+        save_directory, # a path
+        is_main_process:bool=True, # of several, the one that writes
+        *args, # of transformers' `save_pretrained`
+        **kwargs, # of the same
+    ):
+        "Save a model as transformers does, with the code to load it elsewhere."
+        if is_main_process:
+            self.config.auto_map = write_code(save_directory, type(self).__module__)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
 # %% ../../nbs/lm/30_model.ipynb #5a3d0543
 def reset_missing(
     module:nn.Module, # with a `reset_parameters`
@@ -340,8 +362,24 @@ def reset_missing(
     module.reset_parameters()
     for t, values in loaded: t.copy_(values)
 
+# %% ../../nbs/lm/30_model.ipynb #cd7dc7db
+class Switches:
+    "Answer what transformers switches on and off."
+    def gradient_checkpointing_enable(self,
+        *args, # of transformers' method
+        **kwargs, # of the same
+    ):
+        "Store less while training, for more time; say so where nothing is stored anyway."
+        super().gradient_checkpointing_enable(*args, **kwargs)
+        if self.config.reversible: warnings.warn(
+            "a reversible model stores no activations of its blocks, so gradient checkpointing "
+            "does nothing", stacklevel=2)
+
+    @classmethod
+    def _can_set_attn_implementation(cls): return True # 'sdpa' and 'eager' give the same
+
 # %% ../../nbs/lm/30_model.ipynb #937b4dc6
-class EnigmaPreTrainedModel(OwnMemory, PreTrainedModel):
+class EnigmaPreTrainedModel(OwnMemory, Switches, PreTrainedModel):
     "Provide what the bare model and the language model share."
     config_class = EnigmaConfig
     base_model_prefix = 'model'
@@ -380,6 +418,7 @@ def key_positions(
     ahead = torch.arange(S, device=device) - (cache.get_seq_length() + T - 1)
     return (positions[:, -1:] + ahead).clamp(min=0)
 
+# %% ../../nbs/lm/30_model.ipynb #c7aaa1ae
 def is_packed(
     position_ids:Tensor|None, # (B, T) or (1, T)
     attention_mask:Tensor|None, # (B, S)
@@ -389,11 +428,12 @@ def is_packed(
         return False
     return not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) != 1).any())
 
-def check_unused(
-    cache, # that was given, or `None`
+def drop_cache(
+    cache, # a new one, the one that was given, or `None`
+    given, # the cache that was given, or `None`
 )->None:
-    "Raise a ValueError for a cache that was given: it could not tell apart the texts of a row."
-    if cache is not None: raise ValueError(
+    "Drop a new cache; raise a ValueError for one that was given: it would mix a row's texts."
+    if cache is not None and given is not None: raise ValueError(
         "a cache holds one text a row, got position_ids that begin again; leave past_key_values "
         "out, or give each text a row of its own")
 
@@ -478,6 +518,16 @@ class BlockSteps:
         "Combine two streams into what they say."
         return (a + b) / 2
 
+# %% ../../nbs/lm/30_model.ipynb #f794487b
+def wide_enough(
+    h:Tensor, # (B, T, d), embeddings
+)->Tensor: # (B, T, d), float32 at least
+    "Prepare features for exact streams. Raise a ValueError for those of a half-precision model."
+    if h.dtype in (torch.float16, torch.bfloat16): raise ValueError(
+        f"exact streams need float32, got weights of {h.dtype}: load the model with "
+        "dtype=torch.float32; autocast may shorten what its blocks compute")
+    return h.float()
+
 # %% ../../nbs/lm/30_model.ipynb #3af65714
 class TwoStreams(BlockSteps):
     "Pass two streams through the blocks of an `EnigmaModel`."
@@ -488,22 +538,24 @@ class TwoStreams(BlockSteps):
         mask:Tensor|None, # see `causal_attention`
         key:Tensor|None, # of this pass's dropout
         cache, # keys and values of earlier tokens
+        attentions=None, # a list that gets the weights of each attention
+        each=False, # after each block
     ): # an iterator: what the streams say after each block, or after the last alone, (B, T, d)
         "Run all blocks in two streams, which training can undo."
         exact, grid = self.config.exact, self.config.grid
-        h = h.float() if exact else h
+        h = wide_enough(h) if exact else h
         # two tensors, whose gradients meet only here
         a, b = ((snap(h, grid) if exact else h).view_as(h) for _ in range(2))
-        undone = torch.is_grad_enabled() and cache is None and not self.config.output_hidden_states
+        asked = each or cache is not None or attentions is not None
         # a layer that gathers its own parameters does so when it is called
-        if undone and not any(map(is_sharded, self.layers)):
+        if torch.is_grad_enabled() and not asked and not any(map(is_sharded, self.layers)):
             blocks = self.chain(positions, (*front, mask, key))
             a, b = reversible([step for block in blocks for step in block], a, b)
             yield self.read_out(a, b)
             return
         for i, layer in enumerate(self.layers):
             for turn in self.turns(i, positions): a, b = turn.plain(a, b)
-            a, b = layer((a, b), front, mask, key, cache)
+            a, b = layer((a, b), front, mask, key, cache, attentions)
             yield self.read_out(a, b)
 
 # %% ../../nbs/lm/30_model.ipynb #e1ae2ca7
@@ -515,23 +567,36 @@ class Streams(AttentionInputs, TwoStreams):
         front, # ALiBi's numbers for queries and for keys
         mask:Tensor|None, # see `causal_attention`
         cache=None, # keys and values of earlier tokens; `None`: there are none
+        attentions=None, # a list that gets the weights of each attention
+        each=False, # after each block, also where training needs the last alone
     ): # an iterator: the stream after each block, (B, T, d)
         "Run all blocks, in one stream or in two with a wheel between each pair of blocks."
         c = self.config
         repeated = self.training and c.reversible and (c.dropout or c.attn_dropout)
         key = new_key(h.device) if repeated else None
-        if c.reversible: return self.two_streams(h, positions, front, mask, key, cache)
-        return self.one_stream(h, front, mask, key, cache)
+        more = front, mask, key, cache, attentions
+        if c.reversible: return self.two_streams(h, positions, *more, each)
+        return self.one_stream(h, *more)
 
     def one_stream(self,
         h:Tensor, # (B, T, d)
         front, # ALiBi's numbers for queries and for keys
         mask:Tensor|None, # see `causal_attention`
         key:Tensor|None, # of this pass's dropout
-        cache, # keys and values of earlier tokens
+        *more, # a cache, and a list for the attentions' weights
     ): # an iterator: the stream after each block, (B, T, d)
         "Run all blocks in one stream."
-        for layer in self.layers: yield (h := layer(h, front, mask, key, cache))
+        for layer in self.layers: yield (h := layer(h, front, mask, key, *more))
+
+# %% ../../nbs/lm/30_model.ipynb #c5310526
+def check_rows(
+    positions:Tensor, # (B, T)
+    rows:int, # of the position table
+):
+    "Raise a ValueError for a position that has no row; tracers have no numbers to look at."
+    if not positions.numel() or is_traced() or not has_values(positions): return
+    if positions.max() >= rows:
+        raise ValueError(f"positions must be below position_rows={rows}, got {positions.max()}")
 
 # %% ../../nbs/lm/30_model.ipynb #592f4abb
 class Ends:
@@ -542,10 +607,7 @@ class Ends:
     )->Tensor: # (B, T, d), as the blocks see them
         "Add the position table and pass the machine, where there are any."
         if self.embed_positions is not None:
-            if positions.max() >= self.config.position_rows:
-                raise ValueError(
-                    f"positions must be below position_rows={self.config.position_rows}, got "
-                    f"{positions.max()}")
+            check_rows(positions, self.config.position_rows)
             h = h + self.embed_positions(positions)
         # under autocast, too, the stream keeps its digits
         return h if self.enigma is None else self.enigma(h, positions).to(h.dtype)
@@ -577,9 +639,30 @@ def make_wheels(
                                     written, seed=c.machine_seed + i)
                          for i in range(c.num_layers - 1))
 
+# %% ../../nbs/lm/30_model.ipynb #410e24bf
+class Within(Ends, Streams):
+    "Lead what has been enciphered through the blocks of an `EnigmaModel`."
+    def collect(self,
+        h:Tensor, # (B, T, d), as the blocks see them
+        positions:Tensor, # (B, T)
+        front, # ALiBi's numbers for queries and for keys
+        mask:Tensor|None, # see `causal_attention`
+        cache, # keys and values of earlier tokens; `None`: there are none
+        each:bool, # return the stream after each block
+        attended:bool, # return the weights of each attention
+    )->BaseModelOutputWithPast: # features (B, T, d)
+        "Run all blocks, and note on the way what is asked for."
+        states, attentions = (h,) if each else None, [] if attended else None
+        for h in self.through_layers(h, positions, front, mask, cache, attentions, each):
+            if each: states = *states, h
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.decipher(self.norm(h), positions), past_key_values=cache,
+            hidden_states=states, attentions=tuple(attentions) if attended else None)
+
 # %% ../../nbs/lm/30_model.ipynb #d530a30a
-class WholeWay(Ends, Streams):
+class WholeWay(Within):
     "Lead tokens through machine and blocks."
+    @can_return_tuple
     def forward(self,
         input_ids:Tensor|None=None, # (B, T) int64
         attention_mask:Tensor|None=None, # (B, S), 1 for tokens and 0 for padding
@@ -588,6 +671,7 @@ class WholeWay(Ends, Streams):
         inputs_embeds:Tensor|None=None, # (B, T, d) in place of input_ids
         use_cache:bool|None=None, # keep keys and values; `None`: as the configuration says
         output_hidden_states:bool|None=None, # return the stream after each block
+        output_attentions:bool|None=None, # return the weights of each attention
         **kwargs, # not used
     )->BaseModelOutputWithPast: # features (B, T, d)
         "Compute the features of tokens, or of their embeddings."
@@ -595,20 +679,17 @@ class WholeWay(Ends, Streams):
             raise ValueError("give either input_ids or inputs_embeds, got both or neither")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self.make_cache(past_key_values, use_cache)
-        if cache is not None and is_packed(position_ids, attention_mask):
-            cache = check_unused(past_key_values)
-        past = cache.get_seq_length() if cache is not None else 0
+        if is_packed(position_ids, attention_mask): cache = drop_cache(cache, past_key_values)
+        past = 0 if cache is None else cache.get_seq_length()
         positions = token_positions(h, attention_mask, position_ids, past)
         keys = key_positions(positions, attention_mask, cache)
         mask = create_causal_mask(self.config, h, attention_mask, cache, position_ids)
         h = self.encipher(h, positions)
         ordinary = position_ids is None and cache is None
         *front, mask = self.attention_inputs(positions, h.dtype, mask, ordinary, keys)
-        states = (h,) if output_hidden_states or self.config.output_hidden_states else None
-        for h in self.through_layers(h, positions, front, mask, cache):
-            if states is not None: states = *states, h
-        return BaseModelOutputWithPast(last_hidden_state=self.decipher(self.norm(h), positions),
-                                       past_key_values=cache, hidden_states=states)
+        return self.collect(h, positions, front, mask, cache,
+                            output_hidden_states or self.config.output_hidden_states,
+                            output_attentions or self.config.output_attentions)
 
 # %% ../../nbs/lm/30_model.ipynb #0d10ecc3
 class EnigmaModel(WholeWay, EnigmaPreTrainedModel):
@@ -640,6 +721,7 @@ class EnigmaModel(WholeWay, EnigmaPreTrainedModel):
 # %% ../../nbs/lm/30_model.ipynb #60fb0d5c
 class NextToken:
     "Predict the next token from features."
+    @can_return_tuple
     def forward(self,
         input_ids:Tensor|None=None, # (B, T) int64
         attention_mask:Tensor|None=None, # (B, S), 1 for tokens and 0 for padding
@@ -649,20 +731,24 @@ class NextToken:
         labels:Tensor|None=None, # (B, T) int64, the same tokens; −100: nothing to learn
         use_cache:bool|None=None, # keep keys and values; never while training
         output_hidden_states:bool|None=None, # return the stream after each block
-        logits_to_keep:int=0, # only the last few positions' logits; 0: all
+        output_attentions:bool|None=None, # return the weights of each attention
+        logits_to_keep:int|Tensor=0, # the last few positions' logits, or those of indices; 0: all
         **kwargs, # of the loss, such as num_items_in_batch
     )->CausalLMOutputWithPast: # loss in nats per predicted token; logits (B, T, V)
         "Compute the logits of the next token at every position."
         if labels is not None or self.training: use_cache = False
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
-                         use_cache, output_hidden_states)
-        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
+                         use_cache, output_hidden_states, output_attentions, return_dict=True)
+        whole = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if whole else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels,
                                       vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states,
-                                      past_key_values=out.past_key_values)
+                                      past_key_values=out.past_key_values,
+                                      attentions=out.attentions)
 
 # %% ../../nbs/lm/30_model.ipynb #61a38d30
 class EnigmaForCausalLM(NextToken, EnigmaPreTrainedModel, GenerationMixin):
@@ -679,9 +765,11 @@ class EnigmaForCausalLM(NextToken, EnigmaPreTrainedModel, GenerationMixin):
         self.post_init()
 
 # %% ../../nbs/lm/30_model.ipynb #66131705
-AutoConfig.register('enigma', EnigmaConfig, exist_ok=True)
-AutoModel.register(EnigmaConfig, EnigmaModel, exist_ok=True)
-AutoModelForCausalLM.register(EnigmaConfig, EnigmaForCausalLM, exist_ok=True)
+# the copy of this code beside a model's weights registers nothing
+if not __name__.startswith('transformers_modules'):
+    AutoConfig.register('enigma', EnigmaConfig, exist_ok=True)
+    AutoModel.register(EnigmaConfig, EnigmaModel, exist_ok=True)
+    AutoModelForCausalLM.register(EnigmaConfig, EnigmaForCausalLM, exist_ok=True)
 
 # %% ../../nbs/lm/30_model.ipynb #ab74e014
 class AddAxis(ConversionOps):

@@ -230,7 +230,7 @@ def coupled(
     kind = type(block)
     return isinstance(block, nn.ModuleList) or (
         getattr(kind, 'halves', None) is not None and kind.forward is Bijection.forward
-        and kind.forward_and_log_det.__wrapped__ is kind.halves)
+        and kind.forward_and_log_det.itself is kind.halves)
 
 def as_block(
     block, # a pair (F, G) of modules, or a module

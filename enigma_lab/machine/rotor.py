@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .bijection import Bijection, Chain, as_positions, check_width
+from .internals import is_traced
 
 # %% ../../nbs/machine/30_rotor.ipynb #3a442980
 def signed_permutation(
@@ -304,8 +305,14 @@ def by_position(
     x:Tensor, # (..., dim)
     where:Tensor, # the rotor's position at each vector, `x.shape[:-1]`
     f, # (rows (n, dim), position) -> (n, dim)
+    count:int, # positions there are
 )->Tensor: # (..., dim)
-    "Apply `f` to the vectors of each position together."
+    "Apply `f` to the vectors of each position together; traced, to all vectors at each position."
+    if not x.numel(): return x
+    if is_traced(): # who knows no values cannot group by them
+        y = f(x, 0)
+        for k in range(1, count): y = torch.where((where == k)[..., None], f(x, k), y)
+        return y
     rows, where = x.reshape(-1, x.shape[-1]), where.reshape(-1)
     order = where.argsort(stable=True)
     present, counts = where[order].unique_consecutive(return_counts=True)
@@ -374,14 +381,14 @@ class TableRotor(LearnedRotor):
         return self.num_positions
 
     def forward_and_log_det(self, x, positions=None):
-        p = self.stands_at(positions, x)
+        p, K = self.stands_at(positions, x), self.num_positions
         return self.wiring(
-            lambda w: (by_position(x, p, w.matmul), as_nats(w.log_dets(), x)[p]))
+            lambda w: (by_position(x, p, w.matmul, K), as_nats(w.log_dets(), x)[p]))
 
     def inverse_and_log_det(self, y, positions=None):
-        p = self.stands_at(positions, y)
+        p, K = self.stands_at(positions, y), self.num_positions
         return self.wiring(
-            lambda w: (by_position(y, p, w.solve), -as_nats(w.log_dets(), y)[p]))
+            lambda w: (by_position(y, p, w.solve, K), -as_nats(w.log_dets(), y)[p]))
 
 # %% ../../nbs/machine/30_rotor.ipynb #854a39bc
 def check_contacts(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['random_state', 'set_random_state', 'generators_at', 'AutocastContext', 'ModesContext', 'ReplayContext', 'Arguments',
-           'ForwardLink', 'Link', 'Reader', 'Placed', 'check_unchanged', 'left_behind', 'check_known', 'check_repeated',
-           'try_twice', 'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients', 'accumulated', 'forth', 'back',
-           'Addition', 'CheckedAddition', 'SharedAddition', 'Coupling', 'full_precision', 'JoinedStreams',
-           'TurnedStreams', 'BijectionStep', 'sketch']
+           'ForwardLink', 'Link', 'Reader', 'Placed', 'check_unchanged', 'left_behind', 'check_known', 'check_left',
+           'looked_at', 'check_repeated', 'try_twice', 'fresh', 'Step', 'RepeatedStep', 'KeptStep', 'gradients',
+           'accumulated', 'forth', 'back', 'Addition', 'CheckedAddition', 'SharedAddition', 'Coupling',
+           'full_precision', 'JoinedStreams', 'TurnedStreams', 'BijectionStep', 'sketch']
 
 # %% ../../nbs/machine/51_steps.ipynb #d6ad7f91
 import contextlib, threading, weakref
@@ -267,12 +267,8 @@ def check_known(
     inputs, # leaves that are known, or `None`
     known=(), # nodes that are known
 )->list[Tensor]: # parameters that were read where they are, past their aliases
-    "Raise a RuntimeError where a step reads or leaves a tensor whose gradient would be lost."
+    "Raise a RuntimeError where a step reads a tensor whose gradient would be lost."
     name = type(step.module).__name__
-    if left := left_behind(step.modules, since):
-        raise RuntimeError(f"a reversible step is undone and run again, but {name} leaves "
-                           f"{', '.join(left)} with a graph that no loss would reach: store "
-                           "its detach(), or compute that loss outside of the chain")
     if out.grad_fn is None or step.sharded: return []
     leaves, older = entrances(out, since, known)
     inputs = {id(t) for t in inputs if t is not None}
@@ -285,6 +281,24 @@ def check_known(
                            "neither its parameter nor an argument: register it as a parameter, "
                            "or pass it to the chain, chain(x, tensor)")
     return [t for t in leaves if id(t) in params and id(t) not in inputs]
+
+# %% ../../nbs/machine/51_steps.ipynb #5d2a38da
+def check_left(
+    step, # a `Step`
+    since:int, # number of the run's first node
+):
+    "Raise a RuntimeError where a run has left a tensor whose gradient would be lost."
+    if left := left_behind(step.modules, since):
+        raise RuntimeError(f"a reversible step is undone and run again, but "
+                           f"{type(step.module).__name__} leaves {', '.join(left)} with a graph "
+                           "that no loss would reach: store its detach(), or compute that loss "
+                           "outside of the chain")
+
+def looked_at(
+    step, # a `Step`
+)->set: # modes of its modules, to be added to
+    "Recall in which modes the first run of a function was looked at: that costs time."
+    return _looked.setdefault(step.module, set())
 
 # %% ../../nbs/machine/51_steps.ipynb #d969aeae
 def check_repeated(
@@ -301,7 +315,7 @@ def check_repeated(
                            "is it random, or does it remember?")
 
 _tried = weakref.WeakKeyDictionary() # module -> modes in which it gave the same result twice
-_kept = weakref.WeakKeyDictionary() # module -> modes in which its graph has been looked at, too
+_looked = weakref.WeakKeyDictionary() # module -> modes in which what it leaves was looked at
 
 def try_twice(
     step, # a `Step`
@@ -374,6 +388,9 @@ class RepeatedStep(Step):
             b_ = b.view_as(b) # module trackers cannot hook a leaf
             since, inputs = node_number(b_), [b, *rest]
             out = self.repeat.again(self.call, b_, rest[:self.extras])
+        if (modes := tuple(self.repeat.modes)) not in (looked := looked_at(self)):
+            check_left(self, since)
+            looked.add(modes)
         for p in check_known(self, out, since, inputs, known):
             i = next(i for i, own in enumerate(self.params) if own is p)
             inputs[1 + self.extras + i] = p
@@ -388,7 +405,7 @@ class KeptStep(RepeatedStep):
         "Run the function as autograd does; refuse what a repeated step would refuse."
         before, versions = version(b), [version(t) for t in self.buffers]
         b_ = b.view_as(b)
-        looked = _kept.setdefault(self.module, set())
+        looked = looked_at(self)
         if (modes := tuple(m.training for m in self.modules)) in looked:
             out = self.call(b_, self.arguments.tensors)
         else:
@@ -406,6 +423,7 @@ class KeptStep(RepeatedStep):
         repeat = ReplayContext(b, self.modules)
         out = repeat.first(self.call, b, extras)
         known = [t.grad_fn for t in (b, *extras, *self.params)]
+        check_left(self, since)
         check_known(self, out, since, (*extras, *self.params), known)
         try_twice(self, out, repeat, b, extras)
         return out
