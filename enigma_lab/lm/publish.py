@@ -95,7 +95,7 @@ def publish_run(
     run:str, # of a language model or a tuning, or a folder
     folder, # a new one
 )->Path: # the folder
-    "Publish the model of a record; a tuned one whole, with its adapters added in."
+    "Write the model of a record; a tuned one whole, with its adapters added in."
     from enigma_lab.lm.lora import load_adapted
     found = find_model(run)
     model, tokenizer = load_adapted(found)
