@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line',
            'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train',
-           'tokenizer', 'showcase', 'publish', 'data', 'load_model', 'generate', 'questions', 'chat', 'decoder_scores',
-           'sgdd', 'run_presets', 'print_look', 'learn_record', 'maskpro', 'certify', 'run_value', 'cell_text',
-           'fit_table', 'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs', 'runs',
-           'docs', 'bench_names', 'bench']
+           'tokenizer', 'showcase', 'data', 'load_model', 'generate', 'questions', 'chat', 'decoder_scores', 'sgdd',
+           'run_presets', 'print_look', 'learn_record', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table',
+           'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs',
+           'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
@@ -242,17 +242,6 @@ def showcase(
         more = kept_beside(found)
     made = make_showcase(found, name, more)
     print(f'{made.path}: {folder_bytes(made.path):,} bytes')
-
-# %% ../nbs/cli.ipynb #f686ad77
-@command('lm')
-def publish(
-    run:str, # train_enigma/20260412-101500, a notebook's name, a folder; '' or -: the newest
-    folder:str, # a new one
-):
-    "Write a model to a folder that any machine can load: weights, tokenizer, code and a card."
-    from enigma_lab.lm.publish import publish_run
-    made = publish_run(run, folder)
-    print(f"{made}: AutoModelForCausalLM.from_pretrained('{made}', trust_remote_code=True)")
 
 # %% ../nbs/cli.ipynb #82bed7bb
 @command('lm')

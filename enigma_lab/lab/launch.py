@@ -159,7 +159,6 @@ def why_spawn(
     if not hasattr(os, 'fork'): return 'this system cannot fork'
     if torch.cuda.is_initialized(): return 'this kernel has used a GPU'
     if has_accelerator(): return 'this kernel has made an Accelerator'
-    if torch.distributed.is_initialized(): return 'this kernel belongs to a process group'
     if pool_is_lost(threads_each(local_world)): return 'this kernel has started a pool of threads'
     return ''
 
@@ -301,9 +300,6 @@ def _one_process(fn, world, local_world, outcome, *args):
         if signal.getsignal(s) != signal.SIG_IGN: signal.signal(s, default)
     if world_size() != world: raise RuntimeError(
         f"a process must find itself among {world}, got a world of {world_size()}")
-    if torch.distributed.is_initialized(): raise RuntimeError(
-        "a copy of a process that belongs to a group of processes would train alone; "
-        "call torch.distributed.destroy_process_group() before")
     torch.set_num_threads(threads_each(local_world))
     value, number = None, 0
     try: value = fn(*args)
