@@ -72,8 +72,9 @@ def cases():
         all_model_classes = Base, Head
         def setUp(self):
             self.model_tester = Tester(kind, Base)
+            own = dict(n_embd=36) if kind == 'gpt2' else dict(dim=36)
             self.config_tester = configuration.ConfigTester(
-                self, config_class=type(make_config(kind)), hidden_size=36,
+                self, config_class=type(make_config(kind)), **own,
                 common_properties=['hidden_size', 'num_hidden_layers', 'num_attention_heads'])
         def test_config(self): self.config_tester.run_common_tests()
     return dict(TestModel=TestModel)

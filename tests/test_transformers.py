@@ -1,4 +1,6 @@
 "transformers' own tests of models, run on ours; see `foreign_hf.py`."
+import itertools
+
 import foreign
 import foreign_hf
 import pytest
@@ -10,8 +12,14 @@ DECORATOR = {name: BY_TEXT for name in (
 NOTHING_STORED = {f'test_training_gradient_checkpointing{end}':
                   'counts second runs of a block, and the chain runs the parts of it'
                   for end in ('', '_use_reentrant_false', '_use_reentrant_true')}
+REFUSED = {
+    f'test_eager_matches_sdpa_inference_{first + n:02}_{dtype}_pad_{side}{mask}{kernels}':
+    'exact streams need float32, and half precision is refused with the reason'
+    for first, dtype in ((0, 'fp16'), (16, 'bf16')) for n, (side, mask, kernels) in enumerate(
+        itertools.product(('left', 'right'), ('', '_no_attn_mask'), ('_sdpa_kernels', '')))}
 LEFT = {kind: DECORATOR for kind in foreign_hf.KINDS if kind != 'gpt2'}
 for kind in ('between', 'reversible', 'exact'): LEFT[kind] = DECORATOR | NOTHING_STORED
+LEFT['exact'] |= REFUSED
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
@@ -28,9 +36,10 @@ def run(tmp_path_factory):
 def check(ours, control, left):
     "Nothing is worse than the control but what is listed, and nothing listed has become better."
     worse = foreign_hf.worse(ours, control)
+    assert len(left) <= 25
     assert {name: end for name, end in worse.items() if name not in left} == {}
     assert worse.keys() == left.keys()
-    assert sum(outcome == 'passed' for outcome, _ in control.values()) >= 100
+    assert sum(outcome == 'passed' for outcome, _ in control.values()) >= 95
 
 def test_a_plain_model(run): check(*run('none'), LEFT['none'])
 
