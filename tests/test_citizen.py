@@ -1,13 +1,13 @@
 "Other libraries reach into a model: they move, divide, quantise and prune it; the logits stay."
-import copy, warnings
+import copy, os, subprocess, sys, warnings
+from pathlib import Path
 
-import accelerate, pytest, torch
+import accelerate, foreign, pytest, torch
 import torch.nn.utils.prune as pruning
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import DynamicCache, StaticCache
 
 from enigma_lab.bench.reversible_checks import group_of_one
@@ -24,14 +24,16 @@ KINDS = dict(
     permutation=dict(machine='both', rotor='permutation', reciprocal=True))
 IDS = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))
 
-@pytest.fixture(params=KINDS)
-def model(request):
+def make(kind):
     torch.manual_seed(0)
-    config = EnigmaConfig.preset('smoke', vocab_size=40, **KINDS[request.param])
+    config = EnigmaConfig.preset('smoke', vocab_size=40, **KINDS[kind])
     model = EnigmaForCausalLM(config).eval()
     with torch.no_grad(): # away from the start, where all positions are alike
         for p in model.parameters(): p.add_(.1*torch.randn_like(p))
     return model
+
+@pytest.fixture(params=KINDS)
+def model(request): return make(request.param)
 
 def difference(model, other, **kwargs):
     with torch.no_grad(): return (model(IDS).logits - other(IDS, **kwargs).logits).abs().max()
@@ -89,8 +91,10 @@ def test_sharded(model, places):
             if p.grad is not None:
                 assert torch.allclose(q.grad.full_tensor(), p.grad, rtol=1e-5, atol=1e-6), name
 
-def test_quantised(model):
+def quantised_is_the_same(kind):
     "The control has the numbers that the quantised weights stand for."
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    model = make(kind)
     quantised, control = copy.deepcopy(model), copy.deepcopy(model)
     quantize_(quantised, Int8WeightOnlyConfig())
     with torch.no_grad():
@@ -101,6 +105,16 @@ def test_quantised(model):
     assert all(type(m.weight) is not nn.Parameter for m in quantised.modules()
                if isinstance(m, kinds))
     assert difference(control, quantised) < 1e-4 < difference(model, quantised)
+
+def test_quantised(tmp_path):
+    "By torchao, in a process of its own: where it is installed, transformers and peft import it."
+    try: foreign.pip('install', '--target', tmp_path, 'torchao==0.18.0')
+    except foreign.NotFetched as e: pytest.skip(f'torchao could not be fetched: {e}')
+    here = Path(__file__).parent
+    code = 'import test_citizen as t\nfor kind in t.KINDS: t.quantised_is_the_same(kind)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={
+        **os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (here, here.parent, tmp_path)))})
+    assert done.returncode == 0, done.stderr[-3000:]
 
 def test_pruned(model):
     pruned, control = copy.deepcopy(model), copy.deepcopy(model)
