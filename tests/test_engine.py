@@ -28,6 +28,12 @@ def attend(self, x): return scaled_dot_product_attention(x[None], x[None], x[Non
 RANDOM = dict(dropout=lambda self, x: dropout(x, .3), attention=attend,
               noise=lambda self, x: x*torch.rand_like(x))
 
+@pytest.fixture(autouse=True)
+def forget_what_was_compiled():
+    "After an error in compiled code torch refuses what it compiles alone."
+    yield
+    torch._dynamo.reset()
+
 def chain(then=None, depth=2, **kwargs):
     "Double precision, so that what differs is wrong."
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = '.' # where this file is
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer('The ', return_tensors='pt').input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=80, do_sample=True)[0]))
 ```
