@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'CODE', 'AUTO_MAP', 'read_module', 'modules_before', 'is_left_out', 'names_of', 'body_of', 'one_file',
-           'write_code']
+           'write_code', 'name_code']
 
 # %% ../../nbs/lm/29_one_file.ipynb #c7ba8379
-import ast
+import ast, json
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec, resolve_name
@@ -109,4 +109,12 @@ def write_code(
     copied = source.startswith('transformers_modules')
     text = read_module(source)[0] if copied else one_file()
     (folder/f'{CODE}.py').write_text(text, encoding='utf-8')
-    return dict(AUTO_MAP)
+    return dict(AUTO_MAP) if copied else {}
+
+def name_code(
+    folder, # of a model, with its code
+):
+    "Name the code in the configuration, so that transformers offers to run it."
+    path = Path(folder)/'config.json'
+    said = json.loads(path.read_text(encoding='utf-8')) | dict(auto_map=AUTO_MAP)
+    path.write_text(json.dumps(said, indent=2) + '\n', encoding='utf-8')

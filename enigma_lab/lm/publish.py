@@ -10,6 +10,7 @@ import shutil, tempfile
 from pathlib import Path
 
 from ..lab.runs import Run, find_model
+from .one_file import name_code
 
 # %% ../../nbs/lm/55_publish.ipynb #b93174c4
 CARD = '''---
@@ -85,12 +86,14 @@ def publish(
     try:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        name_code(beside)
         (beside/'README.md').write_text(card, encoding='utf-8')
         beside.chmod(0o755)
         beside.rename(folder)
     finally: shutil.rmtree(beside, ignore_errors=True)
     return folder
 
+# %% ../../nbs/lm/55_publish.ipynb #bc162805
 def publish_run(
     run:str, # of a language model or a tuning, or a folder
     folder, # a new one
