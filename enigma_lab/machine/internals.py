@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['in_transform', 'is_traced', 'plain_value', 'has_values', 'ensure', 'version', 'node_number', 'entrances',
-           'has_tangents', 'is_sharded', 'tree_flatten', 'tree_unflatten']
+           'has_tangents', 'is_sharded', 'any_sharded', 'tree_flatten', 'tree_unflatten']
 
 # %% ../../nbs/machine/46_internals.ipynb #fc6cf62e
 import sys
@@ -101,6 +101,12 @@ def is_sharded(
     "Tell whether a module gathers its own parameters."
     fsdp = sys.modules.get('torch.distributed.fsdp') # never loaded for this question
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+def any_sharded(
+    modules, # any number
+)->bool: # True: `fully_shard` has one of them in its care
+    "Tell whether one of several modules gathers its own parameters."
+    return 'torch.distributed.fsdp' in sys.modules and any(map(is_sharded, modules))
 
 # %% ../../nbs/machine/46_internals.ipynb #cf7e27b7
 _all_ = ['tree_flatten', 'tree_unflatten']

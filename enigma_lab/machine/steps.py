@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .grid import snap, snapped
-from .internals import (entrances, has_values, is_sharded, node_number,
+from .internals import (any_sharded, entrances, has_values, node_number,
     tree_flatten, tree_unflatten, version)
 
 # %% ../../nbs/machine/51_steps.ipynb #a6db1c00
@@ -195,18 +195,20 @@ class Reader(Link):
 
     def read(self): # the scale, extras, and parameters that learn
         "List the tensors that the step reads, before a run that is to be repeated."
-        self.modules, self.places, found = list(self.module.modules()), [], {}
-        self.sharded = any(map(is_sharded, self.modules))
-        # a module that gathers its parameters hands out their gradients, too
-        if self.sharded: found[torch.empty(0, requires_grad=True)] = 0
-        for m in () if self.sharded else self.modules:
-            for held in (m._parameters, m._buffers):
+        self.modules, found = list(self.module.modules()), {}
+        self.sharded = any_sharded(self.modules)
+        self.buffers, self.params, self.places = [], [], []
+        for m in self.modules:
+            for t in m._buffers.values():
+                if t is not None: self.buffers.append(t)
+            for held in () if self.sharded else (m._parameters, m._buffers):
                 for name, t in held.items():
                     if t is None: continue
-                    i = found.setdefault(t, len(found)) if t.requires_grad else None
+                    i = found.setdefault(id(t), len(found)) if t.requires_grad else None
+                    if i == len(self.params): self.params.append(t)
                     self.places.append((held, name, t, i))
-        self.buffers = [t for m in self.modules for t in m._buffers.values() if t is not None]
-        self.params = list(found)
+        # a module that gathers its parameters hands out their gradients, too
+        if self.sharded: self.params = [torch.empty(0, requires_grad=True)]
         self.tensors = self.s, *self.arguments.tensors, *self.params
         return self.tensors
 
