@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line',
            'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train',
-           'tokenizer', 'showcase', 'data', 'load_model', 'generate', 'questions', 'chat', 'decoder_scores', 'sgdd',
-           'run_presets', 'print_look', 'learn_record', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table',
-           'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs',
-           'bench_names', 'bench']
+           'tokenizer', 'showcase', 'data', 'load_model', 'given_prompts', 'stop_strings', 'continue_text', 'generate',
+           'evaluate', 'publish', 'questions', 'chat', 'decoder_scores', 'sgdd', 'run_presets', 'print_look',
+           'learn_record', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names',
+           'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
@@ -271,30 +271,115 @@ def load_model(
         return load_adapted(found)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
-    import enigma_lab.lm.model  # noqa: F401, tells transformers the model's class
+    import enigma_lab.lm.hybrid  # noqa: F401, tells transformers the models' classes
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(found.checkpoint).eval()
     return model, AutoTokenizer.from_pretrained(found.checkpoint)
 
 # %% ../nbs/cli.ipynb #22f57aed
+def given_prompts(
+    text:str, # as typed; empty: those of the file
+    file:str, # a prompt on each line; -: standard input; empty: none
+)->list[str]: # at least one
+    "Read the prompts of a command. Raise ValueError where there is none, or both ways are taken."
+    if bool(text) == bool(file):
+        raise ValueError("prompts are one text or the lines of --file, got "
+                         + ('both; leave one of them out' if text else 'neither'))
+    if text: return [text]
+    lines = sys.stdin.read() if file == '-' else Path(file).read_text(encoding='utf-8')
+    if prompts := [line for line in lines.splitlines() if line.strip()]: return prompts
+    raise ValueError(f"--file must have a prompt on some line, got none in {file}")
+
+def stop_strings(
+    typed:str, # strings with | between them; \\n is a line's end
+)->tuple[str,...]: # that end a text
+    "Divide stop strings as they are typed."
+    return tuple(s.replace('\\n', '\n') for s in typed.split('|') if s)
+
+# %% ../nbs/cli.ipynb #2b5e86bb
+def continue_text(
+    model, # a language model in eval mode
+    tokenizer, # its tokenizer
+    prompt:str, # how the text begins
+    beams:int, # search with so many beams; 1: draw
+    stop:tuple, # strings that end the text
+    **kwargs # of `lm.generate.stream`
+): # an iterator of pieces that make up the continuation
+    "Continue a text by drawing, or by a search, which gives one piece."
+    from enigma_lab.lm.generate import encode_prompts, generate, stream
+    if beams == 1: yield from stream(model, tokenizer, prompt, stop, **kwargs)
+    else:
+        ids, _ = encode_prompts(model, tokenizer, [prompt])
+        kept = {k: kwargs[k] for k in ('max_new_tokens', 'repetition_penalty')}
+        new = generate(model, ids, num_beams=beams, **kept)[0, ids.shape[1]:]
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        yield text[:min([text.index(s) for s in stop if s in text], default=len(text))]
+
+# %% ../nbs/cli.ipynb #5ee61d4a
 @command('lm')
 def generate(
     run:str, # train_enigma/20260412-101500, a notebook's name, a folder; '' or -: the newest
-    text:str, # to be continued
+    text:str='', # to be continued
     *,
+    file:str='', # in place of the text: a prompt on each line; -: standard input
     max_new_tokens:int=200, # at most so many
     temperature:float=.8, # 0: always the likeliest token
     top_k:int=0, # choose among the k likeliest; 0: among all
     top_p:float=1., # choose among the likeliest that hold this probability
+    beams:int=1, # search the likeliest text with so many beams; 1: draw
+    repetition_penalty:float=1., # above 1: repeat less
+    stop:str='', # end before one of these strings, as 'A|B'; \\n is a line's end
     seed:int=0, # of the choices
+    samples:int=1, # continuations of each prompt, with seeds one after the other
+    json:bool=False, # a line of JSON for each continuation: prompt, seed, text
 ):
     "Continue a text with the language model of a run."
+    from json import dumps
+    for name, value in dict(beams=beams, samples=samples).items():
+        if value < 1: raise ValueError(f"--{name} must be at least 1, got {value}")
+    if beams > 1 and samples > 1:
+        raise ValueError(f"a search has one result, got --samples {samples}; leave it out")
+    prompts = given_prompts(text, file)
     model, tokenizer = load_model(run)
-    from enigma_lab.lm.generate import stream
-    for piece in stream(model, tokenizer, text, max_new_tokens=max_new_tokens,
-                        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
-        print(piece, end='', flush=True)
-    print()
+    how = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+               repetition_penalty=repetition_penalty)
+    for prompt in prompts:
+        for s in range(seed, seed + samples):
+            pieces = continue_text(model, tokenizer, prompt, beams, stop_strings(stop), seed=s,
+                                   **how)
+            if json: print(dumps(dict(prompt=prompt, seed=s, text=''.join(pieces))))
+            else:
+                for piece in pieces: print(piece, end='', flush=True)
+                print()
+
+# %% ../nbs/cli.ipynb #872c0a7d
+@command('lm')
+def evaluate(
+    run:str, # as for generate
+    text:str, # a file of texts, a folder, or a hub id; all of it is scored
+    *,
+    json:bool=False, # a line of JSON
+):
+    "Measure how well a run's language model predicts a text, in bits per character."
+    from json import dumps
+    from enigma_lab.data.text import read_source, source_texts
+    source = read_source(text)
+    documents = [d for part in source.parts for d in source_texts(source, part)]
+    model, tokenizer = load_model(run)
+    from enigma_lab.lm.evaluate import evaluate_text
+    found = evaluate_text(model, tokenizer, documents)
+    if json: return print(dumps(found))
+    print(f"{found['bits_per_char']:.4f} bits per character of {found['characters']:,}, "
+          f"perplexity {found['perplexity']:.2f} of {found['tokens']:,} tokens")
+
+@command('lm')
+def publish(
+    run:str, # of a language model or a tuning, or a folder
+    folder:str, # a new one
+):
+    "Write a model with its tokenizer, its code and a card, to be loaded elsewhere."
+    from enigma_lab.lm.publish import publish_run
+    print(publish_run(run, folder))
 
 # %% ../nbs/cli.ipynb #47c609ce
 def questions():

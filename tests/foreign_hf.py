@@ -17,7 +17,9 @@ KINDS = dict(
     gpt2=None, none={}, input=dict(machine='input'), both=dict(machine='both'),
     scaled=dict(machine='both', rev_scale=True, parametrization='plu', rotor='roll'),
     between=dict(machine='between', reversible=True), reversible=dict(reversible=True),
-    exact=dict(machine='both', reversible=True, exact=True))
+    exact=dict(machine='both', reversible=True, exact=True),
+    quick=dict(activation='relu2', norm='layer', qk_norm=True, bias=False, gram_rows=64,
+               tie_word_embeddings=False))
 
 # in the process that tests
 

@@ -21,7 +21,9 @@ KINDS = dict(
     between=dict(machine='between', reversible=True),
     reversible=dict(machine='none', reversible=True),
     exact=dict(machine='both', reversible=True, exact=True),
-    permutation=dict(machine='both', rotor='permutation', reciprocal=True))
+    permutation=dict(machine='both', rotor='permutation', reciprocal=True),
+    quick=dict(machine='none', activation='relu2', norm='layer', qk_norm=True, bias=False,
+               gram_rows=64, tie_word_embeddings=False))
 IDS = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))
 
 def make(kind):
@@ -63,12 +65,13 @@ def test_offload_to_the_processor_and_to_the_disk(model, tmp_path):
 
 def test_a_map_with_parts_on_the_disk(model, tmp_path):
     model.save_pretrained(tmp_path)
-    away = {name: 'disk' for name in ('model.enigma', 'model.wheels', 'model.layers.1')
-            if any(n.startswith(name) for n, _ in model.named_parameters())}
-    stay = ('model.embed_tokens', 'model.norm', 'model.layers.0', 'lm_head')
-    loaded = EnigmaForCausalLM.from_pretrained(
-        tmp_path, device_map={**away, **dict.fromkeys(stay, 'cpu')},
-        offload_folder=tmp_path/'offload')
+    places = {name: where for where, names in dict(
+        disk=('model.enigma', 'model.wheels', 'model.layers.1'),
+        cpu=('model.embed_tokens', 'model.embed_grams', 'model.norm', 'model.layers.0', 'lm_head')
+    ).items() for name in names if any(n.startswith(name) for n, _ in model.named_parameters(
+        remove_duplicate=False))}
+    loaded = EnigmaForCausalLM.from_pretrained(tmp_path, device_map=places,
+                                               offload_folder=tmp_path/'offload')
     assert difference(model, loaded) == 0
     assert loaded.generate(IDS[:, :4], max_new_tokens=3, do_sample=False).shape[1] <= 7
 
@@ -106,6 +109,7 @@ def quantised_is_the_same(kind):
                if isinstance(m, kinds))
     assert difference(control, quantised) < 1e-4 < difference(model, quantised)
 
+@pytest.mark.proof('lm.model', 'machine.rotor', 'machine.exact', 'machine.enigma')
 def test_quantised(tmp_path):
     "By torchao, in a process of its own: where it is installed, transformers and peft import it."
     try: foreign.pip('install', '--target', tmp_path, 'torchao==0.18.0')
@@ -165,6 +169,26 @@ def test_several_texts_in_a_row(model):
     assert torch.allclose(packed.logits, alone, atol=1e-5) and packed.past_key_values is None
     with pytest.raises(ValueError, match='position_ids that begin again'):
         model(IDS, position_ids=positions, past_key_values=DynamicCache())
+
+def test_positions_of_ones_own_beside_a_mask(model):
+    "A new cache changes nothing, and what is cached keeps its distance from what comes."
+    close = 4*model.config.grid if model.config.exact else 1e-5
+    mask = torch.ones_like(IDS)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6],
+                              [3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]])
+    given = dict(attention_mask=mask, position_ids=positions)
+    with torch.no_grad():
+        whole = model(IDS, use_cache=False, **given).logits
+        assert torch.allclose(model(IDS, past_key_values=DynamicCache(), **given).logits, whole,
+                              atol=close)
+        assert (whole - model(IDS).logits).abs().max() > 1e-2
+        later = dict(attention_mask=mask, position_ids=positions[1:] + torch.tensor([[4], [0]]))
+        later['position_ids'][:, 1:] = later['position_ids'][:, :1] + torch.arange(1, 12)
+        whole, cache = model(IDS, use_cache=False, **later).logits, DynamicCache()
+        for a, b in ((0, 5), (5, 6), (6, 12)):
+            part = model(IDS[:, a:b], attention_mask=mask[:, :b], past_key_values=cache,
+                         position_ids=later['position_ids'][:, a:b]).logits
+            assert torch.allclose(part, whole[:, a:b], atol=close)
 
 def test_standard_arguments(model):
     whole = model(IDS)

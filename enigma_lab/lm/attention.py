@@ -109,6 +109,9 @@ def causal_attention(
             raise ValueError(f"several queries ({T}) after a prefix of keys ({S}) need a mask")
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1,
                                               scale=scale)
+    # a processor that multiplies bfloat16 is faster with three plain operations
+    if q.device.type == 'cpu' and q.dtype == mask.dtype == torch.bfloat16 and not dropout:
+        return ((q*scale) @ k.mT + mask).softmax(-1) @ v
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return out if mask.is_floating_point() else out.masked_fill(~mask.any(-1, keepdim=True), 0.)
 

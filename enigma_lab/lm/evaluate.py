@@ -31,9 +31,12 @@ def token_nll(
     # the last window ends with the text
     begins = [0] if N <= window else [*range(0, N - window, stride), N - window]
     nll = torch.full((N,), torch.nan)
+    # a model that reads more of the text than a window
+    reader = model.reader(ids) if hasattr(model, 'reader') else lambda begins, length: {}
     for part in [begins[i:i+batch_size] for i in range(0, len(begins), batch_size)]:
         x = torch.stack([ids[b:b+window+1] for b in part]).to(model.device)
-        logits = model(x[:, :-1], use_cache=False).logits.float()
+        more = {k: v.to(model.device) for k, v in reader(part, x.shape[1] - 1).items()}
+        logits = model(x[:, :-1], use_cache=False, **more).logits.float()
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(),
                                                    reduction='none').view(len(part), -1).cpu()
         for b, row in zip(part, losses):

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import ALIBI_DIMS
 from .model import alibi_features
@@ -35,14 +35,15 @@ class LayerProducts:
     def norm(self,
         h:Tensor, # (B, d)
     )->Tensor: # (B, d)
-        "Scale vectors as RMSNorm does, without its weight and the root of d."
+        "Scale vectors as the block's norm does, without its weight and the root of d."
+        if self.centred: h = h - h.mean(-1, keepdim=True)
         return h / torch.hypot(torch.linalg.vector_norm(h, dim=-1, keepdim=True), self.least)
 
     def mlp(self,
         h:Tensor, # (B, d)
     )->Tensor: # (B, d)
         "Compute the two layers behind the attention, their norm included."
-        return F.linear(gelu(F.linear(self.norm(h), *self.up)), *self.down)
+        return F.linear(self.act(F.linear(self.norm(h), *self.up)), *self.down)
 
 # %% ../../nbs/lm/35_fast_decode.ipynb #5c23f95c
 class LayerWeights(LayerProducts):
@@ -55,7 +56,8 @@ class LayerWeights(LayerProducts):
         dtype:torch.dtype, # to compute in
     ):
         a, m = layer.attn, layer.mlp
-        cast = lambda *tensors: torch.cat([t.detach() for t in tensors]).to(dtype)
+        cast = lambda *tensors: None if tensors[0] is None else torch.cat(
+            [t.detach() for t in tensors]).to(dtype)
         readers = a.q_proj, a.k_proj, a.v_proj
         # a norm divides by size / root
         root = len(a.norm.weight)**.5
@@ -65,6 +67,8 @@ class LayerWeights(LayerProducts):
                     cast(*(r.bias for r in readers)))
         self.up = cast(m.up_proj.weight * m.norm.weight * root), cast(m.up_proj.bias)
         self.out, self.down = ((cast(w.weight), cast(w.bias)) for w in (a.o_proj, m.down_proj))
+        self.act, self.size = gelu if m.act is F.gelu else m.act, a.size
+        self.centred = isinstance(a.norm, nn.LayerNorm)
 
 # %% ../../nbs/lm/35_fast_decode.ipynb #9e96ecea
 def flatten(
@@ -148,6 +152,7 @@ class KVTensors:
         own = slice(ALIBI_DIMS, ALIBI_DIMS + D)
         self.tokens, self.limit, self.D, self.own = 0, limit, D, own
         self.seen, self.padded = seen, not bool(seen.all())
+        self.ids = torch.zeros_like(seen, dtype=torch.int64) # where there are tables of n-grams
         # (B, limit)
         self.positions = (seen.long().cumsum(-1) - 1).clamp(min=0)
         self.query_front, key_front = alibi_features(config, self.positions, dtype)
@@ -165,7 +170,9 @@ class KVTensors:
 # %% ../../nbs/lm/35_fast_decode.ipynb #c50121a0
 class KVCache(KVTensors):
     "Hold keys and values of all layers, as a cache of the model's modules, too."
-    def get_seq_length(self)->int: # tokens
+    def get_seq_length(self,
+        layer:int=0, # any: all have as many
+    )->int: # tokens
         "Count the tokens so far."
         return self.tokens
 
@@ -176,6 +183,9 @@ class KVCache(KVTensors):
     )->tuple[Tensor,Tensor]: # keys and values of all tokens so far (B, H, S, D)
         "Store new keys and values."
         t, end = self.tokens, self.tokens + k.shape[2]
+        if layer == len(self.keys): # no layer of attention: tokens, for n-grams
+            self.ids[:, t:end] = k[:, 0, :, 0]
+            return (self.ids[:, None, :end, None],)*2
         self.keys[layer][:, :, t:end, self.own] = k
         self.values[layer][:, :, t:end, self.own] = v
         if not t: return k, v
@@ -186,6 +196,7 @@ class KVCache(KVTensors):
     ):
         "Order the rows of the memory anew."
         self.all[..., :self.tokens, :] = self.all[:, :, rows, :, :self.tokens]
+        self.ids[:] = self.ids[rows]
 
 # %% ../../nbs/lm/35_fast_decode.ipynb #a72bd3dc
 class DecoderParts:
@@ -220,7 +231,7 @@ class DecoderEnds(DecoderParts):
     )->Tensor: # (B, d)
         "Embed a token and encipher it."
         base, t = self.model.model, self.memory.tokens
-        h = base.embed_tokens(token)
+        h = base.add_grams(base.embed_tokens(token), token, positions, None, self.memory)
         if self.by_modules or base.embed_positions is not None:
             return base.encipher(h, positions)[:, 0]
         return h[:, 0] if self.way_in is None else self.way_in(h[:, 0], t)
@@ -265,7 +276,8 @@ def prefill(
         causal = torch.ones(end - t, end, dtype=torch.bool, device=prompt.device).tril(t)
         mask = causal & memory.seen[:, None, None, :end]
     with torch.autocast(prompt.device.type, decoder.dtype, enabled=decoder.dtype != torch.float32):
-        h = base.encipher(base.embed_tokens(prompt), positions)
+        h = base.add_grams(base.embed_tokens(prompt), prompt, positions, None, memory)
+        h = base.encipher(h, positions)
         front = alibi_features(base.config, positions, h.dtype, memory.positions[:, :end])
         for h in base.through_layers(h, positions, front, mask, memory): pass
         memory.tokens = end
@@ -283,6 +295,7 @@ def attend(
     (B, dim), t, m = h.shape, memory.tokens, memory
     # (B, 3, H, D)
     qkv = F.linear(w.norm(h), *w.qkv).view(B, 3, -1, m.D)
+    if w.size is not None: qkv[:, :2] = w.size(qkv[:, :2], (m.D,))
     m.query_own.copy_(qkv[:, 0])
     m.all_own[i][t].copy_(qkv[:, 1:])
     # (B, H, t + 1, W)
