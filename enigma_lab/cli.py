@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line',
            'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train',
-           'tokenizer', 'showcase', 'data', 'load_model', 'given_prompts', 'stop_strings', 'continue_text', 'generate',
-           'evaluate', 'publish', 'questions', 'chat', 'decoder_scores', 'sgdd', 'run_presets', 'print_look',
-           'learn_record', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names',
-           'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs', 'bench_names', 'bench']
+           'tokenizer', 'showcase', 'data', 'load_model', 'given_prompts', 'stop_strings', 'continue_text',
+           'check_continuations', 'print_continuation', 'generate', 'evaluate', 'publish', 'questions', 'chat',
+           'decoder_scores', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'maskpro', 'certify', 'run_value',
+           'cell_text', 'fit_table', 'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs',
+           'runs', 'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
@@ -315,6 +316,28 @@ def continue_text(
         text = tokenizer.decode(new, skip_special_tokens=True)
         yield text[:min([text.index(s) for s in stop if s in text], default=len(text))]
 
+# %% ../nbs/cli.ipynb #76606ed2
+def check_continuations(
+    beams:int, # of a search; 1: draw
+    samples:int, # continuations of each prompt
+):
+    "Raise a ValueError for numbers that no command can have."
+    for name, value in dict(beams=beams, samples=samples).items():
+        if value < 1: raise ValueError(f"--{name} must be at least 1, got {value}")
+    if beams > 1 and samples > 1:
+        raise ValueError(f"a search has one result, got --samples {samples}; leave it out")
+
+def print_continuation(
+    prompt:str, # how the text begins
+    seed:int, # of the draws
+    as_json:bool, # a line for another program
+    pieces, # that make up the continuation
+):
+    "Print a continuation piece by piece, or as a line of JSON."
+    if as_json: return print(json.dumps(dict(prompt=prompt, seed=seed, text=''.join(pieces))))
+    for piece in pieces: print(piece, end='', flush=True)
+    print()
+
 # %% ../nbs/cli.ipynb #5ee61d4a
 @command('lm')
 def generate(
@@ -334,23 +357,15 @@ def generate(
     json:bool=False, # a line of JSON for each continuation: prompt, seed, text
 ):
     "Continue a text with the language model of a run."
-    from json import dumps
-    for name, value in dict(beams=beams, samples=samples).items():
-        if value < 1: raise ValueError(f"--{name} must be at least 1, got {value}")
-    if beams > 1 and samples > 1:
-        raise ValueError(f"a search has one result, got --samples {samples}; leave it out")
+    check_continuations(beams, samples)
     prompts = given_prompts(text, file)
     model, tokenizer = load_model(run)
     how = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                repetition_penalty=repetition_penalty)
     for prompt in prompts:
         for s in range(seed, seed + samples):
-            pieces = continue_text(model, tokenizer, prompt, beams, stop_strings(stop), seed=s,
-                                   **how)
-            if json: print(dumps(dict(prompt=prompt, seed=s, text=''.join(pieces))))
-            else:
-                for piece in pieces: print(piece, end='', flush=True)
-                print()
+            print_continuation(prompt, s, json, continue_text(
+                model, tokenizer, prompt, beams, stop_strings(stop), seed=s, **how))
 
 # %% ../nbs/cli.ipynb #872c0a7d
 @command('lm')

@@ -25,7 +25,7 @@ MUTANTS = dict(
         ('for (held, name, *_), t in zip(self.places, before): held[name] = t',
          'pass',
          'test_engine.py::test_frozen_chains'),
-        ('self.sharded = any(map(is_sharded, self.modules))',
+        ('self.sharded = any_sharded(self.modules)',
          'self.sharded = False',
          'test_reversible.py::test_behaviour[FSDP2-ours]'),
         ('for i, t in zip(self.places, tensors): leaves[i] = t',

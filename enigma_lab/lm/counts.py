@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'FOLDED', 'BUCKETS', 'place_in_documents', 'rolling_keys', 'context_keys', 'first_of_each', 'number',
-           'ranges', 'bits', 'ContextTable', 'bucket', 'counts_at', 'ContextCounts', 'mix_orders', 'level_terms',
-           'fit_weights', 'code_length', 'Symbols', 'text_symbols', 'count_bits']
+           'ranges', 'ContextIndex', 'bits', 'ContextTable', 'bucket', 'counts_at', 'ContextKeys', 'ContextCounts',
+           'mix_orders', 'level_terms', 'fit_weights', 'code_length', 'Symbols', 'text_symbols', 'count_bits']
 
 # %% ../../nbs/lm/42_counts.ipynb #4e589584
 import math, os
@@ -83,41 +83,16 @@ def ranges(
     n = ptr[rows + 1] - begin
     return n, np.arange(n.sum()) + np.repeat(begin - np.cumsum(n) + n, n)
 
-# %% ../../nbs/lm/42_counts.ipynb #1abd3622
-def bits(
-    n:int, # a number of things
-)->int: # of a number from 0 to n - 1
-    "Count the bits that tell n things apart."
-    return max(1, int(n - 1).bit_length())
-
-class ContextTable:
-    "Count in how many documents which symbol follows each context of one length."
+# %% ../../nbs/lm/42_counts.ipynb #b2adf725
+class ContextIndex:
+    "Number the contexts of one length."
     def __init__(self,
         keys:np.ndarray, # (N,) of the contexts, 0: none; see `context_keys`
-        x:np.ndarray, # (N,) the symbols that follow
-        document:np.ndarray, # (N,) in which document
-        symbols:int, # V
     ):
-        v, d = bits(symbols), bits(document.max() + 1)
-        self.symbols, seen = symbols, np.flatnonzero(keys)
-        symbol, document = x[seen], document[seen]
-        self.keys, context = number(keys[seen])
-        # of the text that was counted: contexts, and contexts within a document
-        self.rows, self.own_rows = (np.full(len(keys), -1, np.int32) for _ in range(2))
-        self.rows[seen] = context
-        # (context, symbol, document), each once
-        full = np.sort(((context << v | symbol) << d) | document)
-        full = full[first_of_each(full)]
-        pair = first_of_each(full >> d)
-        self.count = np.diff(np.append(pair, len(full))).astype(np.float32)
-        self.symbol = (full[pair] >> d) & (1 << v) - 1
-        self.ptr = np.append(first_of_each(full[pair] >> d + v), len(pair))
-        # (context, document, symbol)
-        heads, self.own_rows[seen] = number(context << d | document)
-        own = np.sort((((full >> d + v) << d | full & (1 << d) - 1) << v)
-                      | (full >> d) & (1 << v) - 1)
-        self.own_symbol = own & (1 << v) - 1
-        self.own_ptr = np.append(first_of_each(own >> v), len(own))
+        self.seen = np.flatnonzero(keys)
+        self.keys, self.context = number(keys[self.seen])
+        self.rows = np.full(len(keys), -1, np.int32) # of the text that was counted
+        self.rows[self.seen] = self.context
 
     def find(self,
         keys:np.ndarray, # of contexts
@@ -126,6 +101,38 @@ class ContextTable:
         if not len(self.keys): return np.full(len(keys), -1)
         row = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         return np.where(self.keys[row] == keys, row, -1)
+
+# %% ../../nbs/lm/42_counts.ipynb #e14969e7
+def bits(
+    n:int, # a number of things
+)->int: # of a number from 0 to n - 1
+    "Count the bits that tell n things apart."
+    return max(1, int(n - 1).bit_length())
+
+class ContextTable(ContextIndex):
+    "Count in how many documents which symbol follows each context of one length."
+    def __init__(self,
+        keys:np.ndarray, # (N,) of the contexts, 0: none; see `context_keys`
+        x:np.ndarray, # (N,) the symbols that follow
+        document:np.ndarray, # (N,) in which document
+        symbols:int, # V
+    ):
+        super().__init__(keys)
+        v, d, context = bits(symbols), bits(document.max() + 1), self.context
+        self.symbols, x, document = symbols, x[self.seen], document[self.seen]
+        full = np.sort(((context << v | x) << d) | document)
+        full = full[first_of_each(full)] # each once
+        pair = first_of_each(full >> d)
+        self.count = np.diff(np.append(pair, len(full))).astype(np.float32)
+        self.symbol = (full[pair] >> d) & (1 << v) - 1
+        self.ptr = np.append(first_of_each(full[pair] >> d + v), len(pair))
+        # (context, document, symbol), and where they are for each place of the text
+        self.own_rows = np.full(len(keys), -1, np.int32)
+        _, self.own_rows[self.seen] = number(context << d | document)
+        own = np.sort((((full >> d + v) << d | full & (1 << d) - 1) << v)
+                      | (full >> d) & (1 << v) - 1)
+        self.own_symbol = own & (1 << v) - 1
+        self.own_ptr = np.append(first_of_each(own >> v), len(own))
 
 # %% ../../nbs/lm/42_counts.ipynb #0745250e
 def bucket(
@@ -159,37 +166,46 @@ def counts_at(
         kinds[have] = np.add.reduceat((count > 0).astype(np.float32), begin)
     return which, at, count, total, kinds, bucket(total, kinds)
 
-# %% ../../nbs/lm/42_counts.ipynb #be7d330c
+# %% ../../nbs/lm/42_counts.ipynb #b47e94d0
 ORDERS = 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32 # lengths of exact contexts
 FOLDED = 5, 7, 9, 12, 16, 20, 26, 34 # lengths of folded contexts
 BUCKETS = 70
 
-class ContextCounts:
+class ContextKeys:
+    "Find the keys of contexts of many lengths, exact and folded."
+    def __init__(self,
+        fold:np.ndarray, # (V,) the symbol that stands for each where case does not count
+        blank:int=0, # the folded white space
+        orders:tuple=ORDERS, # lengths of exact contexts, ascending
+        folded:tuple=FOLDED, # lengths of folded contexts, ascending; empty: none
+    ):
+        self.fold, self.blank, self.orders, self.folded = fold, blank, orders, folded
+
+    def keys(self,
+        x:np.ndarray, # (N,) symbols; 0 closes a document
+    )->np.ndarray: # (L, N) int64
+        "Find the keys of all contexts of a text, of both kinds."
+        exact = context_keys(x, self.orders)
+        if not self.folded: return exact
+        return np.concatenate([exact, context_keys(x, self.folded, self.fold, self.blank)])
+
+# %% ../../nbs/lm/42_counts.ipynb #7759ed8f
+class ContextCounts(ContextKeys):
     "Mix counts of contexts of many lengths (deleted estimation: Jelinek and Mercer, 1980)."
     def __init__(self,
         x:np.ndarray, # (N,) symbols of the text to count; 0 closes a document
         symbols:int, # V
-        fold:np.ndarray, # (V,) the symbol that stands for each where case does not count
-        blank:int=0, # the folded white space
-        orders:tuple=ORDERS, # lengths of exact contexts, ascending
-        folded:tuple=FOLDED, # lengths of folded contexts, ascending
+        *args, # of `ContextKeys`
+        **kwargs # of the same
     ):
-        self.x, self.symbols, self.fold, self.blank = x, symbols, fold, blank
-        self.orders, self.folded = tuple(orders), tuple(folded)
-        document = place_in_documents(x)[0]
+        super().__init__(*args, **kwargs)
+        self.x, self.symbols, document = x, symbols, place_in_documents(x)[0]
         count = lambda keys: ContextTable(keys, x, document, symbols)
         # numpy sorts without Python's lock
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             self.tables = list(pool.map(count, self.keys(x)))
         self.weight = np.full((len(self.tables), BUCKETS), .5, np.float32) # λ
         self.discount = np.full(len(self.tables), .5, np.float32) # δ
-
-    def keys(self,
-        x:np.ndarray, # (N,) symbols; 0 closes a document
-    )->np.ndarray: # (L, N) int64
-        "Find the keys of all contexts of a text, of both kinds."
-        return np.concatenate([context_keys(x, self.orders),
-                               context_keys(x, self.folded, self.fold, self.blank)])
 
     def rows(self,
         x:np.ndarray, # (N,) symbols; 0 closes a document
@@ -223,7 +239,7 @@ def mix_orders(
             found[:, [a == i for a in after]] = np.log(np.maximum(P, 1e-7))[:, None]
     return found, buckets
 
-# %% ../../nbs/lm/42_counts.ipynb #2d3ea278
+# %% ../../nbs/lm/42_counts.ipynb #9945ea04
 def level_terms(
     counts:ContextCounts, # whose weights are to be learned
     places:np.ndarray, # (n,) of the counted text
@@ -239,6 +255,7 @@ def level_terms(
         m, scratch[at] = scratch[came], 0
         yield [torch.from_numpy(a) for a in (m, total, kinds, b)]
 
+# %% ../../nbs/lm/42_counts.ipynb #f94fe955
 def fit_weights(
     counts:ContextCounts, # gets new weights
     places:int=60_000, # of the counted text

@@ -48,7 +48,7 @@ class HybridWindows(Windows):
         said = self.reader.at(places.clip(max=len(self.tokens)))
         return [dict(row, **{k: v[i] for k, v in said.items()}) for i, row in enumerate(found)]
 
-# %% ../../nbs/lm/44_hybrid_train.ipynb #a7735e0f
+# %% ../../nbs/lm/44_hybrid_train.ipynb #019439e4
 def count_text(
     tokenizer, # with an end-of-text token
     tokens:np.ndarray, # (N,) rows of the training documents, each closed
@@ -61,6 +61,7 @@ def count_text(
     fit_weights(counts)
     return counts, symbols
 
+# %% ../../nbs/lm/44_hybrid_train.ipynb #f72ee7a2
 @dataclass(frozen=True)
 class HybridTraining(TrainConfig):
     "Hold what decides a hybrid's training."
@@ -77,6 +78,7 @@ class HybridTraining(TrainConfig):
                              f"{found.gram_rows}; leave them as they are")
         return found
 
+# %% ../../nbs/lm/44_hybrid_train.ipynb #10958250
 def prepare(
     config:HybridTraining, # what to do
 )->TaskData: # ready to train

@@ -8,8 +8,8 @@ __all__ = ['machine_places', 'activations', 'norms', 'presets', 'TransformersFie
            'note_weights', 'Attention', 'MLP', 'Block', 'OwnMemory', 'reset_missing', 'Switches',
            'EnigmaPreTrainedModel', 'key_positions', 'is_packed', 'drop_cache', 'token_positions', 'alibi_features',
            'short_on_cpu', 'AttentionInputs', 'BlockSteps', 'wide_enough', 'TwoStreams', 'Streams', 'check_rows',
-           'Ends', 'make_machine', 'make_wheels', 'Within', 'WholeWay', 'EnigmaModel', 'NextToken', 'EnigmaForCausalLM',
-           'AddAxis', 'parameter_card', 'reached_matrices']
+           'WithGrams', 'Ends', 'make_machine', 'make_wheels', 'Within', 'WholeWay', 'EnigmaModel', 'NextToken',
+           'EnigmaForCausalLM', 'AddAxis', 'parameter_card', 'reached_matrices']
 
 # %% ../../nbs/lm/30_model.ipynb #75251407
 import math, warnings
@@ -117,7 +117,7 @@ machine_places = ('none', 'input', 'both', 'between')
 def relu2(
     x:Tensor, # any shape
 )->Tensor: # the same shape
-    "Square what is above 0 (Primer, arXiv:2109.08668, section 4)."
+    "Compute the square of what is above 0 (Primer, arXiv:2109.08668, section 4)."
     return F.relu(x).square()
 
 activations = dict(gelu=F.gelu, relu2=relu2)
@@ -171,6 +171,7 @@ def check_streams(
     if c.exact and c.rev_scale:
         raise ValueError("an exact machine keeps volume, got rev_scale=True")
 
+# %% ../../nbs/lm/30_model.ipynb #1aaab3ff
 def check_config(
     c:EnigmaConfig, # any
 ):
@@ -646,9 +647,9 @@ def check_rows(
     if positions.max() >= rows:
         raise ValueError(f"positions must be below position_rows={rows}, got {positions.max()}")
 
-# %% ../../nbs/lm/30_model.ipynb #592f4abb
-class Ends:
-    "Lead a signal into the blocks of an `EnigmaModel`, and out of them."
+# %% ../../nbs/lm/30_model.ipynb #84d564a4
+class WithGrams:
+    "Tell the blocks of an `EnigmaModel` which runs of tokens end where."
     def add_grams(self,
         h:Tensor, # (B, T, d), embeddings
         ids:Tensor|None, # (B, T) int64; `None`: not known
@@ -663,6 +664,9 @@ class Ends:
             known = known * attention_mask[:, -h.shape[1]:].to(known.dtype)
         return h + self.embed_grams(known, positions, cache)
 
+# %% ../../nbs/lm/30_model.ipynb #592f4abb
+class Ends(WithGrams):
+    "Lead a signal into the blocks of an `EnigmaModel`, and out of them."
     def encipher(self,
         h:Tensor, # (B, T, d), embeddings
         positions:Tensor, # (B, T)
@@ -746,8 +750,7 @@ class WholeWay(Within):
         positions = token_positions(h, attention_mask, position_ids, past)
         keys = key_positions(positions, attention_mask, cache)
         mask = create_causal_mask(self.config, h, attention_mask, cache, position_ids)
-        h = self.add_grams(h, input_ids, positions, attention_mask, cache)
-        h = self.encipher(h, positions)
+        h = self.encipher(self.add_grams(h, input_ids, positions, attention_mask, cache), positions)
         ordinary = position_ids is None and cache is None
         *front, mask = self.attention_inputs(positions, h.dtype, mask, ordinary, keys)
         return self.collect(h, positions, front, mask, cache,

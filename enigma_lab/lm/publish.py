@@ -9,7 +9,7 @@ __all__ = ['CARD', 'MEASURED', 'rounded', 'describe_shape', 'write_card', 'publi
 import shutil, tempfile
 from pathlib import Path
 
-from ..lab.runs import Run, find_model
+from ..lab.runs import Run, find_model, read_json
 from .one_file import name_code
 
 # %% ../../nbs/lm/55_publish.ipynb #b93174c4
@@ -101,5 +101,10 @@ def publish_run(
     "Write the model of a record; a tuned one whole, with its adapters added in."
     from enigma_lab.lm.lora import load_adapted
     found = find_model(run)
+    config = found.checkpoint/'config.json' # an adapter has none
+    kind = read_json(config).get('model_type') if config.is_file() else 'enigma'
+    if kind != 'enigma':
+        raise ValueError(f"only Enigma's own models are published, got model_type={kind!r}: "
+                         f"a copy of {found.checkpoint} loads where enigma_lab is installed")
     model, tokenizer = load_adapted(found)
     return publish(model, tokenizer, folder, write_card(found, model.config))
