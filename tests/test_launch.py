@@ -90,10 +90,12 @@ def shell(tmp_path, uneven):
         env.pop('ENIGMA_RUN_DIR', None)
         return subprocess.Popen([sys.executable, '-m', *words], stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path,
-                                start_new_session=True, preexec_fn=hear_ctrl_c)
+                                start_new_session=True, preexec_fn=hear_signals)
     return start
 
-def hear_ctrl_c(): signal.signal(signal.SIGINT, signal.default_int_handler)
+def hear_signals(): # also where this run was started with nohup
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def settings(values): return [f'{k}={v}' for k, v in values.items()]
 

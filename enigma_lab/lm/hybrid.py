@@ -81,6 +81,12 @@ class HybridConfig(EnigmaConfig):
     copies:bool = True # look at what the document itself said before
     reads_counts:bool = True # the network sees opinions and buckets; its gates always do
 
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name in ('symbols', 'counted'):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 # %% ../../nbs/lm/43_hybrid.ipynb #44ed3f0e
 class HeldText(nn.Module):
     "Keep a counted text with its weights."

@@ -828,8 +828,8 @@ class EnigmaForCausalLM(NextToken, EnigmaPreTrainedModel, GenerationMixin):
     ):
         super().__init__(config)
         self.model = EnigmaModel(config)
-        # a head of its own begins as zeros: every letter is as likely
-        self.lm_head = (nn.Linear if config.tie_word_embeddings else partial(Linear, start=0.))(
+        # a head of its own begins small: every letter is about as likely
+        self.lm_head = (nn.Linear if config.tie_word_embeddings else partial(Linear, start=.02))(
             config.dim, config.vocab_size, bias=False)
         if config.tie_word_embeddings: self._keys_to_ignore_on_save = ['lm_head.weight']
         self.post_init()

@@ -34,12 +34,12 @@ class FixedPermutation(Bijection):
         wiring:Tensor, # (dim,) int64: `y[i] = x[wiring[i]]`
     ):
         super().__init__()
-        self.drawn = wiring.clone() # where no `to` and no `load_state_dict` reaches it
+        self.drawn = wiring.tolist() # numbers, which no `to` and no `load_state_dict` reaches
         self.register_buffer('wiring', wiring)
 
     def reset_parameters(self):
         "Wire the permutation as it was at the start."
-        self.wiring.copy_(self.drawn)
+        self.wiring.copy_(torch.tensor(self.drawn))
 
     def forward_and_log_det(self, x, positions=None):
         check_width(x, len(self.wiring))
@@ -70,7 +70,8 @@ class Plugboard(FixedPermutation):
             raise ValueError(f"a wiring must name each of 0 … {len(wiring)-1} once, "
                              f"got {wiring.tolist()}")
         board = cls(len(wiring), num_swaps=0)
-        for t in (board.drawn, board.wiring): t.copy_(wiring)
+        board.drawn = wiring.tolist()
+        board.reset_parameters()
         return board
 
     def extra_repr(self): # '26, swaps=10'
