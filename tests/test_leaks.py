@@ -241,8 +241,10 @@ def test_planted_leaks():
 
 @pytest.mark.proof('data.leaks', 'bench.leaks', seeds=(1, 2))
 def test_time_and_memory_are_linear():
-    sizes = measure_sizes((10_000, 30_000, 100_000))
-    print(sizes.round(1).to_string())
+    for _ in range(3): # a loaded machine spoils a measurement; a quadratic search fails them all
+        sizes = measure_sizes((10_000, 30_000, 100_000))
+        print(sizes.round(1).to_string())
+        if growth(sizes, 'seconds') < 1.15: break
     assert growth(sizes, 'seconds') < 1.15 and growth(sizes, 'MiB') < 1.15
     assert sizes['MiB'][100_000] < 600
 

@@ -25,10 +25,10 @@ VALID = dict( # another value than the default, where not any will do
     rotor='roll', leaks='report',
     method='full', initial='random', estimator='pge', groups='flat', schedule='linear', size='tiny',
     parametrization='plu', grid=2**-10, reversible=True, exact=True, conditioning='cross',
-    positions='rope',
-    norm='post', noise='uniform', weights='bound', data='small', phase=2, base='a run',
-    effective_batch=0,
-    shape={}, save_steps=4000, position_rows=512, eval_steps=50, n=1, num_positions=8, dim=96,
+    positions='rope', activation='relu2',
+    norm=dict(pre='post', rms='layer'), noise='uniform', weights='bound', data='small', phase=2,
+    base='a run', effective_batch=0,
+    shape={}, save_steps=6000, position_rows=512, eval_steps=50, n=1, num_positions=8, dim=96,
     num_heads=4, epochs=2, processes=2,
     gradient_accumulation_steps=2, max_steps=7, minutes=4, budget=77, share=.5, dropout=.1, gpus=0,
     config='', nodes=2, node_rank=1, master='localhost:29500')
@@ -44,7 +44,9 @@ def settings_of(name): return find_settings(read_head(source(NOTEBOOKS[name])))
 
 def another(setting):
     "A value that is not the default."
-    if setting.name in VALID: return VALID[setting.name]
+    if setting.name in VALID: # one value, or one for each default
+        value = VALID[setting.name]
+        return value.get(setting.default, value) if isinstance(value, dict) else value
     kind, now = kinds_of(setting.kind)[0], setting.default
     if kind is bool: return not now
     if kind in (int, float): return kind((now or 0) + 1 if kind is int else (now or 0)/2 + .01)
