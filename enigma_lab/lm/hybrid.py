@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COPIES', 'CUTS', 'earlier_copies', 'Reader', 'HybridConfig', 'HeldText', 'CountedText', 'HybridParts',
-           'LookingAround', 'Judging', 'Remembering', 'HybridForCausalLM']
+           'LookingAround', 'Judging', 'Remembering', 'check_readable', 'HybridForCausalLM']
 
 # %% ../../nbs/lm/43_hybrid.ipynb #2d8a45db
 import numpy as np
@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, initialization as ini
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .counts import (
     BUCKETS, FOLDED, ORDERS, ContextCounts, Symbols, context_keys, mix_orders, place_in_documents)
 from .grams import note_tokens
-from .model import EnigmaConfig, EnigmaModel, EnigmaPreTrainedModel
+from .model import (
+    EnigmaConfig, EnigmaModel, EnigmaPreTrainedModel, is_packed)
 
 # %% ../../nbs/lm/43_hybrid.ipynb #410d1191
 COPIES = [(n, 1, False) for n in (1, 2, 3, 4, 5, 6, 8, 11, 16)] + [
@@ -238,29 +240,45 @@ class Remembering(Judging):
                          return_dict=True).last_hidden_state
         return self.mixed(h[:, -last:], opinions[:, -last:], copies[:, -last:])
 
+# %% ../../nbs/lm/43_hybrid.ipynb #1e719c9f
+def check_readable(
+    inputs_embeds:Tensor|None=None, # in place of tokens
+    position_ids:Tensor|None=None, # (B, T)
+    **kwargs # whatever else a model is given
+):
+    "Raise a ValueError for what counts cannot read: embeddings, and rows of several texts."
+    if inputs_embeds is not None:
+        raise ValueError("counts need tokens, got inputs_embeds; give input_ids")
+    if is_packed(position_ids, None):
+        raise ValueError("counts tell texts apart by the end-of-text token, got position_ids that "
+                         "begin again; give each text a row of its own")
+
 # %% ../../nbs/lm/43_hybrid.ipynb #abfe2492
 class HybridForCausalLM(Remembering, GenerationMixin):
     "Predict the next token by a network that corrects counts and copies."
+    @can_return_tuple
     def forward(self,
         input_ids:Tensor, # (B, T) int64
         attention_mask:Tensor|None=None, # (B, P + T), 0 for padding on the left
         labels:Tensor|None=None, # (B, T), the same tokens; −100: nothing to learn
         past_key_values=None, # a cache, which holds the P tokens before
         use_cache:bool|None=None, # remember tokens; `None`: as the configuration says
-        logits_to_keep:int=0, # the last few positions' logits; 0: all
+        logits_to_keep:int|Tensor=0, # the last few positions' logits, or those of indices; 0: all
         **kwargs, # of the loss; opinions, buckets and copies, where they are known
     )->CausalLMOutputWithPast: # loss in nats per token; logits (B, T, vocab_size)
         "Compute the logits of the next token at every position."
-        if kwargs.get('inputs_embeds') is not None:
-            raise ValueError("counts need tokens, got inputs_embeds; give input_ids")
+        check_readable(**kwargs)
         seen = {k: kwargs[k] for k in ('opinions', 'buckets', 'copies') if k in kwargs}
-        last, cache = logits_to_keep or input_ids.shape[1], past_key_values
+        some = isinstance(logits_to_keep, Tensor)
+        last = input_ids.shape[1] if some else logits_to_keep or input_ids.shape[1]
+        cache = past_key_values
         if not seen:
             wanted = self.config.use_cache if use_cache is None else use_cache
             if wanted and cache is None and labels is None: cache = DynamicCache()
             if cache is not None: input_ids = self.with_earlier(input_ids, cache)
             seen = self.look(input_ids, attention_mask)
         logits, loss = self.judge(input_ids, attention_mask, seen, last), None
+        if some: logits = logits[:, logits_to_keep]
         if labels is not None: loss = self.loss_function(
             logits=logits, labels=labels, vocab_size=self.config.vocab_size,
             num_items_in_batch=kwargs.get('num_items_in_batch'))
