@@ -1,5 +1,5 @@
 "Whole trainings: the notebook through papermill, and the module."
-import json, subprocess, sys
+import json, os, subprocess, sys
 
 import nbformat, pytest, torch
 
@@ -62,14 +62,25 @@ def test_the_notebook(tmp_path, toy_text):
     metrics = json.loads((run/'metrics.json').read_text())
     assert metrics['reconstruction_max_error_f32'] <= 1e-5 and metrics['test_bits_per_char'] > 0
     code = (
-        "import enigma_lab.lm.model\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"path = {str(run / 'checkpoint')!r}\n"
-        "m, t = (k.from_pretrained(path) for k in (AutoModelForCausalLM, AutoTokenizer))\n"
-        "out = m.generate(**t('Chapter', return_tensors='pt'), max_new_tokens=8)\n"
-        "print(len(out[0]), type(m).__name__)"
+        "m, t = (k.from_pretrained(path, **how) for k in (AutoModelForCausalLM, AutoTokenizer))\n"
+        "ids = t('Chapter', return_tensors='pt')\n"
+        "out = m.generate(**ids, max_new_tokens=8, do_sample=False)\n"
+        "print(type(m).__name__, m(**ids).logits.double().sum().item(), out.tolist())"
     )
-    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert loaded.returncode == 0 and 'EnigmaForCausalLM' in loaded.stdout, loaded.stderr
+    missing = "import sys\nsys.modules['enigma_lab'] = None\n" # as if it were not installed
+    said = [
+        subprocess.run([sys.executable, '-c', head + code], capture_output=True, text=True,
+                       env=os.environ | dict(HF_MODULES_CACHE=str(tmp_path/'modules')),
+                       stdin=subprocess.DEVNULL)
+        for head in ("import enigma_lab.lm.model\nhow = {}\n",
+                     missing + "how = dict(trust_remote_code=True)\n", missing + "how = {}\n")
+    ]
+    here, elsewhere, untold = said
+    assert here.returncode == 0 and 'EnigmaForCausalLM' in here.stdout, here.stderr
+    assert elsewhere.stdout == here.stdout, elsewhere.stderr
+    assert untold.returncode != 0 and 'trust_remote_code=True' in untold.stderr
 
 def test_five_gpus_on_a_machine_without(tmp_path):
     "The line of the brief: a clear error in seconds, a partial notebook, no result."

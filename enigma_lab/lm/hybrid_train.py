@@ -21,7 +21,7 @@ from ..lab.task import Task, run_task, training_report
 from .counts import (
     FOLDED, ContextCounts, Symbols, count_bits, fit_weights, text_symbols)
 from .evaluate import evaluate_text
-from .hybrid import HybridConfig, HybridForCausalLM, Reader
+from .hybrid import HybridConfig, HybridForCausalLM, Lookup
 from .train import (
     SHORT, TaskData, TrainConfig, judge_documents, read_data)
 
@@ -93,8 +93,8 @@ def prepare(
                          for docs in (corpus.train, corpus.validation))
     began = time.monotonic()
     counts, symbols = count_text(tokenizer, train.tokens, shape.folded)
-    train.reader = Reader(counts, counts.x, counted=True)
-    validation.reader = Reader(counts, text_symbols(symbols, validation.tokens))
+    train.reader = Lookup(counts, counts.x, counted=True)
+    validation.reader = Lookup(counts, text_symbols(symbols, validation.tokens))
     spent = time.monotonic() - began
     transformers.set_seed(config.seed)
     shape.symbols, shape.counted, shape.blank = len(symbols), len(counts.x), symbols.blank

@@ -391,7 +391,7 @@ class OwnMemory:
     ):
         "Save a model as transformers does, with the code to load it elsewhere."
         if is_main_process:
-            self.config.auto_map = write_code(save_directory, type(self).__module__)
+            self.config.auto_map = write_code(save_directory, type(self))
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
 # %% ../../nbs/lm/30_model.ipynb #5a3d0543

@@ -119,7 +119,9 @@ def folder_tokenizer(
         config = folder/'tokenizer_config.json'
         lower = config.is_file() and read_json(config).get('do_lower_case', False)
         return bert_tokenizer(folder/'vocab.txt', lower)
-    try: return fill_marks(AutoTokenizer.from_pretrained(str(folder)), str(folder))
+    try: # nobody is asked whether to run a model's code: a tokenizer is wanted
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return fill_marks(tokenizer, str(folder))
     except (OSError, KeyError, TypeError) as e:
         raise FileNotFoundError("a tokenizer's folder holds tokenizer.json or vocab.txt, got "
                                 f"{folder} ({type(e).__name__})") from None
