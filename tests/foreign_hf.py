@@ -19,7 +19,7 @@ KINDS = dict(
     between=dict(machine='between', reversible=True), reversible=dict(reversible=True),
     exact=dict(machine='both', reversible=True, exact=True),
     quick=dict(activation='relu2', norm='layer', qk_norm=True, bias=False, gram_rows=64,
-               tie_word_embeddings=False))
+               gram_copies=3, tie_word_embeddings=False))
 
 # in the process that tests
 

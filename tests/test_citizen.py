@@ -23,7 +23,7 @@ KINDS = dict(
     exact=dict(machine='both', reversible=True, exact=True),
     permutation=dict(machine='both', rotor='permutation', reciprocal=True),
     quick=dict(machine='none', activation='relu2', norm='layer', qk_norm=True, bias=False,
-               gram_rows=64, tie_word_embeddings=False))
+               gram_rows=64, gram_copies=3, tie_word_embeddings=False))
 IDS = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))
 
 def make(kind):
@@ -67,7 +67,8 @@ def test_a_map_with_parts_on_the_disk(model, tmp_path):
     model.save_pretrained(tmp_path)
     places = {name: where for where, names in dict(
         disk=('model.enigma', 'model.wheels', 'model.layers.1'),
-        cpu=('model.embed_tokens', 'model.embed_grams', 'model.norm', 'model.layers.0', 'lm_head')
+        cpu=('model.embed_tokens', 'model.embed_grams', 'model.embed_copies', 'model.norm',
+             'model.layers.0', 'lm_head')
     ).items() for name in names if any(n.startswith(name) for n, _ in model.named_parameters(
         remove_duplicate=False))}
     loaded = EnigmaForCausalLM.from_pretrained(tmp_path, device_map=places,

@@ -46,7 +46,7 @@ def alibi_dims(
     mu = rounded_slopes(num_heads, head_dim).to(positions.device)[:, None]
     # (B, 1, T)
     i = positions[:, None].float()
-    everywhere = lambda x: x.expand(len(i), -1, i.shape[-1])
+    everywhere = lambda x: x.expand(i.shape[0], -1, i.shape[-1])
     q = torch.stack([everywhere(256*mu), everywhere(mu), -mu*i], -1)
     k = torch.stack([positions // 256, positions % 256, torch.ones_like(positions)], -1)[:, None]
     return q.to(dtype), k.to(dtype)

@@ -67,9 +67,8 @@ class Grams(nn.Embedding):
         dim:int, # d, features of a token
         rows:int, # R, of the table for each length of runs
         length:int, # N, tokens of the longest run
-        layer:int, # of a cache, which remembers the tokens
     ):
-        self.rows, self.length, self.layer = rows, length, layer
+        self.rows, self.length = rows, length
         super().__init__((length - 1)*rows, dim)
 
     def reset_parameters(self):
@@ -77,11 +76,10 @@ class Grams(nn.Embedding):
         init.zeros_(self.weight)
 
     def forward(self,
-        ids:Tensor, # (B, T) int64 above 0, or 0 where nothing is known
-        positions:Tensor, # (B, T) int64, in the tokens' texts
-        cache=None, # of earlier tokens; `None`: there are none
+        ids:Tensor, # (B, S) int64 above 0, or 0 where nothing is known
+        place:Tensor, # (T,) int64, where in `ids` the new tokens are
+        positions:Tensor, # (B, T) int64, where they are in their texts
     )->Tensor: # (B, T, d)
-        "Add up the rows of the runs that end at each token."
-        held, place = note_tokens(cache, ids, self.layer)
-        rows = gram_rows(recent_tokens(held, place, positions, self.length), self.rows)
+        "Add up the rows of the runs that end at each new token."
+        rows = gram_rows(recent_tokens(ids, place, positions, self.length), self.rows)
         return super().forward(rows).sum(-2)

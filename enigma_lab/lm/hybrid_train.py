@@ -72,10 +72,11 @@ class HybridTraining(TrainConfig):
     )->HybridConfig: # checked; the sizes of the counts are still to come
         "Make the model's shape from the preset and what differs from it."
         found = super().model_config(tokenizer, HybridConfig)
-        if found.machine != 'none' or found.reversible or found.gram_rows:
-            raise ValueError("a hybrid's network is plain, got machine="
-                             f"{found.machine!r}, reversible={found.reversible}, gram_rows="
-                             f"{found.gram_rows}; leave them as they are")
+        has = dict(machine=found.machine != 'none', reversible=found.reversible,
+                   gram_rows=found.gram_rows, gram_copies=found.gram_copies)
+        if wrong := [name for name, given in has.items() if given]:
+            raise ValueError(f"a hybrid's network is plain, got {wrong[0]}="
+                             f"{getattr(found, wrong[0])!r}; leave it as it is")
         return found
 
 # %% ../../nbs/lm/44_hybrid_train.ipynb #10958250

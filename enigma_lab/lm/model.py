@@ -31,7 +31,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .attention import alibi_dims, alibi_mask, append_alibi, causal_attention
-from .grams import Grams
+from .copies import LENGTHS, Copies
+from .grams import Grams, note_tokens
 from .one_file import write_code
 from ..machine.dropout import CounterDropout, new_key
 from ..machine.enigma import Enigma, make_rotor, rotor_kinds
@@ -74,6 +75,7 @@ class EnigmaConfig(TransformersFields, PreTrainedConfig):
     bias:bool = True # the linear layers of a block have biases
     gram_rows:int = 0 # R, rows of a table for each length of runs of tokens; 0: no tables
     gram_length:int = 5 # N, tokens of the longest run
+    gram_copies:int = 0 # C, of the lengths 3, 5, 8, 13, 21: runs whose last continuation is read
     use_alibi:bool = True # distances lower the attention
     position_rows:int = 0 # rows of a learned position table; 0: none
     attn_dropout:float = 0. # probability of dropping an attention weight
@@ -149,6 +151,9 @@ def check_sizes(
         raise ValueError(f"dim must be even, for the machine splits it in two halves, got {c.dim}")
     if c.dim % c.num_heads:
         raise ValueError(f"num_heads must divide dim={c.dim}, got {c.num_heads}")
+    if not 0 <= c.gram_copies <= len(LENGTHS):
+        raise ValueError(f"gram_copies must lie in 0 … {len(LENGTHS)}, the number of {LENGTHS}, "
+                         f"got {c.gram_copies}")
     if c.gram_length < 2:
         raise ValueError(f"gram_length must be at least 2, for one token has a row of its own, "
                          f"got {c.gram_length}")
@@ -201,7 +206,7 @@ presets = {
                   num_rotors=2, num_positions=4),
     'cpu': dict(dim=128, num_layers=4, num_heads=4, max_len=256, num_rev_blocks=2, num_rotors=2,
                 num_positions=16),
-    'quick': dict(_quick, num_layers=4, gram_rows=2**13),
+    'quick': dict(_quick, num_layers=4, max_len=512, gram_rows=2**13, gram_copies=3),
     'hybrid': dict(_quick, num_layers=4),
     'base': dict(vocab_size=11_392, dim=640, num_layers=8, num_heads=10, max_len=2048,
                  num_rev_blocks=2, num_rotors=3, num_positions=16),
@@ -438,7 +443,7 @@ class EnigmaPreTrainedModel(OwnMemory, Switches, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, (Linear, Grams)): module.reset_parameters()
+        if isinstance(module, (Linear, Grams, Copies)): module.reset_parameters()
         elif isinstance(module, nn.Embedding): init.normal_(module.weight, std=.02)
         # what a checkpoint lacks; a constructor with numbers has done it
         elif self.is_shape and hasattr(module, 'reset_parameters'): reset_missing(module)
@@ -657,12 +662,14 @@ class WithGrams:
         attention_mask:Tensor|None, # (B, S), 1 for tokens and 0 for padding
         cache, # of earlier tokens; `None`: there are none
     )->Tensor: # (B, T, d)
-        "Add rows for runs of tokens, where there are tables."
-        if self.embed_grams is None: return h
+        "Add rows for runs of tokens and for what followed them, where there are tables."
+        tables = [t for t in (self.embed_grams, self.embed_copies) if t is not None]
+        if not tables: return h
         known = torch.zeros_like(positions) if ids is None else ids + 1
         if attention_mask is not None and attention_mask.ndim == 2:
             known = known * attention_mask[:, -h.shape[1]:].to(known.dtype)
-        return h + self.embed_grams(known, positions, cache)
+        held, place = note_tokens(cache, known, self.config.num_layers)
+        return h + sum(table(held, place, positions) for table in tables)
 
 # %% ../../nbs/lm/30_model.ipynb #592f4abb
 class Ends(WithGrams):
@@ -767,8 +774,9 @@ class EnigmaModel(WholeWay, EnigmaPreTrainedModel):
         c = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
         self.embed_positions = nn.Embedding(c.position_rows, c.dim) if c.position_rows else None
-        self.embed_grams = (Grams(c.dim, c.gram_rows, c.gram_length, c.num_layers)
-                            if c.gram_rows else None)
+        self.embed_grams = Grams(c.dim, c.gram_rows, c.gram_length) if c.gram_rows else None
+        self.embed_copies = (Copies(c.dim, c.vocab_size, c.gram_copies) if c.gram_copies
+                             else None)
         self.enigma = make_machine(c)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
         self.wheels = make_wheels(c)
@@ -870,7 +878,7 @@ def parameter_card(
     count = lambda *modules: sum(p.numel() for m in modules if m is not None
                                  for p in m.parameters())
     card = dict(embedding=count(base.embed_tokens), position_table=count(base.embed_positions),
-                n_grams=count(base.embed_grams),
+                n_grams=count(base.embed_grams), copies=count(base.embed_copies),
                 rotors=count(e and e.rotors, base.wheels), rev_blocks=count(e and e.rev_blocks),
                 reflector=count(e and e.reflector), blocks=count(base.layers),
                 final_norm=count(base.norm),

@@ -77,7 +77,7 @@ presets = {
     'smoke': dict(machine='input', max_steps=20, batch_size=8, eval_steps=10, eval_windows=16,
                   save_steps=10, warmup_steps=5, max_chars=60_000, learning_rate=2e-2),
     'cpu': dict(minutes=3., batch_size=8, learning_rate=1e-2, eval_steps=100, save_steps=100),
-    'quick': dict(minutes=3., window=128, batch_size=32, learning_rate=8e-3, precision=SHORT,
+    'quick': dict(minutes=3., window=256, batch_size=16, learning_rate=8e-3, precision=SHORT,
                   eval_steps=300, save_steps=300),
     'base': dict(minutes=20., batch_size=16, learning_rate=5e-3, eval_steps=250, save_steps=500,
                  warmup_steps=100, max_vocab=11_392),
