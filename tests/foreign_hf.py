@@ -81,6 +81,36 @@ def cases():
         def test_config(self): self.config_tester.run_common_tests()
     return dict(TestModel=TestModel)
 
+TEXT = """This is a test of what tokens make of a text.
+A second line, with numbers such as 92000, with falsé and 生活的真谛是.
+
+An empty line is before this one; words are low, lower, lowest and newer.
+"""
+
+def make_tokenizer(kind):
+    "Make our tokenizer, or a byte-level BPE as GPT-2 has it."
+    from enigma_lab.lm.tokenizer import load_tokenizer
+    if kind != 'gpt2': return load_tokenizer('auto', [TEXT])
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+    made, marks = ByteLevelBPETokenizer(), ['<|pad|>', '<|bos|>', '<|eos|>']
+    made.train_from_iterator([TEXT], vocab_size=300, min_frequency=1, special_tokens=marks)
+    return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, pad_token=marks[0],
+                                   bos_token=marks[1], eos_token=marks[2])
+
+def token_cases():
+    "Make the test case of the tokenizer that the environment names."
+    kind, folder = os.environ['FOREIGN'], os.environ['FOREIGN_REPORT'] + '.tokenizer'
+    names = 'tests.test_tokenization_common', 'tests.test_tokenizers_backend_mixin'
+    common, backend = map(importlib.import_module, names)
+    made = make_tokenizer(kind)
+    made.save_pretrained(folder)
+    class TestTokens(common.TokenizerTesterMixin, backend.TokenizersBackendTesterMixin,
+                     unittest.TestCase):
+        tokenizer_class = rust_tokenizer_class = type(made)
+        from_pretrained_id = folder
+    return dict(TestTokens=TestTokens)
+
 class Reporter:
     "Note how each test ended; one that fails in part has failed."
     def __init__(self): self.found = {}
@@ -111,10 +141,9 @@ def fetch(folder):
         pip('install', '--target', folder/'needs', *NEEDS)
     return folder/f'transformers-{VERSION}'
 
-def run(kind, folder, only=''):
-    "Run the tests on a kind of model; return name -> (outcome, reason)."
-    root, here = fetch(folder), Path(__file__).resolve().parent
-    report = Path(folder)/f'{kind}.json'
+def run_tests(kind, root, folder, only='', file='ours_test.py', place=None):
+    "Run a file of tests on a kind of model; return name -> (outcome, reason)."
+    here, report = Path(__file__).resolve().parent, Path(folder)/f'{kind}-{file}.json'
     env = {**os.environ, 'FOREIGN': kind, 'FOREIGN_REPORT': str(report), 'OMP_NUM_THREADS': '1',
            'HF_HUB_OFFLINE': '1', 'PYTHONPATH': os.pathsep.join(
                map(str, (root, here, here.parent, Path(folder)/'needs')))}
@@ -122,12 +151,25 @@ def run(kind, folder, only=''):
             'sys.exit(pytest.main(sys.argv[1:], [foreign_hf.Reporter()]))')
     done = subprocess.run(
         [sys.executable, '-c', code, '-q', '-p', 'no:cacheprovider', '-c', os.devnull, '--rootdir',
-         root, '-W', 'ignore', '-k', only, 'tests/ours_test.py'],
-        cwd=root, env=env, capture_output=True, text=True)
+         root, '-W', 'ignore', '-k', only, root/'tests'/file],
+        cwd=place or root, env=env, capture_output=True, text=True)
     # 0: all passed, 1: some failed; anything else, and the suite has not been run
     if done.returncode not in (0, 1): raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
     found = json.loads(report.read_text(encoding='utf-8'))
     return {name: tuple(end) for name, end in found.items()}
+
+def run(kind, folder, only=''):
+    "Run the tests of models on a kind of model."
+    return run_tests(kind, fetch(folder), folder, only)
+
+def run_tokens(kind, folder):
+    "Run the tests of tokenizers on ours, or on a byte-level BPE for comparison: 'gpt2'."
+    root = fetch(folder)
+    (root/'tests/fixtures').mkdir(exist_ok=True)
+    (root/'tests/fixtures/sample_text.txt').write_text(TEXT, encoding='utf-8') # lacks it
+    (root/'tests/tokens_test.py').write_text(
+        'import foreign_hf\nglobals().update(foreign_hf.token_cases())\n', encoding='utf-8')
+    return run_tests(kind, root, folder, file='tokens_test.py')
 
 def worse(ours, control):
     "List the tests that a control passes and ours does not: name -> (outcome, reason)."

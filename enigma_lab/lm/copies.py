@@ -34,8 +34,8 @@ def last_time(
     place = torch.arange(hashes.shape[1], device=hashes.device)
     ordered = (hashes << PLACES | place).sort().values
     place, hashes = ordered & (1 << PLACES) - 1, ordered >> PLACES
-    before = torch.where(hashes[:, 1:] == hashes[:, :-1], place[:, :-1], -1)
-    before = torch.nn.functional.pad(before, (1, 0), value=-1)
+    neighbour = lambda t: torch.nn.functional.pad(t, (1, 0), value=-1)[:, :t.shape[1]]
+    before = torch.where(hashes == neighbour(hashes), neighbour(place), -1)
     return torch.zeros_like(place).scatter(1, place, before)
 
 # %% ../../nbs/lm/23_copies.ipynb #8e6647e4

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COPIES', 'CUTS', 'earlier_copies', 'Lookup', 'HybridConfig', 'HeldText', 'CountedText', 'HybridParts',
-           'LookingAround', 'Judging', 'Remembering', 'check_readable', 'HybridForCausalLM']
+           'LookingAround', 'Judging', 'Remembering', 'check_readable', 'HybridForCausalLM', 'CountsProcessor']
 
 # %% ../../nbs/lm/43_hybrid.ipynb #2d8a45db
 import numpy as np
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, initialization as init
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -289,3 +289,26 @@ class HybridForCausalLM(Remembering, GenerationMixin):
 if not __name__.startswith('transformers_modules'):
     AutoConfig.register('enigma_hybrid', HybridConfig, exist_ok=True)
     AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+
+# %% ../../nbs/lm/43_hybrid.ipynb #0d0ebca2
+class CountsProcessor(LogitsProcessor):
+    "Mix what counts expect into a language model's scores (product of experts, Hinton, 2002)."
+    def __init__(self,
+        counts:ContextCounts, # with fitted weights
+        symbols:Symbols, # of the counted text, by the model's tokenizer
+        weight:float=.5, # w, of the counts, 0 … 1
+    ):
+        if not 0 <= weight <= 1: raise ValueError(f"weight must lie in 0 … 1, got {weight}")
+        self.counts, self.weight = counts, weight
+        self.of_row = torch.from_numpy(symbols.of_row)
+
+    def __call__(self,
+        input_ids:Tensor, # (B, T), a row begins with a text; end-of-text tokens divide it
+        scores:Tensor, # (B, vocab_size) of the next token
+    )->Tensor: # (B, vocab_size) log-probabilities but for a constant
+        "Mix the scores of the next token."
+        rows = F.pad(self.of_row[input_ids.cpu()], (1, 1)).numpy()
+        last = np.stack([self.counts.rows(row)[:, -1] for row in rows], 1)
+        said = torch.from_numpy(mix_orders(self.counts, last)[0][:, 0])[:, self.of_row]
+        own = scores.float().log_softmax(-1)
+        return (1 - self.weight)*own + self.weight*said.to(scores.device)
