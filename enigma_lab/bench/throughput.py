@@ -6,27 +6,28 @@
 __all__ = ['WARM', 'LOOPS', 'WORKERS', 'FULL', 'SMALL', 'PARTS', 'BASE', 'Stopwatch', 'one_update', 'plain_loop', 'nanogpt_loop',
            'trainer_loop', 'measure_loops', 'pace', 'measure_workers', 'measure_configurations', 'ratios', 'main']
 
-# %% ../../nbs/bench/32_throughput.ipynb #40065c57
+# %% ../../nbs/bench/32_throughput.ipynb #047501db
 import argparse, os, subprocess, sys, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from transformers import TrainerCallback
 
 from .lm import updates
 from .timing import busy, look_at_load, once, open_record
+from ..lab.checkpoint import Sealer
 from ..lab.optimizer import make_optimizer
 from ..lab.runs import Run, finish_run
 from ..lab.stats import median_interval
-from ..lab.task import TaskData
 from ..lab.trainer import Clock, make_trainer, rate_factor
 from ..lm.model import EnigmaConfig, EnigmaForCausalLM
-from ..lm.train import make_config, prepare
+from ..lm.train import TaskData, make_config, prepare
 
-# %% ../../nbs/bench/32_throughput.ipynb #4fa4e1c4
+# %% ../../nbs/bench/32_throughput.ipynb #7bdc5fb4
 WARM = 3 # updates before the clock starts
 
 class Stopwatch(TrainerCallback):
@@ -43,14 +44,23 @@ class Stopwatch(TrainerCallback):
         if step in (WARM, WARM + self.updates):
             self.at[step] = time.perf_counter(), time.process_time()
 
-    def on_step_end(self, args, state, control, **kwargs): self.tick(state.global_step)
+    def on_step_end(self,
+        args, # of the Trainer, unused
+        state, # with the step
+        control, # unused
+        **kwargs # unused
+    ):
+        "Look at the clocks after an update."
+        self.tick(state.global_step)
 
-    def milliseconds(self)->dict: # wall_ms and cpu_ms of an update
-        "Average over the updates."
-        (w0, c0), (w1, c1) = (self.at[WARM + n] for n in (0, self.updates))
-        return dict(wall_ms=1e3*(w1 - w0)/self.updates, cpu_ms=1e3*(c1 - c0)/self.updates)
+# %% ../../nbs/bench/32_throughput.ipynb #fd598912
+@patch
+def milliseconds(self:Stopwatch)->dict: # wall_ms and cpu_ms of an update
+    "Average over the updates."
+    (w0, c0), (w1, c1) = (self.at[WARM + n] for n in (0, self.updates))
+    return dict(wall_ms=1e3*(w1 - w0)/self.updates, cpu_ms=1e3*(c1 - c0)/self.updates)
 
-# %% ../../nbs/bench/32_throughput.ipynb #893b4c6f
+# %% ../../nbs/bench/32_throughput.ipynb #6520a8b6
 def one_update(
     model:nn.Module, # in training mode
     batch:dict, # input_ids and labels
@@ -68,6 +78,7 @@ def one_update(
     optimizer.zero_grad(set_to_none=True)
     return loss
 
+# %% ../../nbs/bench/32_throughput.ipynb #48cfc128
 def plain_loop(
     model:nn.Module, # untrained
     parts:TaskData, # windows
@@ -85,6 +96,7 @@ def plain_loop(
         if step % 10 == 0: loss.item()
         watch.tick(step + 1)
 
+# %% ../../nbs/bench/32_throughput.ipynb #844aea64
 def nanogpt_loop(
     model:nn.Module, # untrained
     parts:TaskData, # windows
@@ -106,6 +118,7 @@ def nanogpt_loop(
         if step % 10 == 0: loss.item()
         watch.tick(step + 1)
 
+# %% ../../nbs/bench/32_throughput.ipynb #ac886017
 def trainer_loop(
     model:nn.Module, # untrained
     parts:TaskData, # windows
@@ -115,7 +128,8 @@ def trainer_loop(
     "Train as `lm.train` does."
     with tempfile.TemporaryDirectory() as folder:
         place, clock = SimpleNamespace(path=Path(folder)), Clock(config.max_steps, 0.)
-        make_trainer(place, config, model, parts.train, parts.validation, clock, [watch]).train()
+        make_trainer(place, config, model, parts.train, parts.validation, clock,
+                     [Sealer(), watch]).train()
 
 LOOPS = {'Trainer': trainer_loop, 'plain loop': plain_loop, 'nanoGPT’s loop': nanogpt_loop}
 
@@ -139,7 +153,7 @@ def measure_loops(
                 return watch.milliseconds()
             once(run, time_loop, case='loop', side=name, round=n, tokens=tokens)
 
-# %% ../../nbs/bench/32_throughput.ipynb #7e34743a
+# %% ../../nbs/bench/32_throughput.ipynb #97730551
 WORKERS = {'1 process, 1 thread': (0, 1), '1 process, 2 threads': (0, 2),
            '2 processes, 1 thread each': (2, 1)}
 
@@ -164,6 +178,7 @@ def pace(
         spent = last['wall_s'] - first['wall_s']
         return dict(wall_ms=1e3*spent / (last['step'] - first['step']))
 
+# %% ../../nbs/bench/32_throughput.ipynb #67a9e9a9
 def measure_workers(
     run:Run, # an open record
 ):

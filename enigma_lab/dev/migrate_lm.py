@@ -87,8 +87,7 @@ RENAMED |= { # commands
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #c643979b
 RENAMED |= { # of later steps; tests/test_later.py asks of each row whether it is still true
-    'EnigmaFlow': 'later: EnigmaFlow in enigma_lab.flow.density, with the exact log-determinant',
-    'enigma.jacobian_logdet': 'later: enigma_lab.flow.density',
+    'enigma.jacobian_logdet': 'enigma_lab.flow.density',
     'enigma.gumbel_sinkhorn': 'later: enigma_lab.machine.sinkhorn, '
         'soft in training and a hard permutation when frozen',
     'monitor.py': 'later: enigma-lab monitor; '

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/flow/10_elementwise.ipynb #e92e0bf0
+# %% ../../nbs/flow/10_elementwise.ipynb #dd6bd6e3
 STEEP = 2. # bound on the log-slope of an affine map
 
 def additive(
@@ -32,11 +32,11 @@ def affine(
     theta:Tensor, # (..., 2)
     inverse:bool=False, # undo
 )->tuple[Tensor,Tensor]: # y (...,); log of the slope of this way (...,)
-    "Stretch and add (RealNVP, arXiv:1605.08803, eq. 7)."
+    "Multiply and add (RealNVP, arXiv:1605.08803, eq. 7)."
     s, b = STEEP*torch.tanh(theta[..., 0]/STEEP), theta[..., 1]
     return ((x - b)*torch.exp(-s), -s) if inverse else (x*torch.exp(s) + b, s)
 
-# %% ../../nbs/flow/10_elementwise.ipynb #15cf63c5
+# %% ../../nbs/flow/10_elementwise.ipynb #4687ef61
 NARROW, FLAT = 1e-3, 1e-3 # the least share of a bin, the least slope
 
 class Knots(NamedTuple):
@@ -59,6 +59,7 @@ def edges(
     ends = torch.full_like(theta[..., :1], bound)
     return torch.cat([-ends, inner, ends], -1)
 
+# %% ../../nbs/flow/10_elementwise.ipynb #1f07a6ab
 def find_bins(
     x:Tensor, # (...,), within ±B
     theta:Tensor, # (..., 3K - 1)
@@ -77,6 +78,7 @@ def find_bins(
     x0, y0 = read(across), read(up)
     return Knots(x0, y0, read(across, 1) - x0, read(up, 1) - y0, read(slopes), read(slopes, 1))
 
+# %% ../../nbs/flow/10_elementwise.ipynb #d74895a3
 def climb(
     x:Tensor, # (...,), within ±B
     k:Knots, # of their bins
@@ -101,13 +103,14 @@ def descend(
     x = k.x + k.width*2*c/(-b - root)
     return x, -climb(x, k)[1]
 
+# %% ../../nbs/flow/10_elementwise.ipynb #a1b11bcb
 def spline(
     x:Tensor, # (...,)
     theta:Tensor, # (..., 3K - 1)
     inverse:bool=False, # undo
     bound:float=5., # B, outside of which nothing is changed
 )->tuple[Tensor,Tensor]: # y (...,); log of the slope of this way (...,)
-    "Bend by a monotonic rational-quadratic spline (arXiv:1906.04032)."
+    "Apply a monotonic rational-quadratic spline (arXiv:1906.04032)."
     inside = (x > -bound) & (x < bound)
     # what lies outside is computed at 0 and not used: no NaN reaches the gradients
     safe = torch.where(inside, x, 0.)
