@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'CODE', 'CLASSES', 'read_module', 'modules_before', 'is_left_out', 'names_of', 'body_of', 'one_file',
-           'home_of', 'write_code']
+           'classes_of', 'write_code']
 
 # %% ../../nbs/lm/29_one_file.ipynb #c7ba8379
 import ast
@@ -96,28 +96,27 @@ def one_file(
 
 # %% ../../nbs/lm/29_one_file.ipynb #09a90896
 CODE = 'modeling_enigma' # the file, without its ending
-CLASSES = {
-    'enigma_lab.lm.model': dict(AutoConfig='EnigmaConfig', AutoModel='EnigmaModel',
-                                AutoModelForCausalLM='EnigmaForCausalLM'),
+CLASSES = { # what extends another comes before it
     'enigma_lab.lm.hybrid': dict(AutoConfig='HybridConfig',
-                                 AutoModelForCausalLM='HybridForCausalLM')}
+                                 AutoModelForCausalLM='HybridForCausalLM'),
+    'enigma_lab.lm.model': dict(AutoConfig='EnigmaConfig', AutoModel='EnigmaModel',
+                                AutoModelForCausalLM='EnigmaForCausalLM')}
 
-def home_of(
-    kind:type, # a model's class
-)->str: # name of the module that holds it, or the class that it extends
-    "Find the code of a model."
-    homes = [k.__module__ for k in kind.__mro__]
-    return next(m for m in homes if m in CLASSES or m.startswith('transformers_modules'))
+def classes_of(
+    kind:type, # a model's class, or one that extends it
+)->tuple[str,dict]: # the module that holds it; transformers' names for its classes
+    "Look up which of our models a class is."
+    configs = [config.__name__ for config in kind.config_class.__mro__]
+    return next((home, names) for home, names in CLASSES.items() if names['AutoConfig'] in configs)
 
 def write_code(
     folder, # a path; made if it is not there
     kind:type, # the model's class
 )->dict: # for `auto_map` of the configuration: transformers' names, and where they lead
     "Write a model's code beside its weights."
-    folder, home = Path(folder), home_of(kind)
-    copied = home.startswith('transformers_modules')
-    text = read_module(home)[0] if copied else one_file(home)
+    (home, names), folder = classes_of(kind), Path(folder)
+    copied = [k.__module__ for k in kind.__mro__ if k.__module__.startswith('transformers_modules')]
+    text = read_module(copied[0])[0] if copied else one_file(home)
     folder.mkdir(parents=True, exist_ok=True)
     (folder/f'{CODE}.py').write_text(text, encoding='utf-8')
-    names = next(n for n in CLASSES.values() if n['AutoConfig'] == kind.config_class.__name__)
     return {auto: f'{CODE}.{name}' for auto, name in names.items()}
