@@ -25,7 +25,7 @@ def run_hashes(
         if lag + 1 in lengths: found.append(h)
     return found
 
-PLACES = 20 # bits for a place in a text: a million tokens
+PLACES = 30 # bits for a place in a text, beside the 32 of a hash: a billion tokens
 
 def last_time(
     hashes:Tensor, # (B, S) int64 below 2³²
