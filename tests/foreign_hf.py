@@ -112,8 +112,12 @@ def token_cases():
     return dict(TestTokens=TestTokens)
 
 class Reporter:
-    "Note how each test ended; one that fails in part has failed."
+    "Run what is asked for, and note how each test ended; one that fails in part has failed."
     def __init__(self): self.found = {}
+
+    def pytest_collection_modifyitems(self, items):
+        names = json.loads(os.environ['FOREIGN_NAMES'])
+        if names: items[:] = [item for item in items if item.name in names]
 
     def pytest_runtest_logreport(self, report):
         name = report.nodeid.rpartition('::')[2]
@@ -141,12 +145,12 @@ def fetch(folder):
         pip('install', '--target', folder/'needs', *NEEDS)
     return folder/f'transformers-{VERSION}'
 
-def run_tests(kind, root, folder, only='', file='ours_test.py', place=None):
-    "Run a file of tests on a kind of model; return name -> (outcome, reason)."
+def run_tests(kind, root, folder, only='', file='ours_test.py', place=None, names=()):
+    "Run a file of tests, or `names` of it, on a kind; return name -> (outcome, reason)."
     here, report = Path(__file__).resolve().parent, Path(folder)/f'{kind}-{file}.json'
     env = {**os.environ, 'FOREIGN': kind, 'FOREIGN_REPORT': str(report), 'OMP_NUM_THREADS': '1',
-           'HF_HUB_OFFLINE': '1', 'PYTHONPATH': os.pathsep.join(
-               map(str, (root, here, here.parent, Path(folder)/'needs')))}
+           'FOREIGN_NAMES': json.dumps(sorted(names)), 'HF_HUB_OFFLINE': '1',
+           'PYTHONPATH': os.pathsep.join(map(str, (root, here, here.parent, Path(folder)/'needs')))}
     code = ('import sys, pytest, foreign_hf; '
             'sys.exit(pytest.main(sys.argv[1:], [foreign_hf.Reporter()]))')
     done = subprocess.run(
