@@ -69,7 +69,8 @@ def run(kind, folder, names=()):
     "Run the tests, or those of `names`, on a kind of model; return name -> (outcome, reason)."
     root, place = fetch(folder), Path(folder)/kind
     if not place.is_dir(): save_model(kind, place/MODEL)
-    return foreign_hf.run_tests(kind, root, folder, place=place, names=names)
+    # a test without `MODEL` in its name asks a hub for a model of its own
+    return foreign_hf.run_tests(kind, root, folder, MODEL, place=place, names=names)
 
 def run_worse(kind, folder):
     "Run the tests; return all, and those that do not pass on ours and pass on the control."
