@@ -32,11 +32,14 @@ def write_onnx(
     model:nn.Module, # an `EnigmaForCausalLM`
     path, # of the file, a new one
 )->Path: # of the file: `input_ids` (batch, length) int64 -> `logits` (batch, length, vocab_size)
-    "Write a model as ONNX. Raise FileExistsError, ImportError, or ValueError for exact streams."
+    "Write a model as ONNX. Raise FileExistsError, ImportError, or ValueError where a graph cannot be."
     path = Path(path)
     if path.exists(): raise FileExistsError(f"nothing is overwritten, and {path} exists")
     if missing := [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]:
         raise ImportError(f"ONNX needs {' and '.join(missing)}: pip install onnx onnxscript")
+    if model.config.model_type == 'enigma_hybrid': raise ValueError(
+        "a hybrid finds its counts by search, and ONNX has no operator for it; export a network "
+        "alone")
     if model.config.exact: raise ValueError(
         "exact=True undoes its machine channel by channel, a graph of thousands of nodes; train "
         "a model with exact=False for ONNX")
