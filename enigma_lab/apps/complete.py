@@ -32,7 +32,7 @@ def load_model(
     "Return the newest trained model, or a toy. Raises FileNotFoundError if a named run is missing."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
-    import enigma_lab.lm.model # noqa: F401, transformers must know the architecture
+    import enigma_lab.lm.hybrid # noqa: F401, transformers must know the architectures
     from enigma_lab.lab.runs import find_run
     try: found = find_run(run)
     except FileNotFoundError:

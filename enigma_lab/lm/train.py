@@ -207,8 +207,8 @@ def load(
     run:Run, # with a checkpoint
     parts:TaskData, # whose model is changed
 ):
-    "Take the weights that other processes trained."
-    parts.model.load_state_dict(EnigmaForCausalLM.from_pretrained(run.checkpoint).state_dict())
+    "Take the weights that other processes trained into a model of any class."
+    parts.model.load_state_dict(type(parts.model).from_pretrained(run.checkpoint).state_dict())
 
 task = Task('enigma_lab.lm.train:task', 'train_enigma', prepare, save, load, evaluate,
             settings=settings)
