@@ -32,7 +32,7 @@ def write_onnx(
     model:nn.Module, # an `EnigmaForCausalLM`
     path, # of the file, a new one
 )->Path: # of the file: `input_ids` (batch, length) int64 -> `logits` (batch, length, vocab_size)
-    "Write a model as ONNX. Raise FileExistsError, ImportError, or ValueError for what has no graph."
+    "Write a model as ONNX. Raise FileExistsError, ImportError, ValueError where it cannot."
     path = Path(path)
     if path.exists(): raise FileExistsError(f"nothing is overwritten, and {path} exists")
     if missing := [name for name in ('onnx', 'onnxscript') if find_spec(name) is None]:
