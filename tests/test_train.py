@@ -24,6 +24,23 @@ def module(tmp_path, *words, **config):
 
 def only_run(tmp_path): return next((tmp_path/'runs'/'train_enigma').iterdir())
 
+def loaded(path, module, tmp_path):
+    "Load a model and let it speak: with the library, without it, and untold to trust its code."
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"path = {str(path)!r}\n"
+        "m, t = (k.from_pretrained(path, **how) for k in (AutoModelForCausalLM, AutoTokenizer))\n"
+        "ids = t('Chapter', return_tensors='pt')\n"
+        "out = m.generate(**ids, max_new_tokens=8, do_sample=False)\n"
+        "print(type(m).__name__, m(**ids).logits.double().sum().item(), out.tolist())"
+    )
+    missing = "import sys\nsys.modules['enigma_lab'] = None\n" # as if it were not installed
+    heads = (f"import {module}\nhow = {{}}\n",
+             missing + "how = dict(trust_remote_code=True)\n", missing + "how = {}\n")
+    env = os.environ | dict(HF_MODULES_CACHE=str(tmp_path/'modules'))
+    return [subprocess.run([sys.executable, '-c', head + code], capture_output=True, text=True,
+                           env=env, stdin=subprocess.DEVNULL) for head in heads]
+
 @pytest.mark.proof('lm.train', 'lab.task', 'lab.trainer', seeds=(0,))
 def test_the_notebook(tmp_path, toy_text):
     "Run papermill: every cell, a finished record, a checkpoint that loads in a fresh process."
@@ -61,24 +78,21 @@ def test_the_notebook(tmp_path, toy_text):
     assert {p.name for p in (run/'figures').iterdir()} == {'loss.png', 'bits_per_char.png'}
     metrics = json.loads((run/'metrics.json').read_text())
     assert metrics['reconstruction_max_error_f32'] <= 1e-5 and metrics['test_bits_per_char'] > 0
-    code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"path = {str(run / 'checkpoint')!r}\n"
-        "m, t = (k.from_pretrained(path, **how) for k in (AutoModelForCausalLM, AutoTokenizer))\n"
-        "ids = t('Chapter', return_tensors='pt')\n"
-        "out = m.generate(**ids, max_new_tokens=8, do_sample=False)\n"
-        "print(type(m).__name__, m(**ids).logits.double().sum().item(), out.tolist())"
-    )
-    missing = "import sys\nsys.modules['enigma_lab'] = None\n" # as if it were not installed
-    said = [
-        subprocess.run([sys.executable, '-c', head + code], capture_output=True, text=True,
-                       env=os.environ | dict(HF_MODULES_CACHE=str(tmp_path/'modules')),
-                       stdin=subprocess.DEVNULL)
-        for head in ("import enigma_lab.lm.model\nhow = {}\n",
-                     missing + "how = dict(trust_remote_code=True)\n", missing + "how = {}\n")
-    ]
-    here, elsewhere, untold = said
+    here, elsewhere, untold = loaded(run/'checkpoint', 'enigma_lab.lm.model', tmp_path)
     assert here.returncode == 0 and 'EnigmaForCausalLM' in here.stdout, here.stderr
+    assert elsewhere.stdout == here.stdout, elsewhere.stderr
+    assert untold.returncode != 0 and 'trust_remote_code=True' in untold.stderr
+
+@pytest.mark.proof('lm.hybrid', 'lm.hybrid_train', 'lm.one_file', 'lm.publish', seeds=(0,))
+def test_a_published_hybrid(tmp_path, own_runs):
+    "Train a hybrid, publish it, and load the folder with and without the library."
+    from enigma_lab.lab.settings import make_settings
+    from enigma_lab.lm.hybrid_train import settings, train
+    from enigma_lab.lm.publish import publish_run
+    run = train(make_settings(settings, dict(preset='smoke')), test=False)
+    folder = publish_run(str(run.path), tmp_path/'published')
+    here, elsewhere, untold = loaded(folder, 'enigma_lab.lm.hybrid', tmp_path)
+    assert here.returncode == 0 and 'HybridForCausalLM' in here.stdout, here.stderr
     assert elsewhere.stdout == here.stdout, elsewhere.stderr
     assert untold.returncode != 0 and 'trust_remote_code=True' in untold.stderr
 
