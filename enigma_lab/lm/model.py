@@ -99,7 +99,7 @@ class EnigmaConfig(FieldNames, TransformersFields, PreTrainedConfig):
     num_rev_blocks:int = 2 # N, reversible blocks of the machine
     num_rotors:int = 2 # n, wheels
     num_positions:int = 16 # K, positions of a wheel
-    rotor:str = 'table' # 'table' | 'roll' | 'static' | 'permutation' | 'none'
+    rotor:str = 'table' # 'table' | 'roll' | 'static' | 'permutation' | 'sinkhorn' | 'none'
     parametrization:str = 'orthogonal' # how a learned wheel is written: 'orthogonal' | 'plu'
     plugboard:bool = True # swap channels at both ends of the machine
     reciprocal:bool = False # the machine is its own inverse

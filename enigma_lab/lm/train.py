@@ -42,7 +42,7 @@ class TrainConfig(TrainingConfig):
     tokenizer:str = 'auto' # 'auto' (characters of the text), a folder, a vocab.txt, or a hub name
     max_vocab:int = 0 # rows of the vocabulary at most; 0: a row for each character
     machine:str = 'none' # 'none' | 'input' | 'both' | 'between'
-    rotor:str = 'table' # 'table' | 'roll' | 'static' | 'permutation' | 'none'
+    rotor:str = 'table' # 'table' | 'roll' | 'static' | 'permutation' | 'sinkhorn' | 'none'
     dropout:float = 0. # of blocks' outputs
     attn_dropout:float = 0. # of attention weights
     shape:dict = field(

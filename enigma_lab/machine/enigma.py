@@ -16,9 +16,10 @@ from .plugboard import Plugboard
 from .reflector import Reflector, SwapHalves
 from .rev_block import RevBlock
 from .rotor import InvertibleConv1x1, PermutationRotor, RollRotor, TableRotor
+from .sinkhorn import SinkhornRotor
 
 # %% ../../nbs/machine/60_enigma.ipynb #82aeac2f
-rotor_kinds = ('table', 'roll', 'static', 'permutation', 'none')
+rotor_kinds = ('table', 'roll', 'static', 'permutation', 'sinkhorn', 'none')
 
 def make_rotor(
     kind:str, # one of `rotor_kinds`
@@ -34,7 +35,9 @@ def make_rotor(
         raise ValueError(f"rotor must be one of {list(rotor_kinds)}, got {kind!r}")
     if kind == 'none': return Chain()
     if kind == 'static': return InvertibleConv1x1(dim, parametrization, seed)
-    if kind == 'permutation': return PermutationRotor(dim, num_positions, place, key, seed)
+    if kind in ('permutation', 'sinkhorn'):
+        wheel = PermutationRotor if kind == 'permutation' else SinkhornRotor
+        return wheel(dim, num_positions, place, key, seed)
     return dict(table=TableRotor, roll=RollRotor)[kind](
         dim, num_positions, place, key, parametrization=parametrization, seed=seed)
 
@@ -72,7 +75,7 @@ class EnigmaParts(CompositeBijection):
         num_rev_blocks:int=6, # nonlinear blocks N
         num_rotors:int=4, # rotors n
         num_positions:int=16, # positions of a rotor K; the machine repeats after K^n
-        rotor:str='table', # 'table' | 'roll' | 'static' | 'permutation' | 'none'
+        rotor:str='table', # 'table' | 'roll' | 'static' | 'permutation' | 'sinkhorn' | 'none'
         plugboard:bool=True, # exchange channels in pairs at both ends
         reciprocal:bool=False, # go back along the same path: f(f(x)) = x
         parametrization:str='plu', # how a learned rotor is written: 'plu' | 'orthogonal'
