@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Pull', 'integer_flow', 'window_before', 'PriorParts', 'ContextPrior', 'Table', 'Bells', 'CodingConfig', 'IntegerFlow',
-           'flushed_denormals', 'OnlineModel', 'chunk_ends', 'updates_until', 'code_images', 'check_pixels',
-           'settings_of', 'compress_images', 'decompress_images']
+           'flushed_denormals', 'OnlineModel', 'chunk_ends', 'updates_until', 'code_images', 'pack_weights',
+           'unpack_weights', 'check_pixels', 'settings_of', 'compress_images', 'decompress_images']
 
-# %% ../../nbs/flow/40_coding.ipynb #ba60626d
-import contextlib, copy, json
+# %% ../../nbs/flow/40_coding.ipynb #529ec10e
+import contextlib, copy, json, lzma
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from enigma_lab.data.coding import (
-    SymbolDecoder, SymbolEncoder, build_stamp, check_decoded, check_stamp, open_stream,
-    pack_stream, seal)
+from ..data.coding import (
+    SymbolDecoder, SymbolEncoder, build_stamp, bytes_whole, check_decoded, check_stamp,
+    open_stream, pack_stream, seal, whole_bytes)
 from .coupling import Conditioner
 from ..machine.bijection import Chain, Inverse
 from ..machine.plugboard import Plugboard
@@ -164,7 +164,7 @@ class Bells(Table):
         centre = torch.linspace(0, self.values + 2*self.low - 1, self.mixtures)/4
         return torch.cat([torch.zeros(self.mixtures), centre, torch.ones(self.mixtures)])
 
-# %% ../../nbs/flow/40_coding.ipynb #c0164ecd
+# %% ../../nbs/flow/40_coding.ipynb #53fd7d1c
 @dataclass(frozen=True)
 class CodingConfig:
     "Hold what both ends must agree on."
@@ -184,6 +184,7 @@ class CodingConfig:
     weight_decay:float = .02
     average:float = .98 # of the weights that code: the share that stays at each step
     seed:int = 0
+    stored:bool = False # learn from all images first, and put the weights into the stream
 
     def __post_init__(self):
         least = dict(height=1, width=1, levels=2, hidden=1, chunk=1, batch=1)
@@ -286,16 +287,16 @@ def updates_until(
     "Spread training steps over the images: evenly, but for a quick start."
     return min(updates, updates*done//n + min(20*done//8, updates//8))
 
-# %% ../../nbs/flow/40_coding.ipynb #6d351ff3
+# %% ../../nbs/flow/40_coding.ipynb #5f6baecf
 def code_images(
-    c:CodingConfig, # what both ends agree on
+    model:OnlineModel, # untrained, or with stored weights
     n:int, # images
     known, # (n, D) float32 images, for the encoder; `None`: the decoder
     channel, # (probs (m, V), values (m,) or `None`) -> values: writes, or reads
 )->Tensor: # (n, D) float32 images
     "Code images chunk by chunk, and learn between."
-    model, D = OnlineModel(c), c.height*c.width
-    x, begin, low = torch.zeros(n, D), 0, model.network.kind.low
+    c, D, low = model.c, model.c.height*model.c.width, model.network.kind.low
+    x, begin = torch.zeros(n, D), 0
     for end in chunk_ends(n, c.chunk):
         part = None if known is None else known[begin:end]
         with torch.no_grad(): goal = None if part is None else model.coding.flow(part)
@@ -305,10 +306,38 @@ def code_images(
             z[:, i] = torch.from_numpy(channel(model.coding.probs(z, i), value) + low)
         with torch.no_grad(): x[begin:end] = model.coding.flow.inverse(z)
         begin = end
-        if end < n: model.learn(x[:end], updates_until(end, n, c.updates) - model.steps)
+        if end < n and not c.stored:
+            model.learn(x[:end], updates_until(end, n, c.updates) - model.steps)
     return x
 
-# %% ../../nbs/flow/40_coding.ipynb #38dec1f6
+# %% ../../nbs/flow/40_coding.ipynb #ce2b9164
+def pack_weights(
+    model:nn.Module, # whose weights become the rounded ones
+)->bytes: # a step for each tensor, whole numbers of one byte for each weight
+    "Round weights, and write them down."
+    steps, rounded = [], []
+    with torch.no_grad():
+        for p in model.parameters():
+            step = p.abs().max()/127 + 1e-12
+            whole = (p/step).round()
+            p.copy_(whole*step)
+            steps.append(step.item())
+            rounded.append(whole.to(torch.int8).numpy().tobytes())
+    return lzma.compress(np.array(steps, '<f4').tobytes() + b''.join(rounded), lzma.FORMAT_ALONE)
+
+def unpack_weights(
+    model:nn.Module, # gets the weights
+    packed:bytes, # from `pack_weights`
+):
+    "Read weights."
+    weights, content = list(model.parameters()), lzma.decompress(packed)
+    steps = torch.from_numpy(np.frombuffer(content, '<f4', len(weights)).astype(np.float32))
+    whole = torch.from_numpy(np.frombuffer(content, np.int8, offset=4*len(weights)).copy())
+    with torch.no_grad():
+        for p, step, part in zip(weights, steps, whole.split([p.numel() for p in weights])):
+            p.copy_(part.view(p.shape)*step)
+
+# %% ../../nbs/flow/40_coding.ipynb #ffe0d3b5
 def check_pixels(
     images:np.ndarray, # to be compressed
     c:CodingConfig, # of the code
@@ -331,30 +360,37 @@ def settings_of(
 def compress_images(
     images:np.ndarray, # (n, height, width) uint8 below `levels`
     c:CodingConfig=CodingConfig(), # what both ends agree on
+    encoder:SymbolEncoder|None=None, # a new one, to be asked for its likelihood afterwards
 )->bytes: # a stream
-    "Compress images without storing a weight: the decoder learns what the encoder learned."
+    "Compress images; without stored weights the decoder learns what the encoder learned."
     check_pixels(images, c)
-    encoder = SymbolEncoder()
+    encoder, weights, model = encoder or SymbolEncoder(), b'', OnlineModel(c)
     def write(probs, values):
         encoder.put(values, probs)
         return values
     flat = torch.from_numpy(images.reshape(len(images), c.height*c.width)).float()
-    with flushed_denormals(): code_images(c, len(images), flat, write)
-    facts = [settings_of(c, len(images)), build_stamp().encode(), seal(images.tobytes())]
-    return pack_stream(b'I', facts, encoder.finish())
+    with flushed_denormals():
+        if c.stored and len(images):
+            model.learn(flat, c.updates)
+            weights = pack_weights(model.coding)
+        code_images(model, len(images), flat, write)
+    facts = [settings_of(c, len(images)), build_stamp().encode(), seal(images.tobytes()),
+             whole_bytes(len(weights))]
+    return pack_stream(b'I', facts, weights + encoder.finish())
 
-# %% ../../nbs/flow/40_coding.ipynb #d3be34be
+# %% ../../nbs/flow/40_coding.ipynb #aeb1dc69
 def decompress_images(
     stream:bytes, # from `compress_images`
 )->np.ndarray: # (n, height, width) uint8
     "Decompress images. Raise a ValueError for a stream that is altered, or of another build."
-    (settings, stamp, digest), payload = open_stream(stream, b'I')
+    (settings, stamp, digest, length), payload = open_stream(stream, b'I')
     check_stamp(stamp.decode())
-    settings = json.loads(settings)
-    n, decoder = settings.pop('n'), SymbolDecoder(payload)
-    c = CodingConfig(**settings)
+    settings, length = json.loads(settings), bytes_whole(length)
+    n, decoder = settings.pop('n'), SymbolDecoder(payload[length:])
+    model = OnlineModel(c := CodingConfig(**settings))
+    if length: unpack_weights(model.coding, payload[:length])
     with flushed_denormals():
-        x = code_images(c, n, None, lambda probs, values: decoder.take(probs))
+        x = code_images(model, n, None, lambda probs, values: decoder.take(probs))
     images = x.numpy().astype(np.uint8).reshape(n, c.height, c.width)
     check_decoded(images.tobytes(), digest)
     return images
