@@ -6,10 +6,10 @@
 __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line',
            'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train',
            'tokenizer', 'showcase', 'data', 'load_model', 'given_prompts', 'stop_strings', 'continue_text',
-           'check_continuations', 'print_continuation', 'generate', 'evaluate', 'publish', 'questions', 'chat',
-           'decoder_scores', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'maskpro', 'certify', 'run_value',
-           'cell_text', 'fit_table', 'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs',
-           'runs', 'docs', 'bench_names', 'bench']
+           'check_continuations', 'print_continuation', 'generate', 'evaluate', 'publish', 'compress', 'decompress',
+           'questions', 'chat', 'decoder_scores', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'maskpro',
+           'certify', 'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names', 'run_report', 'runs_table',
+           'run_json', 'print_runs', 'runs', 'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
@@ -395,6 +395,46 @@ def publish(
     "Write a model with its tokenizer, its code and a card, to be loaded elsewhere."
     from enigma_lab.lm.publish import publish_run
     print(publish_run(run, folder))
+
+# %% ../nbs/cli.ipynb #d4226e5b
+@command('coding')
+def compress(
+    file:str, # anything
+    out:str, # a new file
+    *,
+    model:str='showcase/train_enigma', # a run, as for generate; decompress needs the same
+    parts:int=0, # of the text, coded side by side: few are small, many are quick; 0: by length
+    force:bool=False, # write over a file
+):
+    "Compress a file with the language model of a run."
+    from enigma_lab.data.coding import check_output, write_output
+    check_output(out, file, force)
+    from enigma_lab.lm.compress import check_parts, compress as to_stream
+    check_parts(parts)
+    data = Path(file).read_bytes()
+    stream = to_stream(*load_model(model), data, parts)
+    write_output(out, stream)
+    share = f', {8*len(stream)/len(data):.3f} bits a byte'*bool(data)
+    print(f'{out}: {len(stream):,} bytes of {len(data):,}{share}')
+
+# %% ../nbs/cli.ipynb #15620c38
+@command('coding')
+def decompress(
+    file:str, # from compress
+    out:str, # a new file
+    *,
+    model:str='showcase/train_enigma', # the run that compressed it
+    force:bool=False, # write over a file
+):
+    "Decompress a file with the language model that compressed it."
+    from enigma_lab.data.coding import check_output, open_stream, write_output
+    check_output(out, file, force)
+    stream = Path(file).read_bytes()
+    open_stream(stream, b'T') # what is damaged needs no model
+    from enigma_lab.lm.compress import decompress as to_bytes
+    data = to_bytes(*load_model(model), stream)
+    write_output(out, data)
+    print(f'{out}: {len(data):,} bytes')
 
 # %% ../nbs/cli.ipynb #47c609ce
 def questions():
