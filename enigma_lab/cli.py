@@ -36,7 +36,9 @@ def argument(
     choices, default = get_args(p.annotation), p.default
     how = dict(help=(comment or '').replace('%', '%%'))
     how |= dict(choices=choices) if choices else dict(metavar=p.name.upper(), type=p.annotation)
-    if p.kind is p.VAR_POSITIONAL: return p.name, dict(how, nargs='*')
+    # options of another program are passed on as they are
+    rest = argparse.REMAINDER if p.name == 'options' else '*'
+    if p.kind is p.VAR_POSITIONAL: return p.name, dict(how, nargs=rest)
     if default is p.empty: return p.name, how
     if p.kind is not p.KEYWORD_ONLY: return p.name, dict(how, nargs='?', default=default)
     option = '-'*(1 + (len(p.name) > 1)) + p.name
@@ -777,9 +779,15 @@ def bench_names()->list[str]:
 @command('bench')
 def bench(
     name:str, # of a module of enigma_lab.bench
+    *options:str, # of the benchmark; --help tells them
 ):
     "Run a benchmark."
     if name not in bench_names():
         raise ValueError(
             f"there is no benchmark called {name}; there are [{', '.join(bench_names())}]")
-    importlib.import_module(f'enigma_lab.bench.{name}').main()
+    run = importlib.import_module(f'enigma_lab.bench.{name}').main
+    if not options: return run()
+    if 'arguments' not in inspect.signature(run).parameters:
+        raise ValueError(f"the benchmark {name} takes no options here, got {list(options)}; "
+                         f"see python -m enigma_lab.bench.{name} --help")
+    run(list(options))

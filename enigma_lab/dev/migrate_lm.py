@@ -92,7 +92,9 @@ RENAMED |= { # of later steps; tests/test_later.py asks of each row whether it i
         'soft in training and a hard permutation when frozen',
     'monitor.py': 'later: enigma-lab monitor; '
         'today papermill prints the progress and nvidia-smi shows the GPUs',
-    'scripts/benchmark.py': 'later: enigma-lab bench sequence, copy memory and enwik8'}
+    'python scripts/benchmark.py': 'enigma-lab bench sequence',
+    '--use_dynamic_conv1x1': '--rotor table',
+    'scripts/benchmark.py': 'enigma_lab.bench.sequence'}
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #9ba2dccb
 def rule(
