@@ -22,6 +22,7 @@ KINDS = dict(
     reversible=dict(machine='none', reversible=True),
     exact=dict(machine='both', reversible=True, exact=True),
     permutation=dict(machine='both', rotor='permutation', reciprocal=True),
+    sinkhorn=dict(machine='both', rotor='sinkhorn'),
     quick=dict(machine='none', activation='relu2', norm='layer', qk_norm=True, bias=False,
                gram_rows=64, gram_copies=3, tie_word_embeddings=False))
 IDS = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -43,9 +43,7 @@ def has_devices(number):
     return any(len(d) >= number and d[0] != 'cpu' for d in devices)
 
 HERE = { # what is put off → a question that is answered with yes as soon as it is here
-    'enigma.gumbel_sinkhorn': lambda: has_module('machine.sinkhorn'),
     'monitor.py': lambda: command_exists('monitor'),
-    'the Sinkhorn rotor': lambda: has_module('machine.sinkhorn'),
     'peak memory on a GPU': lambda: has_devices(1)}
 
 def command_exists(name):

@@ -9,6 +9,7 @@ from enigma_lab.machine.enigma import Enigma
 MACHINES = [dict(machine='input'), dict(machine='both', reciprocal=True),
             dict(machine='both', exact=True, reversible=True),
             dict(machine='between', reversible=True), dict(machine='input', rotor='permutation'),
+            dict(machine='both', rotor='sinkhorn'),
             dict(machine='input', parametrization='orthogonal', rotor='table')]
 machines = pytest.mark.parametrize('changes', MACHINES, ids=str)
 DRAWN = '.up.weight', '.up.bias', '.down.weight', '.down.bias' # from the global generator

@@ -17,6 +17,12 @@ RENAMED = { # the original's words -> ours; `…`: any text without brackets
         'InvertibleConv1x1Stack',
     'EnigmaLM(…)': "EnigmaForCausalLM(EnigmaConfig(machine='input', position_rows=8192, "
                    "parametrization='plu', rev_scale=True, dropout=.1,…))",
+    'GumbelSinkhornRotorStack': 'SinkhornRotorStack',
+    'temp_max=': 'temperature=',
+    'temp_min=': 'least=',
+    '.anneal_temperatures(': '.anneal(',
+    'gumbel_rotor_stack.step_all()': '# a call steps by its positions',
+    '.plugboard.transpose(': '.plugboard.inverse(',
     'd=': 'dim=',
     'num_channels=': 'dim=',
     'd_model': 'dim',
@@ -50,7 +56,8 @@ RENAMED |= { # modules
     'enigma.simple_permutation': 'enigma_lab.machine.rotor',
     'enigma.plugboard': 'enigma_lab.machine.plugboard',
     'enigma.rev_block': 'enigma_lab.machine.rev_block',
-    'enigma.reflector': 'enigma_lab.machine.reflector'}
+    'enigma.reflector': 'enigma_lab.machine.reflector',
+    'enigma.gumbel_sinkhorn': 'enigma_lab.machine.sinkhorn'}
 
 # %% ../../nbs/dev/20_migrate_lm.ipynb #d8bdbaef
 RENAMED |= { # commands
@@ -88,8 +95,6 @@ RENAMED |= { # commands
 # %% ../../nbs/dev/20_migrate_lm.ipynb #c643979b
 RENAMED |= { # of later steps; tests/test_later.py asks of each row whether it is still true
     'enigma.jacobian_logdet': 'enigma_lab.flow.density',
-    'enigma.gumbel_sinkhorn': 'later: enigma_lab.machine.sinkhorn, '
-        'soft in training and a hard permutation when frozen',
     'monitor.py': 'later: enigma-lab monitor; '
         'today papermill prints the progress and nvidia-smi shows the GPUs',
     'python scripts/benchmark.py': 'enigma-lab bench sequence',

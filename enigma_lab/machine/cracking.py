@@ -72,7 +72,7 @@ def letter_model(
     pairs = count_letters(letters, 2) + .5
     return LetterModel(pairs/pairs.sum(), prob.log().flatten())
 
-# %% ../../nbs/machine/75_cracking.ipynb #ed1e8b63
+# %% ../../nbs/machine/75_cracking.ipynb #6eafc1b1
 @dataclass(frozen=True)
 class Message:
     "Hold what was overheard, and what is known of the machine."
@@ -87,6 +87,7 @@ class Message:
         if self.wheels is None: return read
         return wirings.gather(-1, self.wheels[torch.arange(len(self.letters)), read])
 
+# %% ../../nbs/machine/75_cracking.ipynb #53d8c274
 def wheel_table(
     machine:EnigmaMachine, # as it stands before the first key; it stays as it is
     count:int, # keys
@@ -184,7 +185,7 @@ def replugged(
     found[n, i], found[n, j] = j, i
     return found
 
-# %% ../../nbs/machine/75_cracking.ipynb #9e97fd5d
+# %% ../../nbs/machine/75_cracking.ipynb #c36ef90b
 def climb(
     wiring:Tensor, # (26,) int64, to begin with
     moves:Callable, # wiring -> others (M, 26)
@@ -199,6 +200,7 @@ def climb(
         if scores.max() <= best + 1e-2: return wiring
         wiring, best = tried[scores.argmax()], scores.max()
 
+# %% ../../nbs/machine/75_cracking.ipynb #73affa08
 def most_probable(
     wirings:Tensor, # (R, 26) int64
     message:Message, # overheard
@@ -213,7 +215,7 @@ def best_climb(
     message:Message, # overheard
     model:LetterModel, # of the language
 )->Tensor: # (26,)
-    "Climb from each wiring, and pick the best end."
+    "Pick the best of the ends of a climb from each wiring."
     ends = torch.stack([climb(wiring, moves, message, model) for wiring in wirings])
     return most_probable(ends, message, model)
 
