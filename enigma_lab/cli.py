@@ -426,7 +426,7 @@ def decompress(
     model:str='showcase/train_enigma', # the run that compressed it
     force:bool=False, # write over a file
 ):
-    "Decompress a file with the language model that compressed it."
+    "Decode a file with the language model that compressed it."
     from enigma_lab.data.coding import check_output, open_stream, write_output
     check_output(out, file, force)
     stream = Path(file).read_bytes()

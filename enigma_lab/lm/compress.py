@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['COPY_ORDERS', 'RATE', 'TRUST', 'ByteAlphabet', 'spell', 'unspell', 'follow', 'FileMemory', 'predict', 'check_parts',
-           'part_lengths', 'default_parts', 'code_steps', 'fingerprint', 'compress', 'decompress', 'in_order']
+           'part_lengths', 'default_parts', 'code_steps', 'fingerprint', 'compress', 'in_order', 'decompress']
 
-# %% ../../nbs/lm/57_compress.ipynb #82ee2460
-import hashlib, math
-from itertools import pairwise
+# %% ../../nbs/lm/57_compress.ipynb #368e69c5
+import hashlib
 
 import numpy as np
 import torch
@@ -154,7 +153,7 @@ def remember(self:FileMemory,
                     for h, symbol in zip(self.history, came.tolist())]
     self.last = came
 
-# %% ../../nbs/lm/57_compress.ipynb #d9bef6ce
+# %% ../../nbs/lm/57_compress.ipynb #e6a9a907
 def predict(
     model, # a causal language model in eval mode, on the CPU
     alphabet:ByteAlphabet, # of its tokenizer
@@ -178,6 +177,7 @@ def predict(
             text = new = text[:, -limit//2:]
             read = read.begin_again(text)
 
+# %% ../../nbs/lm/57_compress.ipynb #01425da0
 def check_parts(
     parts:int, # as asked for
 ):
@@ -255,13 +255,23 @@ def compress(
     stored = pack_stream(b'T', [], data)
     return min(stream, stored, key=len)
 
-# %% ../../nbs/lm/57_compress.ipynb #e6c0725d
+# %% ../../nbs/lm/57_compress.ipynb #49e05c5e
+def in_order(
+    steps:list[np.ndarray], # symbols of each step, of the parts that went on
+    lengths:list[int], # of the parts, longest first
+)->np.ndarray: # (N,)
+    "Put the symbols of the parts one behind the other."
+    table = np.zeros((len(lengths), len(steps)), np.int64)
+    for t, now in enumerate(steps): table[:len(now), t] = now
+    return np.concatenate([row[:n] for row, n in zip(table, lengths)])
+
+# %% ../../nbs/lm/57_compress.ipynb #9ef31495
 def decompress(
     model, # the model that compressed, in eval mode, on the CPU
     tokenizer, # its tokenizer
     stream:bytes, # from `compress`
 )->bytes: # what was compressed
-    "Decompress a stream. Raise a ValueError for one that is altered, or of another model or build."
+    "Decode a stream. Raise a ValueError for one that is altered, or of another model or build."
     facts, payload = open_stream(stream, b'T')
     if not facts: return payload
     alphabet = ByteAlphabet(tokenizer)
@@ -279,12 +289,3 @@ def decompress(
     data = unspell(alphabet, in_order(found, lengths))
     check_decoded(data, facts[5])
     return data
-
-def in_order(
-    steps:list[np.ndarray], # symbols of each step, of the parts that went on
-    lengths:list[int], # of the parts, longest first
-)->np.ndarray: # (N,)
-    "Put the symbols of the parts one behind the other."
-    table = np.zeros((len(lengths), len(steps)), np.int64)
-    for t, now in enumerate(steps): table[:len(now), t] = now
-    return np.concatenate([row[:n] for row, n in zip(table, lengths)])
