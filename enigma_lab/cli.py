@@ -414,7 +414,7 @@ def compress(
     data = Path(file).read_bytes()
     stream = to_stream(*load_model(model), data, parts)
     write_output(out, stream)
-    share = f', {8*len(stream)/len(data):.3f} bits a byte'*bool(data)
+    share = f', {8*len(stream)/len(data):.3f} bits a byte' if data else ''
     print(f'{out}: {len(stream):,} bytes of {len(data):,}{share}')
 
 # %% ../nbs/cli.ipynb #15620c38

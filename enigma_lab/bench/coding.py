@@ -155,8 +155,8 @@ def measure_texts(
                 lambda stream: decompress(model, tokenizer, stream)),
                 case='texts', side=side, text=name)
 
-# %% ../../nbs/bench/34_coding.ipynb #196f436c
-FULL = dict(images=0, updates=1500, seeds=3, digits=list(DIGITS), model='showcase/train_enigma',
+# %% ../../nbs/bench/34_coding.ipynb #4162f0c2
+FULL = dict(images=0, updates=1000, seeds=1, digits=list(DIGITS), model='showcase/train_enigma',
             texts=['documentation', 'scipy'], bytes=2**20)
 SMALL = FULL | dict(images=60, updates=10, seeds=1, digits=['table', 'table, stored weights'],
                     texts=['documentation'], bytes=400)

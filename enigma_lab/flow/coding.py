@@ -180,7 +180,7 @@ def check_coding(
     if c.layers and c.height*c.width % 2: raise ValueError(
         f"a flow needs an even number of pixels, got {c.height} × {c.width}")
 
-# %% ../../nbs/flow/40_coding.ipynb #25bdb84f
+# %% ../../nbs/flow/40_coding.ipynb #a5c92eed
 @dataclass(frozen=True)
 class CodingConfig:
     "Hold what both ends must agree on."
@@ -194,7 +194,7 @@ class CodingConfig:
     side:int = 4 # columns to either side that it reads
     hidden:int = 128 # features of its layers
     chunk:int = 32 # images between two times of learning
-    updates:int = 1500 # training steps over the whole set
+    updates:int = 1000 # training steps over the whole set
     batch:int = 64 # images of a step
     learning_rate:float = 2e-3 # after the first twenty steps
     weight_decay:float = .02 # of AdamW
