@@ -416,7 +416,7 @@ def compress(
     data = Path(file).read_bytes()
     stream = to_stream(*load_model(model), data, parts)
     write_output(out, stream)
-    share = f', {8*len(stream)/len(data):.3f} bits a byte'*bool(data)
+    share = f', {8*len(stream)/len(data):.3f} bits a byte' if data else ''
     print(f'{out}: {len(stream):,} bytes of {len(data):,}{share}')
 
 # %% ../nbs/cli.ipynb #15620c38
@@ -428,7 +428,7 @@ def decompress(
     model:str='showcase/train_enigma', # the run that compressed it
     force:bool=False, # write over a file
 ):
-    "Decompress a file with the language model that compressed it."
+    "Decode a file with the language model that compressed it."
     from enigma_lab.data.coding import check_output, open_stream, write_output
     check_output(out, file, force)
     stream = Path(file).read_bytes()

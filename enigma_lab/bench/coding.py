@@ -71,11 +71,11 @@ def digit_baselines(
     return dict(raw=len(data), five_bits=-(-5*len(data)//8), order_0=order_0_bytes(images),
                 **found, xz=len(compressors['xz'](data)), PPMd=ppmd_bytes(data))
 
-# %% ../../nbs/bench/34_coding.ipynb #517bc3cf
-DIGITS = {
-    'table': dict(), 'bells': dict(mixtures=5), 'flow, bells': dict(mixtures=5, layers=2),
+# %% ../../nbs/bench/34_coding.ipynb #d9308b36
+DIGITS = { # way -> settings
+    'table': dict(), 'table, stored weights': dict(stored=True, hidden=24),
     'flow alone': dict(mixtures=5, layers=4, up=0, side=0),
-    'table, stored weights': dict(stored=True, hidden=24)}
+    'bells': dict(mixtures=5), 'flow, bells': dict(mixtures=5, layers=2)}
 
 def there_and_back(
     data, # to be compressed
@@ -91,6 +91,7 @@ def there_and_back(
     return dict(bytes=len(stream), likelihood_bits=float(encoder.likelihood_bits), same=bool(same),
                 write_cpu_s=between - began, read_cpu_s=time.process_time() - between)
 
+# %% ../../nbs/bench/34_coding.ipynb #8cc77213
 def measure_digits(
     run:Run, # an open record
 ):
@@ -128,7 +129,7 @@ def read_texts(
     if 'scipy' in c['texts']: found['scipy'] = package_text('scipy', c['bytes'])
     return {name: text[:c['bytes']] for name, text in found.items()}
 
-# %% ../../nbs/bench/34_coding.ipynb #52e64efe
+# %% ../../nbs/bench/34_coding.ipynb #010142ca
 def load_showcase(
     name:str, # of a run
 ): # a model in eval mode, and its tokenizer
@@ -136,7 +137,8 @@ def load_showcase(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     import enigma_lab.lm.model  # noqa: F401, tells transformers the model's class
     folder = find_model(name).checkpoint
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
 
 def measure_texts(
     run:Run, # an open record
@@ -153,13 +155,14 @@ def measure_texts(
                 lambda stream: decompress(model, tokenizer, stream)),
                 case='texts', side=side, text=name)
 
-# %% ../../nbs/bench/34_coding.ipynb #1db1edbd
-FULL = dict(images=0, updates=1500, seeds=3, digits=list(DIGITS), model='showcase/train_enigma',
+# %% ../../nbs/bench/34_coding.ipynb #4162f0c2
+FULL = dict(images=0, updates=1000, seeds=1, digits=list(DIGITS), model='showcase/train_enigma',
             texts=['documentation', 'scipy'], bytes=2**20)
 SMALL = FULL | dict(images=60, updates=10, seeds=1, digits=['table', 'table, stored weights'],
                     texts=['documentation'], bytes=400)
 PARTS = dict(texts=measure_texts, digits=measure_digits)
 
+# %% ../../nbs/bench/34_coding.ipynb #45c9cf0c
 def table(
     run:Run, # a record
     case:str, # of PARTS
@@ -185,7 +188,7 @@ def table(
              'write_cpu_s', 'read_cpu_s']
     return found[[name for name in names if name in found]]
 
-# %% ../../nbs/bench/34_coding.ipynb #5452aa5e
+# %% ../../nbs/bench/34_coding.ipynb #ea7f2d96
 def summary(
     run:Run, # an open record
 )->dict: # ready for metrics.json
@@ -201,6 +204,7 @@ def summary(
                             f'{label}_of_likelihood': float(group.of_likelihood.max())}
     return metrics
 
+# %% ../../nbs/bench/34_coding.ipynb #a103115d
 def main(
     arguments:list[str]=(), # of the command line
 )->Run: # finished

@@ -91,7 +91,7 @@ class SymbolDecoder(SymbolCoder):
         try: return self.coder.decode(self.tables, table).astype(np.int64)
         except AssertionError: raise ValueError(OTHER_BITS) from None
 
-# %% ../../nbs/data/60_coding.ipynb #83eb337f
+# %% ../../nbs/data/60_coding.ipynb #4f085d48
 MARK, VERSION, SEAL = b'EnL\xac', 1, 8
 
 def seal(
@@ -113,10 +113,13 @@ def pack_stream(
     payload:bytes, # from an encoder
 )->bytes: # a file's content
     "Put a payload into an envelope."
+    if (longest := max(map(len, facts), default=0)) > 255:
+        raise ValueError(f"a fact has at most 255 bytes, got {longest}")
     body = b''.join([MARK, kind, struct.pack('BB', VERSION, len(facts)),
                      *(struct.pack('B', len(fact)) + fact for fact in facts), payload])
     return body + seal(body)
 
+# %% ../../nbs/data/60_coding.ipynb #002786c4
 def open_stream(
     content:bytes, # of a file
     kind:bytes, # that is expected

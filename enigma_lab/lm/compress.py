@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COPY_ORDERS', 'RATE', 'TRUST', 'ByteAlphabet', 'spell', 'unspell', 'follow', 'FileMemory', 'predict', 'check_parts',
-           'part_lengths', 'default_parts', 'code_steps', 'fingerprint', 'compress', 'decompress', 'in_order']
+           'check_still', 'part_lengths', 'default_parts', 'code_steps', 'fingerprint', 'compress', 'in_order',
+           'decompress']
 
-# %% ../../nbs/lm/57_compress.ipynb #82ee2460
-import hashlib, math
-from itertools import pairwise
+# %% ../../nbs/lm/57_compress.ipynb #368e69c5
+import hashlib
 
 import numpy as np
 import torch
@@ -81,14 +81,15 @@ def follow(
     weights += (1 - (1 - RATE)**used)*(mean - weights)
     weights.clip(1e-4, .999, out=weights)
 
-# %% ../../nbs/lm/57_compress.ipynb #9e62d837
+# %% ../../nbs/lm/57_compress.ipynb #69a7a93a
 class FileMemory:
     "Remember what followed each context in the parts of a file."
     def __init__(self,
         parts:int, # B
         symbols:int, # V
     ):
-        self.pairs = np.full((symbols, symbols), .02)
+        # of a large alphabet not pairs but single symbols
+        self.pairs = np.full((symbols if symbols <= 2048 else 1, symbols), .02)
         self.last, self.rows = np.zeros(parts, np.int64), np.arange(parts)
         self.tables = [{} for _ in COPY_ORDERS]
         self.history = [b'']*parts # two bytes a symbol
@@ -107,14 +108,14 @@ class FileMemory:
         # a context that is new says nothing
         self.w = np.where(self.copies >= 0, self.weights[self.used], 0)
 
-# %% ../../nbs/lm/57_compress.ipynb #bae8d5f8
+# %% ../../nbs/lm/57_compress.ipynb #45b429bf
 @patch
 def mix(self:FileMemory,
     probs:np.ndarray, # (B, V) of the network, float64
 )->np.ndarray: # (B, V)
     "Mix the network's probabilities with what the file has said."
     self.look_up()
-    self.first, pairs, u = probs, self.pairs[self.last], self.weights[0]
+    self.first, pairs, u = probs, self.pairs[self.last % len(self.pairs)], self.weights[0]
     self.paired = pairs/pairs.sum(-1, keepdims=True)
     mixed = (1 - u)*probs + u*self.paired
     for copy, w in zip(self.copies, self.w):
@@ -137,13 +138,13 @@ def note(self:FileMemory,
         follow(self.weights, used[known], (right/p)[known])
     self.remember(came)
 
-# %% ../../nbs/lm/57_compress.ipynb #3ded9a53
+# %% ../../nbs/lm/57_compress.ipynb #6954a59f
 @patch
 def remember(self:FileMemory,
     came:np.ndarray, # (B,) symbols
 ):
     "Enter what came, behind each of its contexts."
-    np.add.at(self.pairs, (self.last, came), 1)
+    np.add.at(self.pairs, (self.last % len(self.pairs), came), 1)
     for table, keys in zip(self.tables, self.keys):
         for key, symbol in zip(keys, came.tolist()):
             if key is None: continue
@@ -154,7 +155,7 @@ def remember(self:FileMemory,
                     for h, symbol in zip(self.history, came.tolist())]
     self.last = came
 
-# %% ../../nbs/lm/57_compress.ipynb #d9bef6ce
+# %% ../../nbs/lm/57_compress.ipynb #e6a9a907
 def predict(
     model, # a causal language model in eval mode, on the CPU
     alphabet:ByteAlphabet, # of its tokenizer
@@ -178,11 +179,21 @@ def predict(
             text = new = text[:, -limit//2:]
             read = read.begin_again(text)
 
+# %% ../../nbs/lm/57_compress.ipynb #2ad0a8e3
 def check_parts(
     parts:int, # as asked for
 ):
     "Raise a ValueError for a number of parts that no stream has."
     if not 0 <= parts <= 4096: raise ValueError(f"parts must lie in 0 … 4096, got {parts}")
+
+def check_still(
+    model, # that is to predict
+):
+    "Raise a ValueError for a model that would not compute the same twice."
+    if model.training:
+        raise ValueError("a model that codes must be in eval mode, got training; call model.eval()")
+    if model.device.type != 'cpu':
+        raise ValueError(f"a model codes on the CPU, got {model.device}; call model.cpu()")
 
 def part_lengths(
     n:int, # symbols
@@ -226,7 +237,7 @@ def fingerprint(
         total.update(weight.contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.digest()
 
-# %% ../../nbs/lm/57_compress.ipynb #b14d4f25
+# %% ../../nbs/lm/57_compress.ipynb #6e7ea1ab
 def compress(
     model, # a causal language model in eval mode, on the CPU
     tokenizer, # with a row for each byte
@@ -237,6 +248,7 @@ def compress(
 )->bytes: # a stream
     "Compress bytes, as the language model expects them (Shannon, 1948; arXiv:2309.10668)."
     check_parts(parts)
+    check_still(model)
     alphabet, encoder = ByteAlphabet(tokenizer), encoder or SymbolEncoder()
     symbols = spell(alphabet, data)
     n = len(symbols)
@@ -255,15 +267,26 @@ def compress(
     stored = pack_stream(b'T', [], data)
     return min(stream, stored, key=len)
 
-# %% ../../nbs/lm/57_compress.ipynb #e6c0725d
+# %% ../../nbs/lm/57_compress.ipynb #49e05c5e
+def in_order(
+    steps:list[np.ndarray], # symbols of each step, of the parts that went on
+    lengths:list[int], # of the parts, longest first
+)->np.ndarray: # (N,)
+    "Put the symbols of the parts one behind the other."
+    table = np.zeros((len(lengths), len(steps)), np.int64)
+    for t, now in enumerate(steps): table[:len(now), t] = now
+    return np.concatenate([row[:n] for row, n in zip(table, lengths)])
+
+# %% ../../nbs/lm/57_compress.ipynb #40ac02d3
 def decompress(
     model, # the model that compressed, in eval mode, on the CPU
     tokenizer, # its tokenizer
     stream:bytes, # from `compress`
 )->bytes: # what was compressed
-    "Decompress a stream. Raise a ValueError for one that is altered, or of another model or build."
+    "Decode a stream. Raise a ValueError for one that is altered, or of another model or build."
     facts, payload = open_stream(stream, b'T')
     if not facts: return payload
+    check_still(model)
     alphabet = ByteAlphabet(tokenizer)
     if facts[0] != (own := fingerprint(model, alphabet)): raise ValueError(
         f"a stream is decoded by the model that wrote it, {facts[0].hex()}, and this one is "
@@ -279,12 +302,3 @@ def decompress(
     data = unspell(alphabet, in_order(found, lengths))
     check_decoded(data, facts[5])
     return data
-
-def in_order(
-    steps:list[np.ndarray], # symbols of each step, of the parts that went on
-    lengths:list[int], # of the parts, longest first
-)->np.ndarray: # (N,)
-    "Put the symbols of the parts one behind the other."
-    table = np.zeros((len(lengths), len(steps)), np.int64)
-    for t, now in enumerate(steps): table[:len(now), t] = now
-    return np.concatenate([row[:n] for row, n in zip(table, lengths)])
