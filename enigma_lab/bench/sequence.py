@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['VALIDATION_SEED', 'TEST_SEED', 'ENWIK8', 'CONTESTANTS', 'RATE_SEED', 'SEQUENCE_SIZES', 'UPDATES', 'EFFORT',
-           'Question', 'make_question', 'read_bytes', 'split_bytes', 'draw_bytes', 'PlainLSTM', 'make_contestant',
-           'symbol_nats', 'balanced_loss', 'recall_score', 'is_there', 'warmed_adamw', 'fit_question', 'one_training',
-           'earliest_rate', 'byte_prices', 'sequence_options', 'measure_rows', 'sequence_metrics', 'main',
-           'sequence_table']
+           'Question', 'make_question', 'read_bytes', 'split_bytes', 'draw_bytes', 'PlainLSTM', 'enigma_shape',
+           'make_contestant', 'symbol_nats', 'balanced_loss', 'recall_score', 'is_there', 'falling_rate',
+           'fit_question', 'test_score', 'one_training', 'earliest_rate', 'byte_prices', 'sequence_options',
+           'measure_rows', 'sequence_metrics', 'main', 'sequence_table']
 
-# %% ../../nbs/bench/34_sequence.ipynb #bb27282f
+# %% ../../nbs/bench/34_sequence.ipynb #5098d759
 import argparse, lzma, math, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from .timing import once, open_record
 from ..data.sequences import associative_recall, copy_memory, memoryless_nats
+from ..lab.optimizer import make_optimizer
 from ..lab.runs import Run, checkout, environment, finish_run
 from ..lm.baselines import compressors
 from ..lm.model import EnigmaConfig, EnigmaForCausalLM
@@ -126,24 +127,36 @@ class PlainLSTM(nn.Module):
         "Predict what is to be said at each place."
         return CausalLMOutput(logits=self.head(self.lstm(self.embed(input_ids))[0]))
 
-# %% ../../nbs/bench/34_sequence.ipynb #beba1167
+# %% ../../nbs/bench/34_sequence.ipynb #672b86a5
 CONTESTANTS = dict(enigma='Enigma', without='without the machine', rotary='rotary transformer',
-              lstm='LSTM')
+                   lstm='LSTM', alibi='ALiBi, no machine', documents='as in the documents')
+
+def enigma_shape(
+    name:str, # 'enigma', 'without', 'alibi' or 'documents'
+    rotor:str, # of the machine
+    room:int, # tokens of the longest sequence
+)->dict: # fields of EnigmaConfig
+    "Tell what makes one of our models different from the others."
+    machine = dict(machine='input', rotor=rotor)
+    return dict(
+        enigma=dict(machine, num_rotors=1, num_rev_blocks=0, use_alibi=False),
+        without=dict(use_alibi=False), alibi={},
+        documents=dict(machine, num_rev_blocks=1, position_rows=room))[name]
 
 def make_contestant(
     name:str, # a key of CONTESTANTS
     question:Question, # for vocabulary and length
     rotor:str='table', # of the machine
     dim:int=64, # features of a token
+    longest:int=0, # tokens of the longest sequence that is scored
 )->nn.Module: # on the CPU, untrained
-    "Make a model, with room for sequences of twice the length."
-    room, V = 2*question.length, question.vocab_size
+    "Make a model."
+    room, V = max(question.length, longest), question.vocab_size
     if name == 'lstm': return PlainLSTM(V, dim, 2, question.length)
     shape = dict(vocab_size=V, dim=dim, num_layers=2, num_heads=2, max_len=room,
                  pad_token_id=None, bos_token_id=None, eos_token_id=None)
     if name == 'rotary': return PlainRotary(EnigmaConfig(**shape))
-    machine = dict(machine='input', rotor=rotor, num_rev_blocks=1) if name == 'enigma' else {}
-    return EnigmaForCausalLM(EnigmaConfig(**shape, position_rows=room, **machine))
+    return EnigmaForCausalLM(EnigmaConfig(**shape, **enigma_shape(name, rotor, room)))
 
 # %% ../../nbs/bench/34_sequence.ipynb #34232b2e
 def symbol_nats(
@@ -184,24 +197,25 @@ def recall_score(
     return dict(recall_nats=recall_nats/n, nats_per_symbol=nats/asked,
                 symbols_right=right/n, whole_right=whole/B)
 
-# %% ../../nbs/bench/34_sequence.ipynb #6a89da87
+# %% ../../nbs/bench/34_sequence.ipynb #8d85d426
 def is_there(
     score:dict, # of a look
 )->bool: # True: solved
     "Tell whether a score reaches what is aimed at."
     return score['whole_right'] >= .99 and score['recall_nats'] <= .021
 
-def warmed_adamw(
+def falling_rate(
     model:nn.Module, # any
     rate:float, # learning rate, after the warm-up
+    updates:int, # of the whole training
     warmup:int=20, # updates
 )->tuple: # the optimizer and its schedule
-    "Make AdamW (arXiv:1711.05101) without decay, whose rate rises to a constant."
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(.9, .98), weight_decay=0.)
-    rise = lambda step: min(1., (step + 1)/warmup)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rise)
+    "Make Muon and AdamW, whose rate rises and then falls in a straight line to a twentieth."
+    optimizer = make_optimizer(model, rate, weight_decay=0.)
+    factor = lambda step: min((step + 1)/warmup, 1 - .95*step/updates)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
-# %% ../../nbs/bench/34_sequence.ipynb #dcad72be
+# %% ../../nbs/bench/34_sequence.ipynb #403b08f2
 def fit_question(
     model:nn.Module, # untrained
     question:Question, # what to learn
@@ -212,8 +226,8 @@ def fit_question(
     "Train until the model is there twice in a row, or the updates are used up."
     put = lambda batch: {name: t.to(c['device']) for name, t in batch.items()}
     g, looks, cpu = Generator().manual_seed(seed), [], time.process_time()
-    check = put(question.draw('validation', 128, Generator().manual_seed(VALIDATION_SEED)))
-    optimizer, schedule = warmed_adamw(model, rate)
+    check = put(question.draw('validation', 64, Generator().manual_seed(VALIDATION_SEED)))
+    optimizer, schedule = falling_rate(model, rate, c['updates'])
     for step in range(1, c['updates'] + 1):
         batch = put(question.draw('train', c['batch_size'], g))
         loss = balanced_loss(model.train()(batch['inputs']).logits, batch)
@@ -229,7 +243,16 @@ def fit_question(
     return dict(updates=step, steps=first[0] if is_there(looks[-1]) else None, looks=looks,
                 cpu_s=round(time.process_time() - cpu, 2))
 
-# %% ../../nbs/bench/34_sequence.ipynb #f6c47861
+# %% ../../nbs/bench/34_sequence.ipynb #cde0e100
+def test_score(
+    model:nn.Module, # trained
+    question:Question, # what to ask
+    device:str, # of the model
+)->dict: # from `recall_score`
+    "Score a model on the test's 256 sequences, or all windows of a text."
+    batch = question.draw('test', 256, Generator().manual_seed(TEST_SEED))
+    return recall_score(model, {name: t.to(device) for name, t in batch.items()})
+
 def one_training(
     question:Question, # what to learn
     name:str, # a key of CONTESTANTS
@@ -240,12 +263,15 @@ def one_training(
 )->dict: # numbers of a row
     "Train one model and score it."
     torch.manual_seed(seed)
-    model = make_contestant(name, question, c['rotor'], c['dim']).to(c['device'])
+    longest = 20 + max([0, *c['elsewhere']])
+    model = make_contestant(name, question, c['rotor'], c['dim'], longest).to(c['device'])
     found = fit_question(model, question, rate, seed, c)
     last = {k: v for k, v in found['looks'][-1].items() if k != 'step'}
     if split == 'test':
-        batch = question.draw('test', 256, Generator().manual_seed(TEST_SEED))
-        last = recall_score(model, {k: t.to(c['device']) for k, t in batch.items()})
+        last = test_score(model, question, c['device'])
+        others = [make_question(question.task, size) for size in c['elsewhere']]
+        last['elsewhere'] = {q.size: test_score(model, q, c['device'])['symbols_right']
+                             for q in others}
     return dict(last, **found, parameters=sum(p.numel() for p in model.parameters()),
                 git_sha=environment()['git_sha'])
 
@@ -269,10 +295,11 @@ def byte_prices(
     bits = lambda name: 8*(len(compressors[name](train + test)) - len(compressors[name](train)))
     return {name: bits(name)/len(test) for name in names}
 
-# %% ../../nbs/bench/34_sequence.ipynb #4480e3b4
-SEQUENCE_SIZES = dict(copy=[100, 200, 500, 1000, 2000], recall=[64, 128, 256], enwik8=[100])
-UPDATES = dict(copy=400, recall=1500, enwik8=400)
-EFFORT = dict(rates=[1e-3, 3e-3, 1e-2, 3e-2], seeds=[0, 1, 2], batch_size=16, eval_steps=20, dim=64)
+# %% ../../nbs/bench/34_sequence.ipynb #e27c67c1
+SEQUENCE_SIZES = dict(copy=[100, 300, 1000], recall=[32, 64, 128], enwik8=[100])
+UPDATES = dict(copy=300, recall=400, enwik8=200)
+EFFORT = dict(rates=[1e-3, 3e-3, 1e-2, 3e-2], seeds=[0, 1, 2], batch_size=8, eval_steps=20,
+              dim=64)
 
 def sequence_options(
     arguments:list[str], # of the command line
@@ -284,17 +311,20 @@ def sequence_options(
     add('--task', default='copy', choices=SEQUENCE_SIZES)
     add('--seq_len', nargs='+', type=int, help='gaps of copy, lengths of the others')
     add('--rotor', default='table', help='of the machine: table, roll, static, permutation, none')
-    add('--models', nargs='+', default=list(CONTESTANTS), choices=CONTESTANTS)
+    add('--models', nargs='+', default=list(CONTESTANTS)[:4], choices=CONTESTANTS)
     add('--updates', type=int, help='of a training at most')
     for name, default in EFFORT.items():
         first, several = (default[0], '+') if isinstance(default, list) else (default, None)
         add(f'--{name}', type=type(first), nargs=several, default=default)
+    add('--elsewhere', nargs='+', type=int, default=[], help='gaps to copy without training')
     add('--device', default='cpu', help='cpu or cuda')
     add('--data', default='', help='a file for the task enwik8, packed by xz or plain')
     add('--resume', default='', help='name of an unfinished run to go on with')
     given = parser.parse_args(arguments)
     given.seq_len = given.seq_len or SEQUENCE_SIZES[given.task]
     given.updates = given.updates or UPDATES[given.task]
+    if given.elsewhere and given.task != 'copy':
+        raise ValueError(f"other gaps are of the task copy, got {given.task}")
     if given.updates < 1 or min(given.seeds) < 0 or max(given.seeds) >= RATE_SEED:
         raise ValueError(f"updates must be at least 1 and seeds lie in 0 … {RATE_SEED - 1}, got "
                          f"{given.updates} and {given.seeds}")
