@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VALIDATION_SEED', 'TEST_SEED', 'ENWIK8', 'CONTESTANTS', 'RATE_SEED', 'SEQUENCE_SIZES', 'UPDATES', 'EFFORT',
            'Question', 'make_question', 'read_bytes', 'split_bytes', 'draw_bytes', 'PlainLSTM', 'enigma_shape',
-           'make_contestant', 'symbol_nats', 'balanced_loss', 'recall_score', 'is_there', 'falling_rate',
+           'make_contestant', 'symbol_nats', 'balanced_loss', 'recall_score', 'is_there', 'is_hopeless', 'falling_rate',
            'fit_question', 'test_score', 'one_training', 'earliest_rate', 'byte_prices', 'sequence_options',
            'measure_rows', 'sequence_metrics', 'main', 'sequence_table']
 
@@ -198,12 +198,19 @@ def recall_score(
     return dict(recall_nats=recall_nats/n, nats_per_symbol=nats/asked,
                 symbols_right=right/n, whole_right=whole/B)
 
-# %% ../../nbs/bench/34_sequence.ipynb #8d85d426
+# %% ../../nbs/bench/34_sequence.ipynb #5c83c7f0
 def is_there(
     score:dict, # of a look
 )->bool: # True: solved
     "Tell whether a score reaches what is aimed at."
     return score['whole_right'] >= .99 and score['recall_nats'] <= .021
+
+def is_hopeless(
+    score:dict, # of a look at half-time
+    answers:int, # different things that may be right
+)->bool: # True: no better than a guess
+    "Tell whether a model has learned nothing but what answers there are."
+    return score['recall_nats'] > .99*math.log(answers)
 
 def falling_rate(
     model:nn.Module, # any
