@@ -7,9 +7,10 @@ __all__ = ['VALIDATION_SEED', 'TEST_SEED', 'ENWIK8', 'CONTESTANTS', 'RATE_SEED',
            'Question', 'make_question', 'read_bytes', 'split_bytes', 'draw_bytes', 'PlainLSTM', 'enigma_shape',
            'make_contestant', 'symbol_nats', 'balanced_loss', 'recall_score', 'is_there', 'is_hopeless', 'falling_rate',
            'fit_question', 'test_score', 'one_training', 'earliest_rate', 'byte_prices', 'sequence_options',
-           'measure_rows', 'sequence_metrics', 'main', 'sequence_table']
+           'measure_rows', 'sequence_metrics', 'main', 'sequence_table', 'sequence_record', 'mean_looks', 'guess_nats',
+           'plot_looks', 'plot_rates', 'plot_elsewhere']
 
-# %% ../../nbs/bench/34_sequence.ipynb #5098d759
+# %% ../../nbs/bench/34_sequence.ipynb #a8de546c
 import argparse, lzma, math, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from .timing import once, open_record
 from ..data.sequences import associative_recall, copy_memory, memoryless_nats
 from ..lab.optimizer import make_optimizer
-from ..lab.runs import Run, checkout, environment, finish_run
+from ..lab.runs import Run, checkout, environment, finish_run, list_runs
 from ..lm.baselines import compressors
 from ..lm.model import EnigmaConfig, EnigmaForCausalLM
 from ..lm.peers import PlainRotary
@@ -128,7 +129,7 @@ class PlainLSTM(nn.Module):
         "Predict what is to be said at each place."
         return CausalLMOutput(logits=self.head(self.lstm(self.embed(input_ids))[0]))
 
-# %% ../../nbs/bench/34_sequence.ipynb #15afbbc2
+# %% ../../nbs/bench/34_sequence.ipynb #4507fa1c
 CONTESTANTS = dict(enigma='Enigma', without='without the machine', rotary='rotary transformer',
                    lstm='LSTM', alibi='ALiBi, no machine', documents='as in the documents')
 
@@ -144,6 +145,7 @@ def enigma_shape(
         without=dict(use_alibi=False), alibi={},
         documents=dict(machine, num_rev_blocks=1, position_rows=room))[name]
 
+# %% ../../nbs/bench/34_sequence.ipynb #81a3bdc9
 def make_contestant(
     name:str, # a key of CONTESTANTS
     question:Question, # for vocabulary and length
@@ -199,7 +201,7 @@ def recall_score(
     return dict(recall_nats=recall_nats/n, nats_per_symbol=nats/asked,
                 symbols_right=right/n, whole_right=whole/B)
 
-# %% ../../nbs/bench/34_sequence.ipynb #5c83c7f0
+# %% ../../nbs/bench/34_sequence.ipynb #d5b85967
 def is_there(
     score:dict, # of a look
 )->bool: # True: solved
@@ -213,6 +215,7 @@ def is_hopeless(
     "Tell whether a model has learned nothing but what answers there are."
     return score['recall_nats'] > .99*math.log(answers)
 
+# %% ../../nbs/bench/34_sequence.ipynb #949ee5d9
 def falling_rate(
     model:nn.Module, # any
     rate:float, # learning rate, after the warm-up
@@ -253,7 +256,7 @@ def fit_question(
     return dict(updates=step, steps=first[0] if is_there(looks[-1]) else None, looks=looks,
                 cpu_s=round(time.process_time() - cpu, 2))
 
-# %% ../../nbs/bench/34_sequence.ipynb #5c1ee512
+# %% ../../nbs/bench/34_sequence.ipynb #2fc3174a
 def test_score(
     model:nn.Module, # trained
     question:Question, # what to ask
@@ -263,6 +266,7 @@ def test_score(
     batch = question.draw('test', 256, Generator().manual_seed(TEST_SEED))
     return recall_score(model, {name: t.to(device) for name, t in batch.items()})
 
+# %% ../../nbs/bench/34_sequence.ipynb #1ac6e6c4
 def one_training(
     question:Question, # what to learn
     name:str, # a key of CONTESTANTS
@@ -306,13 +310,14 @@ def byte_prices(
     bits = lambda name: 8*(len(compressors[name](train + test)) - len(compressors[name](train)))
     return {name: bits(name)/len(test) for name in names}
 
-# %% ../../nbs/bench/34_sequence.ipynb #64b2da5c
+# %% ../../nbs/bench/34_sequence.ipynb #b4deecd2
 SEQUENCE_SIZES = dict(copy=[100, 300, 1000], recall=[32, 64, 128], enwik8=[100])
 UPDATES = dict(copy=240, recall=400, enwik8=150)
 LAYERS = dict(copy=1, recall=2, enwik8=2)
 EFFORT = dict(rates=[1e-3, 3e-3, 1e-2, 3e-2], seeds=[0, 1, 2], batch_size=8, eval_steps=20,
               dim=64)
 
+# %% ../../nbs/bench/34_sequence.ipynb #d3288171
 def sequence_options(
     arguments:list[str], # of the command line
 )->argparse.Namespace: # checked
@@ -367,7 +372,7 @@ def measure_rows(
         for size in c['seq_len']:
             for name in c['models']: row('test', size, name, rates[name], seed)
 
-# %% ../../nbs/bench/34_sequence.ipynb #b18adf85
+# %% ../../nbs/bench/34_sequence.ipynb #8621eb34
 def sequence_metrics(
     rows:list[dict], # a run's history
 )->dict: # ready for metrics.json
@@ -384,6 +389,7 @@ def sequence_metrics(
         if steps: found[f'{name}_{size}_steps'] = median(steps)
     return found
 
+# %% ../../nbs/bench/34_sequence.ipynb #cb89e9b9
 def main(
     arguments:list[str]=(), # of the command line
 )->Run: # finished
@@ -424,6 +430,100 @@ def sequence_table(
     lines += [{'size': '', 'model': name, 'bits per byte': f'{price:.3f}', 'rate': ''}
               for name, price in prices.items() if price is not None]
     return pd.DataFrame(lines)
+
+# %% ../../nbs/bench/34_sequence.ipynb #1cf262f1
+def sequence_record(
+    task:str, # 'copy', 'recall' or 'enwik8'
+    elsewhere:bool=False, # copies of other gaps, too
+    layers:int=0, # of the models; 0: any
+)->Run|None: # `None`: there is none
+    "Find the newest finished record of a task."
+    fits = lambda c: (c['task'] == task and bool(c['elsewhere']) == elsewhere
+                      and layers in (0, c['layers']))
+    found = [run for run in list_runs('bench_sequence') if run.finished and fits(run.config)]
+    return found[-1] if found else None
+
+# %% ../../nbs/bench/34_sequence.ipynb #d581902c
+def mean_looks(
+    rows:list[dict], # of one model and size, one for each seed
+    updates:int, # of a whole training
+    key:str, # a number of each look
+)->tuple[list,list]: # updates, and the numbers
+    "Average the looks over the seeds; a training that has ended stays where it was."
+    steps = sorted({look['step'] for row in rows for look in row['looks']} | {updates})
+    at = lambda row, step: [look for look in row['looks'] if look['step'] <= step][-1][key]
+    return steps, [fmean(at(row, step) for row in rows) for step in steps]
+
+def guess_nats(
+    task:str, # 'copy', 'recall' or 'enwik8'
+    size:int, # T of copy
+)->tuple[str,float]: # a key of a look, and its value without memory
+    "Compute the loss of a model without memory."
+    if task == 'copy': return 'nats_per_symbol', memoryless_nats(size)
+    return 'recall_nats', math.log(dict(recall=32, enwik8=256)[task])
+
+# %% ../../nbs/bench/34_sequence.ipynb #a5a4c755
+def plot_looks(
+    run:Run, # finished
+): # a figure, a panel for each size
+    "Plot the loss on validation against the updates, beside that of a model without memory."
+    import matplotlib.pyplot as plt
+    c = run.config
+    fig, axes = plt.subplots(1, len(c['seq_len']), figsize=(7.4, 2.6), squeeze=False)
+    for ax, size in zip(axes[0], c['seq_len']):
+        key, guess = guess_nats(c['task'], size)
+        for name in c['models']:
+            rows = [row for row in run.history if (row['split'], row['size'], row['model'])
+                    == ('test', size, name)]
+            steps, nats = mean_looks(rows, c['updates'], key)
+            ax.plot(steps, [max(x, 1e-6) for x in nats], label=CONTESTANTS[name])
+        ax.axhline(guess, color='grey', linestyle=':', label='without memory')
+        ax.set(yscale='log', xlabel='updates',
+               title=f'{"T" if c["task"] == "copy" else "N"} = {size}')
+    axes[0, 0].set_ylabel('nats per ' + ('symbol, blanks too' if key == 'nats_per_symbol'
+                                         else 'recalled symbol'))
+    axes[0, 0].legend(fontsize=6)
+    return fig
+
+# %% ../../nbs/bench/34_sequence.ipynb #bce69e82
+def plot_rates(
+    runs:list[Run], # finished
+): # a figure, a panel for each record
+    "Plot how much is right at each learning rate that was tried."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(runs), figsize=(3.4*len(runs), 2.6), squeeze=False)
+    for ax, run in zip(axes[0], runs):
+        for i, name in enumerate(run.config['models']):
+            tried = sorted((row['rate'], 100*row['symbols_right']) for row in run.history
+                           if row['split'] == 'validation' and row['model'] == name)
+            # models that are equally good stand beside each other
+            x, y = [rate*1.04**i for rate, _ in tried], [right for _, right in tried]
+            ax.plot(x, y, marker='o', markersize=4, label=CONTESTANTS[name])
+        ax.set(xscale='log', xlabel='learning rate', ylim=(-3, 103),
+               title=f"{run.config['task']}, {min(run.config['seq_len'])}")
+    axes[0, 0].set_ylabel('symbols right, %')
+    axes[0, -1].legend(fontsize=7)
+    return fig
+
+# %% ../../nbs/bench/34_sequence.ipynb #89717dc6
+def plot_elsewhere(
+    run:Run, # finished, of one size
+): # axes
+    "Plot how much is right at gaps that were not trained."
+    import matplotlib.pyplot as plt
+    ax, trained = plt.subplots(figsize=(6.4, 2.8))[1], run.config['seq_len'][0]
+    gaps = sorted([*run.config['elsewhere'], trained])
+    for i, name in enumerate(run.config['models']):
+        rows = [row for row in run.history if row['split'] == 'test' and row['model'] == name]
+        right = [fmean(row['symbols_right'] if gap == trained else row['elsewhere'][str(gap)]
+                       for row in rows) for gap in gaps]
+        ax.plot([j + .06*i - .15 for j in range(len(gaps))], [100*x for x in right], marker='o',
+                markersize=4, linewidth=.8, label=CONTESTANTS[name])
+    ax.axhline(12.5, color='grey', linestyle=':', label='without memory')
+    ax.set_xticks(range(len(gaps)), [f'{gap}\n({gap - trained:+})' for gap in gaps])
+    ax.set(xlabel=f'gap T; trained at {trained}', ylabel='symbols right, %', ylim=(-3, 103))
+    ax.legend(fontsize=7)
+    return ax
 
 # %% ../../nbs/bench/34_sequence.ipynb #4fb1c23a
 if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1:])
