@@ -17,9 +17,10 @@ def little_effort(tmp_path, monkeypatch):
     path = tmp_path/'text.bin'
     path.write_bytes(b'It was a dark and stormy night; the rain fell. '*200)
     monkeypatch.setattr(sequence, 'ENWIK8', str(path))
-    monkeypatch.setattr(sequence, 'UPDATES', dict.fromkeys(sequence.UPDATES, 2))
-    for name, value in dict(rates=[.003], seeds=[0], batch_size=2).items():
-        monkeypatch.setitem(sequence.EFFORT, name, value)
+    monkeypatch.setattr(sequence, 'RATES_TRIED', [.003])
+    monkeypatch.setattr(sequence, 'SEEDS', [0])
+    for task in LINES: monkeypatch.setitem(sequence.EFFORT, task, dict(
+        seq_len=[9], updates=2, batch_size=2, eval_steps=1, layers=1))
 
 @pytest.mark.quick
 @pytest.mark.parametrize('task', LINES)
