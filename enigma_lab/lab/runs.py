@@ -632,8 +632,7 @@ HEADLINES = dict( # a metric -> what a table calls it; a run's first two are sho
     test_bleu='bleu', test_exact_all='exact', test_exact_easy='easy', gap_recovered='gap',
     learned_loss='loss', val_bits_per_char='val bpc', val_exact_all='val exact',
     val_exact_easy='val easy', val_mse='val mse', val_nll_nats='val nats',
-    val_denoising_nats='val nats', test_kl_nats='kl', test_bits_per_dim='bpd', test_nats='nats',
-    val_bits_per_dim='val bpd', val_nats='val nats',
+    val_denoising_nats='val nats',
     best_exact_match='exact', best_token_accuracy='tokens', bits_per_token='bpt')
 
 def headlines(
