@@ -112,6 +112,7 @@ def test_nothing_is_written_over(models, packed, tmp_path):
     main([*words, '--force'])
     assert (tmp_path/'there').read_bytes() == (packed/'stream').read_bytes()
 
+@pytest.mark.proof('lm.compress', 'data.coding')
 @pytest.mark.skipif(not (runs_root()/'showcase'/'train_enigma'/'checkpoint').is_dir(),
                     reason='no showcase here')
 def test_the_showcase_is_the_default(tmp_path):
@@ -138,6 +139,7 @@ from enigma_lab.flow.coding import decompress_images
 np.save(sys.argv[2], decompress_images(Path(sys.argv[1]).read_bytes()))
 """
 
+@pytest.mark.proof('flow.coding', 'data.coding')
 @pytest.mark.parametrize('settings', [{}, dict(mixtures=3, layers=2), dict(stored=True)])
 def test_images_in_two_processes(settings, tmp_path):
     "No weights are sent: the second process learns what the first one learned."
