@@ -381,16 +381,16 @@ def measure_depth(
                                         memory=memory, dim=c['dim'], batch=c['batch']),
                      case='depth', depth=depth, memory=memory, weighing=n)
 
-# %% ../../nbs/bench/40_flow.ipynb #930f33ad
+# %% ../../nbs/bench/40_flow.ipynb #850b70e2
 FULL = dict(
     moons=dict(rows=20_000, parameters=22_026, steps=600, batch=256, rates=(2e-3, 5e-3, 1e-2),
                seeds=(0, 1, 2, 3, 4), sides=tuple(SIDES)),
     converged=dict(parameters=22_026, steps=2000, batch=256, rates=(2e-3, 5e-3, 1e-2),
-                   seeds=(0, 1, 2, 3, 4), sides=('ours', 'zuko')),
-    tables=dict(parameters=40_000, steps=300, batch=128, rates=(1e-3, 3e-3), seeds=(0, 1, 2)),
-    digits=dict(parameters=120_000, steps=300, batch=64, rates=(1e-3, 3e-3), seeds=(0,)),
+                   seeds=(0, 1, 2), sides=('ours', 'zuko')),
+    tables=dict(parameters=40_000, steps=200, batch=128, rates=(1e-3, 3e-3), seeds=(0,)),
+    digits=dict(parameters=120_000, steps=200, batch=64, rates=(1e-3, 3e-3), seeds=(0,)),
     time=dict(rounds=9, loops=10, samples=2000),
-    depth=dict(depths=(8, 64, 256), dim=16, batch=2048, weighings=3))
+    depth=dict(depths=(8, 64, 256), dim=16, batch=8192, weighings=3))
 
 # %% ../../nbs/bench/40_flow.ipynb #e8d71f5c
 SMALL = dict(
