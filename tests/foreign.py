@@ -536,6 +536,8 @@ def zuko_patches():
         RotationTransform=square('orthogonal'), LULinearTransform=square('plu'))}
 
 ZUKO = {
+    'test_univariate_transforms[True]':
+        'its tolerance of 1e-4 in float32 asks of a spline that no part of it is nearly flat',
     **{f'test_flows[{name}]': "an architecture of zuko's, from its own parts"
        for name in ('MAF', 'SOSPF', 'NAF', 'UNAF', 'CNF', 'GF', 'BPF')},
     'test_triangular_transforms': "a layer of zuko's, from its own parts",
