@@ -7,9 +7,10 @@ __all__ = ['SIDES', 'IMAGE_SIDES', 'TABLES', 'FULL', 'SMALL', 'PARTS', 'ours', '
            'normflows_flow', 'ours_scales', 'installed', 'count', 'fitting_width', 'nats', 'scales', 'learning', 'fit',
            'chosen_rate', 'case_config', 'judge_moons', 'measure_moons', 'measure_converged', 'judge_rows',
            'measure_rows', 'measure_tables', 'measure_digits', 'calls', 'measure_time', 'weigh_depth', 'measure_depth',
-           'lines_of', 'moons_table', 'rows_table', 'time_table', 'depth_table', 'summary', 'read_arguments', 'main']
+           'lines_of', 'newest_with', 'moons_table', 'rows_table', 'time_table', 'depth_table', 'summary',
+           'read_arguments', 'main']
 
-# %% ../../nbs/bench/40_flow.ipynb #a99c497a
+# %% ../../nbs/bench/40_flow.ipynb #71c740b7
 import argparse, copy, statistics, sys, time
 from importlib.util import find_spec
 
@@ -23,7 +24,7 @@ from ..flow.data import Points, load_points, moons_log_prob
 from ..flow.density import EnigmaFlow
 from ..flow.depth import as_reversible
 from ..flow.multiscale import bits_per_dim, make_multiscale
-from ..lab.runs import Run, finish_run
+from ..lab.runs import Run, finish_run, list_runs
 from ..lab.stats import bootstrap, median_interval, paired_difference
 
 # %% ../../nbs/bench/40_flow.ipynb #f9f20d61
@@ -78,7 +79,7 @@ def nflows_flow(
     parts = [part for _ in range(3) for part in (t.LULinear(dim), spline())]
     return flows.Flow(t.CompositeTransform(parts), distributions.StandardNormal([dim]))
 
-# %% ../../nbs/bench/40_flow.ipynb #6786efeb
+# %% ../../nbs/bench/40_flow.ipynb #8e4e5dec
 def normflows_flow(
     dim:int, # columns
     hidden:int, # features of a network's layer
@@ -87,7 +88,8 @@ def normflows_flow(
     import normflows as nf
     spline = lambda turn: nf.flows.CoupledRationalQuadraticSpline(
         dim, 2, hidden, tail_bound=5., reverse_mask=turn)
-    parts = [part for i in range(4) for part in (spline(bool(i % 2)), nf.flows.LULinearPermute(dim))]
+    parts = [part for i in range(4)
+             for part in (spline(bool(i % 2)), nf.flows.LULinearPermute(dim))]
     flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), parts)
     return Peer(flow, lambda f, x: f.log_prob(x), lambda f, n: f.sample(n)[0])
 
@@ -381,16 +383,16 @@ def measure_depth(
                                         memory=memory, dim=c['dim'], batch=c['batch']),
                      case='depth', depth=depth, memory=memory, weighing=n)
 
-# %% ../../nbs/bench/40_flow.ipynb #930f33ad
+# %% ../../nbs/bench/40_flow.ipynb #850b70e2
 FULL = dict(
     moons=dict(rows=20_000, parameters=22_026, steps=600, batch=256, rates=(2e-3, 5e-3, 1e-2),
                seeds=(0, 1, 2, 3, 4), sides=tuple(SIDES)),
     converged=dict(parameters=22_026, steps=2000, batch=256, rates=(2e-3, 5e-3, 1e-2),
-                   seeds=(0, 1, 2, 3, 4), sides=('ours', 'zuko')),
-    tables=dict(parameters=40_000, steps=300, batch=128, rates=(1e-3, 3e-3), seeds=(0, 1, 2)),
-    digits=dict(parameters=120_000, steps=300, batch=64, rates=(1e-3, 3e-3), seeds=(0,)),
+                   seeds=(0, 1, 2), sides=('ours', 'zuko')),
+    tables=dict(parameters=40_000, steps=200, batch=128, rates=(1e-3, 3e-3), seeds=(0,)),
+    digits=dict(parameters=120_000, steps=200, batch=64, rates=(1e-3, 3e-3), seeds=(0,)),
     time=dict(rounds=9, loops=10, samples=2000),
-    depth=dict(depths=(8, 64, 256), dim=16, batch=2048, weighings=3))
+    depth=dict(depths=(8, 64, 256), dim=16, batch=8192, weighings=3))
 
 # %% ../../nbs/bench/40_flow.ipynb #e8d71f5c
 SMALL = dict(
@@ -403,7 +405,7 @@ SMALL = dict(
 PARTS = dict(moons=measure_moons, time=measure_time, depth=measure_depth,
              converged=measure_converged, tables=measure_tables, digits=measure_digits)
 
-# %% ../../nbs/bench/40_flow.ipynb #885378cc
+# %% ../../nbs/bench/40_flow.ipynb #d4e7a4f5
 def lines_of(
     run:Run, # a record
     case:str, # of its lines
@@ -412,6 +414,15 @@ def lines_of(
     import pandas as pd
     return pd.DataFrame([line for line in run.history if line.get('case') == case])
 
+# %% ../../nbs/bench/40_flow.ipynb #58429059
+def newest_with(
+    case:str, # of a record's lines
+)->Run|None: # `None`: there is none
+    "Find the last finished record that has measured something."
+    return next((run for run in reversed(list_runs('bench_flow'))
+                 if run.finished and len(lines_of(run, case))), None)
+
+# %% ../../nbs/bench/40_flow.ipynb #4654ce86
 def moons_table(
     run:Run, # a record
     case:str='moons', # or 'converged'
@@ -423,7 +434,8 @@ def moons_table(
         mine = [line['sides'][name] for line in lines]
         kl = [m['kl'] for m in mine]
         less = [m['less_than_zuko'] for m in mine if 'less_than_zuko' in m]
-        rows[name] = dict(kl=statistics.mean(kl), worst=max(kl), seeds=len(kl), rate=mine[0]['rate'],
+        rows[name] = dict(
+            kl=statistics.mean(kl), worst=max(kl), seeds=len(kl), rate=mine[0]['rate'],
             below_zuko=sum(m[1] > 0 for m in less) if less else None,
             above_zuko=sum(m[2] < 0 for m in less) if less else None)
     return pd.DataFrame(rows).T
@@ -522,5 +534,5 @@ def main(
     if run.config['left_out']: print(f"not installed: {', '.join(run.config['left_out'])}")
     return run
 
-# %% ../../nbs/bench/40_flow.ipynb #4fb1c23a
+# %% ../../nbs/bench/40_flow.ipynb #d42489f2
 if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1:])

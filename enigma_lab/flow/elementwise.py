@@ -9,6 +9,7 @@ __all__ = ['STEEP', 'NARROW', 'FLAT', 'additive', 'affine', 'Knots', 'edges', 'f
 # %% ../../nbs/flow/10_elementwise.ipynb #87e1cc3c
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -134,7 +135,7 @@ def make_elementwise(
     if bound <= 0: raise ValueError(f"bound must be above 0, got {bound}")
     kinds = dict(
         additive=Elementwise(additive, 1), affine=Elementwise(affine, 2),
-        spline=Elementwise(lambda x, t, inverse=False: spline(x, t, inverse, bound), 3*bins - 1))
+        spline=Elementwise(partial(spline, bound=bound), 3*bins - 1))
     if kind not in kinds:
         raise ValueError(f"kind must be one of {list(kinds)}, got {kind!r}")
     return kinds[kind]

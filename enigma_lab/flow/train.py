@@ -265,8 +265,7 @@ def find_flow(
     source, # a `Run`, a run's name ('' for the newest), or a folder with model.safetensors
 )->Path: # the folder
     "Find where a flow lies. Raise FileNotFoundError if it is nowhere."
-    try: run = source if isinstance(source, Run) else find_run(str(source), 'train_flow',
-                                                              'flow')
+    try: run = source if isinstance(source, Run) else find_run(str(source), 'train_flow')
     except FileNotFoundError: run = None
     found = run.checkpoint if run else Path(source)
     if (found/'model.safetensors').is_file() and (found/'config.json').is_file(): return found
