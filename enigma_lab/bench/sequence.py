@@ -10,8 +10,8 @@ __all__ = ['VALIDATION_SEED', 'TEST_SEED', 'ENWIK8', 'CONTESTANTS', 'RATE_SEED',
            'sequence_metrics', 'main', 'sequence_table', 'sequence_record', 'mean_looks', 'guess_nats', 'plot_looks',
            'plot_rates', 'plot_elsewhere']
 
-# %% ../../nbs/bench/34_sequence.ipynb #a8de546c
-import argparse, lzma, math, sys, time
+# %% ../../nbs/bench/34_sequence.ipynb #44dec90b
+import argparse, hashlib, lzma, math, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -387,15 +387,17 @@ def sequence_metrics(
         if steps: found[f'{name}_{size}_steps'] = median(steps)
     return found
 
-# %% ../../nbs/bench/34_sequence.ipynb #cb89e9b9
+# %% ../../nbs/bench/34_sequence.ipynb #4a67c041
 def main(
     arguments:list[str]=(), # of the command line
 )->Run: # finished
     "Measure memory, recall or bytes: tune four models alike, then score them."
     given = vars(sequence_options(arguments))
     text = read_bytes(given['data']) if given['task'] == 'enwik8' else b''
-    run = open_record('bench_sequence', {k: v for k, v in given.items() if k != 'resume'},
-                      given['resume'])
+    resume = given.pop('resume')
+    # the file's name and digest are recorded, not where it lies
+    run = open_record('bench_sequence', given | dict(data=Path(given['data']).name), resume)
+    if text: run.note(data_bytes=len(text), data_sha256=hashlib.sha256(text).hexdigest())
     measure_rows(run, text)
     extra = {}
     if text:
