@@ -6,8 +6,7 @@
 __all__ = ['SPAN', 'KEEP', 'MEMORY', 'measures', 'ReversibleSpan', 'ChainEnd', 'spans', 'kept_steps', 'ChainStart',
            'check_return', 'frozen_steps', 'run_frozen', 'run_head', 'reversible', 'coupled', 'as_block', 'BlockList',
            'takes', 'for_part', 'check_taken', 'couplings', 'check_sequence', 'check_gathered', 'ReversibleBlocks',
-           'ReversibleSteps', 'in_forward_mode', 'take_log_det', 'ReversibleChain', 'MeasuredSequence',
-           'ReversibleSequence']
+           'ReversibleSteps', 'in_forward_mode', 'ReversibleChain', 'MeasuredSequence', 'ReversibleSequence']
 
 # %% ../../nbs/machine/52_reversible.ipynb #8f2a3b05
 import inspect, itertools, warnings
@@ -400,16 +399,6 @@ def in_forward_mode(
     return has_tangents(lambda: [*streams, *sequence.parameters(), *(
         t for step in steps for t in step.arguments.tensors if t.is_floating_point())])
 
-# %% ../../nbs/machine/52_reversible.ipynb #53abb2db
-def take_log_det(
-    step, # of a chain that has run
-    a:Tensor, # first stream
-)->Tensor: # without the axis of the channels, nats
-    "Take a log-determinant away from its step, which the graph would keep with it."
-    if not step.measures: return step.log_det(a, step.s)
-    found, step.measured = step.measured, None
-    return found
-
 # %% ../../nbs/machine/52_reversible.ipynb #2094eedb
 class ReversibleChain(ReversibleSteps):
     "Lead streams through the blocks, and back."
@@ -439,7 +428,7 @@ class ReversibleChain(ReversibleSteps):
         "Run the chain, and add up how its steps change volume."
         for step in steps: step.measures = isinstance(step, BijectionStep)
         a, b = self.lead(steps, streams)
-        parts = [take_log_det(step, a) for step in steps]
+        parts = [step.measured if step.measures else step.log_det(a, step.s) for step in steps]
         return a, b, sum(parts, torch.zeros_like(a.select(self.axis, 0)))
 
 # %% ../../nbs/machine/52_reversible.ipynb #9588505a

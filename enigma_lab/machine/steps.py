@@ -666,7 +666,6 @@ class BijectionStep(TurnedStreams):
         outs = [out, self.measured] if self.measures else [out]
         found = accumulated if self.sharded else gradients
         g, *rest = found(outs, inputs, (needs[0], *needs[2:]), [grad, *grads])
-        self.measured = None # its graph would hold a copy of the streams for each step
         ga, gb = (None, None) if g is None else self.part(g)
         return *self.part(x), ga, gb, (None, *rest)
 
