@@ -25,7 +25,11 @@ def single_parts(
 # %% ../../nbs/flow/25_depth.ipynb #79cee90a
 class FlowStep(BijectionStep):
     "Let go of a log-determinant when the way back has used it."
-    def backward(self, *args, **named):
+    def backward(self,
+        *args, # as for any step
+        **named, # likewise
+    ): # streams and gradients of the way back
+        "Undo the step, with gradients."
         found = super().backward(*args, **named)
         self.measured = None
         return found

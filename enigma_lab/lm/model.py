@@ -784,9 +784,8 @@ class WholeWay(Within):
         h = self.encipher(self.add_grams(h, input_ids, positions, attention_mask, cache), positions)
         ordinary = position_ids is None and cache is None
         *front, mask = self.attention_inputs(positions, h.dtype, mask, ordinary, keys)
-        return self.collect(h, positions, front, mask, cache,
-                            output_hidden_states or self.config.output_hidden_states,
-                            output_attentions or self.config.output_attentions)
+        return self.collect(h, positions, front, mask, cache, output_hidden_states or
+            self.config.output_hidden_states, output_attentions or self.config.output_attentions)
 
 # %% ../../nbs/lm/30_model.ipynb #0d10ecc3
 class EnigmaModel(WholeWay, EnigmaPreTrainedModel):
