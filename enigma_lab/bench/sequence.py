@@ -462,7 +462,7 @@ def guess_nats(
     if task == 'copy': return 'nats_per_symbol', memoryless_nats(size)
     return 'recall_nats', math.log(dict(recall=8, enwik8=256)[task])
 
-# %% ../../nbs/bench/34_sequence.ipynb #a5a4c755
+# %% ../../nbs/bench/34_sequence.ipynb #c5a1af88
 def plot_looks(
     run:Run, # finished
 ): # a figure, a panel for each size
@@ -482,10 +482,11 @@ def plot_looks(
                title=f'{"T" if c["task"] == "copy" else "N"} = {size}')
     axes[0, 0].set_ylabel('nats per ' + ('symbol, blanks too' if key == 'nats_per_symbol'
                                          else 'recalled symbol'))
-    axes[0, 0].legend(fontsize=6)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=5,
+               fontsize=7)
     return fig
 
-# %% ../../nbs/bench/34_sequence.ipynb #bce69e82
+# %% ../../nbs/bench/34_sequence.ipynb #00df271c
 def plot_rates(
     runs:list[Run], # finished
 ): # a figure, a panel for each record
@@ -502,7 +503,8 @@ def plot_rates(
         ax.set(xscale='log', xlabel='learning rate', ylim=(-3, 103),
                title=f"{run.config['task']}, {min(run.config['seq_len'])}")
     axes[0, 0].set_ylabel('symbols right, %')
-    axes[0, -1].legend(fontsize=7)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=4,
+               fontsize=7)
     return fig
 
 # %% ../../nbs/bench/34_sequence.ipynb #89717dc6
