@@ -429,6 +429,7 @@ class ReversibleChain(ReversibleSteps):
         for step in steps: step.measures = isinstance(step, BijectionStep)
         a, b = self.lead(steps, streams)
         parts = [step.measured if step.measures else step.log_det(a, step.s) for step in steps]
+        for step in filter(measures, steps): step.measured = None # read, and let go
         return a, b, sum(parts, torch.zeros_like(a.select(self.axis, 0)))
 
 # %% ../../nbs/machine/52_reversible.ipynb #9588505a

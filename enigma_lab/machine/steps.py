@@ -666,6 +666,7 @@ class BijectionStep(TurnedStreams):
         outs = [out, self.measured] if self.measures else [out]
         found = accumulated if self.sharded else gradients
         g, *rest = found(outs, inputs, (needs[0], *needs[2:]), [grad, *grads])
+        self.measured = None # its graph holds a copy of the streams
         ga, gb = (None, None) if g is None else self.part(g)
         return *self.part(x), ga, gb, (None, *rest)
 
