@@ -7,7 +7,8 @@ from enigma_lab.dev.gpu_jobs import main, trainings
 from enigma_lab.lab.runs import list_runs, runs_root
 
 @pytest.mark.proof(
-    'dev.gpu_jobs', 'lm.train', 'sgdd.train', 'ddpm.train', 'maskpro.train', seeds=(0,)
+    'dev.gpu_jobs', 'lm.train', 'sgdd.train', 'ddpm.train', 'maskpro.train',
+    'flow.train', 'bench.sequence', seeds=(0,)
 )
 def test_jobs_run_once(tmp_path, own_runs, capsys):
     (tmp_path/'source'/'zh_text').mkdir(parents=True)
@@ -30,20 +31,19 @@ def test_jobs_run_once(tmp_path, own_runs, capsys):
         'ddpm-cifar10',
         'maskpro-cifar10',
         'maskpro-export',
+        'flow-cifar10',
+        'copy-2000',
     ]
     main(words)
     first = capsys.readouterr().out
-    assert first.count("'done': True") == 7, first
+    assert first.count("'done': True") == 9, first
     main(words)
-    assert capsys.readouterr().out.count('done before') == 7
+    assert capsys.readouterr().out.count('done before') == 9
     assert (
         len([run for run in list_runs('train_enigma') if run.finished]) == 2 and trainings() == []
     )
     assert (runs_root() / 'gpu' / 'chinese.result.json').is_file() and (
         runs_root() / 'gpu' / 'maskpro-export.json'
     ).is_file()
-    assert [len(list_runs(name)) for name in ('train_sgdd', 'train_ddpm', 'train_maskpro')] == [
-        1,
-        1,
-        1,
-    ]
+    names = 'train_sgdd', 'train_ddpm', 'train_maskpro', 'train_flow', 'bench_sequence'
+    assert [len(list_runs(name)) for name in names] == [1, 1, 1, 1, 1]

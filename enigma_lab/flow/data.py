@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY', 'moon_arcs', 'draw_moons', 'moons_log_prob', 'peaks', 'check_columns', 'Points', 'deal_rows', 'moon_points',
-           'image_points', 'sklearn_table', 'archive_table', 'pick_columns', 'as_number', 'file_table', 'load_points']
+           'holds_images', 'image_points', 'sklearn_table', 'archive_table', 'pick_columns', 'as_number', 'file_table',
+           'load_points']
 
 # %% ../../nbs/flow/30_data.ipynb #b218e1ea
 import hashlib, math, time
@@ -16,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..data.images import load_images
+from ..data.images import HUB, load_images
 from ..data.tables import rows_of
 
 # %% ../../nbs/flow/30_data.ipynb #968a8a71
@@ -162,6 +163,16 @@ def moon_points(
                                for seed, n in enumerate((rows, 4000, 10_000)))
     return Points('moons', ['x', 'y'], train, validation, test, torch.zeros(2, dtype=torch.bool))
 
+def holds_images(
+    data:str, # of `load_points`
+)->bool: # False: a table
+    "Tell whether a source is one of images: a known name, a folder, an archive of pictures."
+    path = Path(data)
+    if data in ('digits', *HUB) or data.endswith('.npz.xz') or path.is_dir(): return True
+    if not data.endswith('.npz') or not path.is_file(): return False
+    with np.load(path, allow_pickle=False) as arrays:
+        return any(arrays[name].ndim > 2 for name in arrays.files)
+
 def image_points(
     data:str, # of `load_images`
     max_rows:int=0, # images of training; 0: all
@@ -242,13 +253,13 @@ def file_table(
 
 # %% ../../nbs/flow/30_data.ipynb #23ff61fa
 def load_points(
-    data:str='moons', # 'moons', 'wine', 'cancer', 'digits', path.npz[:name], or a table's path
+    data:str='moons', # 'moons', 'wine', 'cancer', images, path.npz[:name], or a table's path
     columns:str='', # names or numbers from 0, parted by commas; empty: all
     max_rows:int=0, # rows to keep; 0: all
 )->Points: # in three parts
     "Read points of any source; raise a ValueError for what no density describes."
     if data == 'moons': return moon_points(max_rows or 20_000)
-    if data == 'digits': return image_points(data, max_rows)
+    if holds_images(data): return image_points(data, max_rows)
     if data in ('wine', 'cancer'): x, names = sklearn_table(data)
     elif '.npz' in data: x, names = archive_table(data)
     else: (x, names), columns = file_table(data, columns), ''

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.utils import ModelOutput
 
 from .coupling import ActNorm, make_couplings, standardise
-from .data import Points, load_points, moons_log_prob
+from .data import Points, holds_images, load_points, moons_log_prob
 from .density import EnigmaFlow
 from .depth import as_reversible
 from .multiscale import bits_per_dim, make_multiscale
@@ -185,7 +185,7 @@ class NewNoise(TrainerCallback):
 class FlowTrainConfig(TrainingConfig):
     "Describe a training of a flow: data, shape and preset."
     preset:str = 'moons' # preset, see `presets`
-    data:str = 'moons' # 'moons', 'wine', 'cancer', 'digits', path.npz[:name], or a table's path
+    data:str = 'moons' # 'moons', 'wine', 'cancer', images, path.npz[:name], or a table's path
     columns:str = '' # names or numbers from 0, parted by commas; empty: all
     max_rows:int = 0 # rows to keep, of moons and images rows to learn from; 0: all
     repeats:int = 4 # how often a held-out row is judged, where it gets noise
@@ -217,7 +217,7 @@ def choose_preset(
 )->str: # name of a preset
     "Find the preset that suits the data."
     data = given.get('data', 'moons')
-    return data if data in ('moons', 'digits') else 'table'
+    return 'moons' if data == 'moons' else 'digits' if holds_images(data) else 'table'
 
 settings = Settings(FlowTrainConfig, presets, FlowConfig, ('dim', 'image', 'names', 'whole'),
                     choose_preset)

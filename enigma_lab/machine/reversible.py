@@ -402,8 +402,7 @@ def in_forward_mode(
 # %% ../../nbs/machine/52_reversible.ipynb #2094eedb
 class ReversibleChain(ReversibleSteps):
     "Lead streams through the blocks, and back."
-    def split(self,
-        x, # with an even number of channels along `axis`
+    def split(self, x, # with an even number of channels along `axis`
     ): # two tensors
         "Split the channels in two streams, on the grid if the chain is exact."
         if not x.is_floating_point():
