@@ -87,6 +87,14 @@ def test_the_router_of_older_experts():
     assert len(gates) == 4 and set(gates.values()) == {'protected as a router'}
     assert {name.rpartition('.')[2] for name in gates} == {'gate', 'shared_expert_gate'}
 
+@pytest.mark.parametrize('name,hidden', [
+    ('Mixtral', 48), ('GPT-OSS', 48), ('Qwen 3 with experts', 24)])
+def test_the_input_axis_of_experts(name, hidden):
+    "The channels are those of the configuration, however a library stores them."
+    weights = find_weights(make_family(FAMILIES[name]))
+    for layer, size in (('gate_up_proj', 32), ('down_proj', hidden)):
+        assert weights[f'model.layers.0.mlp.experts.{layer}'].channels == size
+
 def test_half_precision_and_optimizer():
     "Train a masked model of experts in bfloat16 for a step; the masks stay."
     model = make_family(FAMILIES['Mixtral']).bfloat16()
