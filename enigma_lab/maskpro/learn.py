@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..lab.checkpoint import DIGESTS, file_digests, last_checkpoint
 from ..lab.runs import Run, write_json
 from .estimators import Method, Objective, make_method
-from .masks import Masks, PROTECTED, apply_masks, find_masks, mask_of
+from .masks import Masks, PROTECTED, apply_masks, find_masks, has_masks
 from .scores import initial_mask
 from .subsets import NMDistribution
 
@@ -300,8 +300,7 @@ def masks_on(
     *how, # arguments of `apply_masks`
 )->Masks: # of the model
     "Find the masks that a model has, or apply new ones."
-    masked = any(mask_of(module) for module in model.modules())
-    return find_masks(model) if masked else apply_masks(model, *how)
+    return find_masks(model) if has_masks(model) else apply_masks(model, *how)
 
 # %% ../../nbs/maskpro/50_learn.ipynb #0869827a
 class Pace:

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from ..lab.runs import write_json
 from .export import export_dense
-from .masks import apply_masks, input_axis, mask_of
+from .masks import apply_masks, has_masks, input_axis
+from .roles import TRANSPOSED, find_weights, is_kind
 from .storage import pack_bits, unpack_bits
 from .subsets import check_mask, top_n
 
@@ -82,7 +83,9 @@ def to_matrix(
     module:nn.Module, # a linear layer or a convolution
 )->Tensor: # (O, K), input channels fastest
     "Lay a layer's weight out as a matrix product reads it."
-    return module.weight.movedim(input_axis(module), -1).flatten(1)
+    weight, axis = module.weight, input_axis(module)
+    if isinstance(module, TRANSPOSED): weight = torch.cat(weight.chunk(module.groups), 1)
+    return weight.movedim(axis, -1).flatten(1)
 
 def columns(
     x:Tensor, # (B, C, H, W), padded already
@@ -150,7 +153,9 @@ def why_not_sparse(
     "List what keeps a layer from being one matrix product with a 2:4 weight."
     own = next(c for c in type(module).__mro__ if 'forward' in vars(c))
     (O, K), found = to_matrix(module).shape, []
-    if own not in (nn.Linear, nn.Conv2d) and input_axis(module) != 0:
+    if is_kind(module, 'torch.nn.modules.conv') and not isinstance(module, nn.Conv2d):
+        found.append(f'{type(module).__name__} has no sparse form')
+    elif own not in (nn.Linear, nn.Conv2d) and input_axis(module) != 0:
         found.append(f'{type(module).__name__} has a forward of its own')
     if module._forward_hooks or module._forward_pre_hooks: found.append('it has hooks')
     if getattr(module, 'groups', 1) > 1: found.append(f'a convolution in {module.groups} groups')
@@ -349,7 +354,7 @@ def prepare(
     device:str|None, # where to; `None`: where it is
 )->tuple[nn.Module,object]: # a copy without masks, to be run; its inputs
     "Bake masks in, and move model and inputs."
-    masked = any(mask_of(module) for module in model.modules())
+    masked = has_masks(model)
     dense = (export_dense if masked else copy.deepcopy)(model).eval()
     if device is None: return dense, example_inputs
     move = lambda v: v.to(device) if hasattr(v, 'to') else v
@@ -377,6 +382,10 @@ def evaluate_layers(
                     gemm=f"{O}×{K}×{seen[name].rows if name in seen else '?'}")
         found = evaluate_layer(module, seen.get(name), repeats, make_sparse, clock or time_call)
         rows[name] = COLUMNS | form | found
+    for name, weight in find_weights(dense).items():
+        if weight.tensor == 'weight': continue
+        verdict = f'kept dense: a parameter of {type(weight.module).__name__}, not a layer'
+        rows[name] = COLUMNS | dict(shape='×'.join(map(str, weight.value.shape)), verdict=verdict)
     if not rows:
         raise ValueError("a model must have a linear layer or a convolution, "
                          f"got none in {type(dense).__name__}")

@@ -7,13 +7,14 @@ __all__ = ['encode_masks', 'decode_masks', 'pack_bits', 'unpack_bits', 'architec
            'read_masks', 'load_masks']
 
 # %% ../../nbs/maskpro/25_storage.ipynb #c532c279
-import hashlib, json, math
+import hashlib, json, math, re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .masks import Masks, attach, find_masks, mask_of
+from .masks import Masks, attach, find_masks, has_masks
+from .roles import find_weights
 
 # %% ../../nbs/maskpro/25_storage.ipynb #3eb2f715
 def encode_masks(
@@ -69,7 +70,7 @@ def architecture(
     model:nn.Module, # with or without masks
 )->dict: # name -> shape of each parameter
     "List names and shapes of a model's parameters, whether masked or not."
-    return {name.replace('parametrizations.weight.original', 'weight'): list(p.shape)
+    return {re.sub(r'parametrizations\.(\w+)\.original', r'\1', name): list(p.shape)
             for name, p in model.named_parameters()}
 
 def fingerprint(
@@ -140,7 +141,7 @@ def load_masks(
     header, digest, codes = read_masks(path)
     shapes, (n, m, groups) = architecture(model), (header[key] for key in ('n', 'm', 'groups'))
     for name, shape in header['layers']:
-        own = shapes.get(f'{name}.weight' if name else 'weight')
+        own = shapes.get(name) or shapes.get(f'{name}.weight'.lstrip('.'))
         if own != shape:
             raise ValueError("masks belong to the model they were made for, "
                 f"got layer {name!r} of shape {shape} in {path}, and {own or 'none'} in "
@@ -150,9 +151,10 @@ def load_masks(
             f"got the masked layers of {path} in {type(model).__name__}, but other layers beside "
             "them, or a changed file")
     values = decode_masks(codes, n, m)
-    if not any(mask_of(module) for module in model.modules()):
-        return attach(model, {name: model.get_submodule(name) for name, _ in header['layers']}, n,
-                      m, groups, values=values)
+    if not has_masks(model):
+        weights = find_weights(model)
+        return attach(model, {name: weights[name] for name, _ in header['layers']}, n, m, groups,
+                      values=values)
     masks = find_masks(model)
     if header_of(masks) != header:
         raise ValueError("a model and the masks it loads must have the same pattern and layers, "
