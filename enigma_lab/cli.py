@@ -618,7 +618,7 @@ def maskpro(
     data:str='', # of 'prune': images, a text, or sentences, one a line
     loss:str='', # of 'prune': a Python file with loss(model, batch) and batches(data)
     targets:str='all', # of 'prune': layers by name, several with commas
-    start:str='wanda', # of 'prune': the mask that simple and pge begin with
+    start:str='sparsegpt', # of 'prune': the mask that simple and pge begin with
     budget:int=1500, # of 'prune': forward-equivalents of simple and pge
     finetune:int=0, # of 'prune': updates of the weights that are left
     learning_rate:float=1e-4, # of 'prune': peak of the fine-tuning

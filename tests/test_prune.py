@@ -127,7 +127,7 @@ def test_a_foreign_folder(folders, tmp_path, name):
     "From a folder to a folder that its own library loads; better than magnitude, and 2:4."
     folder, data = folders[name]
     out = tmp_path/'pruned'
-    done = command('maskpro', 'prune', folder, out, '--method', 'METHOD', '--data', data)
+    done = command('maskpro', 'prune', folder, out, '--data', data)
     assert done.returncode == 0, done.stderr
     held_out = report_of(out)['held_out']
     assert held_out['pruned_minus_magnitude_to'] < 0, held_out

@@ -113,7 +113,7 @@ def apply_row(
             for name, weight in masks.unpack(before).items():
                 masks.model.get_submodule(name).parametrizations.weight.original.copy_(weight)
     if config.finetune:
-        forwards += tune_weights(task, config.finetune, config.learning_rate)
+        forwards += tune_weights(task, config).forwards
     spent, groups = time.process_time() - begin, masks.num_groups
     names = [layer.name for layer in verify_masks(task.model).layers]
     remove_masks(task.model)
@@ -160,7 +160,7 @@ def plot_costs(
 
 # %% ../../nbs/bench/54_maskpro_minilm.ipynb #9008f027
 TUNING_RATES = 1e-4, 3e-4, 1e-3 # of the tuning, tried on validation
-LEARNING_START = 'wanda' # what 'simple' begins with
+LEARNING_START = 'sparsegpt' # what 'simple' begins with
 
 def read_options(
     arguments:list[str], # of the command line
