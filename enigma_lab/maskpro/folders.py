@@ -6,12 +6,13 @@
 __all__ = ['KINDS_OF_MODELS', 'kind_of_folder', 'PruneTask', 'seeded', 'TestReads', 'Corrupted', 'SampleLoss', 'DenoiserLoss',
            'find_scheduler', 'open_part', 'place_of', 'num_classes_of', 'check_images', 'encode_images',
            'held_out_images', 'diffusion_task', 'NextTokenLoss', 'token_windows', 'language_task', 'SentenceBatch',
-           'CosineLoss', 'pooling_of', 'read_sentences', 'sentence_batches', 'encoder_task', 'sentence_task',
+           'CosineLoss', 'pooling_of', 'read_sentences', 'SentenceBatches', 'encoder_task', 'sentence_task',
            'load_file', 'open_any', 'OwnLoss', 'own_task', 'stored_dtype', 'open_task', 'try_loss']
 
 # %% ../../nbs/maskpro/74_folders.ipynb #585d5a56
 import importlib.util, re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -390,24 +391,33 @@ def read_sentences(
                        **{f'{part}_sentences': len(v) for part, v in parts.items()})
 
 # %% ../../nbs/maskpro/74_folders.ipynb #8fccb516
-@torch.no_grad()
-def sentence_batches(
-    model:nn.Module, # dense encoder
-    tokenizer, # its tokenizer
-    texts:list[str], # sentences
-    batch_size:int=32, # sentences
-    max_tokens:int=128, # of a sentence; the rest is cut
-)->list[SentenceBatch]: # sentences of like length side by side
-    "Encode sentences by the dense model."
-    rows = tokenizer(texts, truncation=True, max_length=max_tokens)['input_ids']
-    rows.sort(key=len) # stable
-    found = []
-    for start in range(0, len(rows), batch_size):
-        batch = tokenizer.pad({'input_ids': rows[start:start + batch_size]}, return_tensors='pt')
-        ids, mask = batch['input_ids'], batch['attention_mask']
-        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        found.append(SentenceBatch(ids, mask, states))
-    return found
+class SentenceBatches:
+    "Let the dense model answer when a batch is first asked for, and remember."
+    def __init__(self,
+        model:nn.Module, # dense encoder, which stays so
+        tokenizer, # its tokenizer
+        texts:list[str], # sentences; those of like length come side by side
+        batch_size:int=32, # sentences
+        max_tokens:int=128, # of a sentence; the rest is cut
+    ):
+        rows = tokenizer(texts, truncation=True, max_length=max_tokens)['input_ids']
+        rows = sorted(rows, key=len)
+        self.model, self.known = model, {}
+        self.inputs = [tokenizer.pad({'input_ids': rows[i:i + batch_size]}, return_tensors='pt')
+                       for i in range(0, len(rows), batch_size)]
+
+    def __len__(self): return len(self.inputs)
+
+    @torch.no_grad()
+    def __getitem__(self,
+        i:int, # number of a batch
+    )->SentenceBatch: # with the dense model's states
+        if not 0 <= i < len(self): raise IndexError(i)
+        if i not in self.known:
+            ids, mask = self.inputs[i]['input_ids'], self.inputs[i]['attention_mask']
+            states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            self.known[i] = SentenceBatch(ids, mask, states)
+        return self.known[i]
 
 # %% ../../nbs/maskpro/74_folders.ipynb #074b1b9c
 def encoder_task(
@@ -427,11 +437,13 @@ def encoder_task(
     train = [parts['train'][i] for i in torch.randperm(len(parts['train']), generator=g).tolist()]
     few = dict(train=train[:calibration], validation=parts['validation'][:400],
                test=parts['test'][:samples])
-    made = {part: sentence_batches(model, tokenizer, texts, batch_size)
+    dense = deepcopy(model)
+    made = {part: SentenceBatches(dense, tokenizer, texts, batch_size)
             for part, texts in few.items()}
     order = torch.randperm(len(made['train']), generator=g).tolist()
     return PruneTask('sentences', model, CosineLoss(pooling_of(folder)),
-        lambda k: made['train'][order[k % len(order)]], made['validation'], made['test'],
+        lambda k: made['train'][order[k % len(order)]], list(made['validation']),
+        list(made['test']),
         '1 - cosine to the dense vector', load=load,
         data=dict(known, **{f'{part}_used': len(texts) for part, texts in few.items()}))
 
