@@ -624,7 +624,7 @@ def maskpro(
     learning_rate:float=1e-4, # of 'prune': peak of the fine-tuning
     seed:int=0, # of 'prune': of masks and batches
 ):
-    "Learn N:M masks for a diffusion model, in steps or by preset; prune any model's folder."
+    "Learn N:M masks in steps or by preset, or prune a model's folder."
     if action == 'prune':
         return prune_folder(words, loss, method=method, nm=nm, data=data, targets=targets,
             start=start, budget=budget, finetune=finetune, learning_rate=learning_rate, seed=seed)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import enigma_lab
-from ..lab.runs import MODEL_FILES, weights_digest, write_json
+from ..lab.runs import MODEL_FILES, read_json, weights_digest, write_json
 from .evaluate import each_loss, loss_report
 from .finetune import FinetuneRun, finetune
 from .folders import PruneTask, open_any, open_task
@@ -290,6 +290,9 @@ def write_model(
     if task.save: task.save(task.model, str(folder))
     else: task.model.save_pretrained(folder)
     cast(task.model, torch.float32)
+    # where the dense model lay is nobody's business
+    about = {k: v for k, v in read_json(folder/'config.json').items() if k != '_name_or_path'}
+    if about: write_json(folder/'config.json', about)
 
 def check_out(
     out:Path, # of the command
