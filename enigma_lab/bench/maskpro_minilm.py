@@ -20,10 +20,10 @@ from ..data.pairs import load_pairs
 from ..lab.runs import Run, finish_run, start_run
 from ..lab.sweep import check_complete, sweep
 from ..maskpro.evaluate import each_loss
+from ..maskpro.export import export_dense
 from ..maskpro.folders import PruneTask, TestReads, encoder_task
-from ..maskpro.masks import remove_masks, verify_masks
 from ..maskpro.prune import (
-    PruneConfig, check_layers, choose_mask, put_masks, tune_weights, unreached)
+    PruneConfig, choose_mask, put_masks, tune_weights, unreached)
 from ..sgdd.encoder import minilm_folder
 
 # %% ../../nbs/bench/54_maskpro_minilm.ipynb #45002199
@@ -103,20 +103,17 @@ def apply_row(
     how = dict(how, finetune=c['updates']*how.get('finetune', 0))
     config = PruneConfig(**how, start=LEARNING_START, budget=c['budget'], seed=c['draw'],
                          learning_rate=c['learning_rate'], calibration=32)
-    idle = unreached(task.model, task.loss, task.batch(0))
+    idle = unreached(task.model, task.loss, task.batch(0), config)
     masks = put_masks(task.model, config, idle)
-    before = masks.weights()
+    before = {layer.name: layer.weight.detach().clone() for layer in masks.layers}
     forwards = choose_mask(task, masks, config, lambda line: 'changed' in line and run.log(**line))
     if c['row'] in KEEPS_WEIGHTS:
         with torch.no_grad():
-            for name, weight in masks.unpack(before).items():
-                masks.model.get_submodule(name).parametrizations.weight.original.copy_(weight)
+            for layer in masks.layers: layer.weight.copy_(before[layer.name])
     if config.finetune:
         forwards += tune_weights(task, config).forwards
     spent, groups = time.process_time() - begin, masks.num_groups
-    names = [layer.name for layer in verify_masks(task.model).layers]
-    remove_masks(task.model)
-    check_layers(task.model, names, config)
+    task.model = export_dense(task.model)
     return dict(train_cpu_s=spent, forwards=forwards, groups=groups)
 
 # %% ../../nbs/bench/54_maskpro_minilm.ipynb #b52ba303

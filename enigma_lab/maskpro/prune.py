@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRUNING', 'STARTS', 'WEIGHT_FILES', 'PruneConfig', 'unreached', 'put_masks', 'starting_point', 'choose_mask',
-           'tune_weights', 'layer_errors', 'prune_model', 'check_layers', 'count_zeros', 'judge_pruned', 'copy_rest',
-           'save_pruned', 'cast', 'write_model', 'check_out', 'check_saved', 'prune', 'report_text', 'plot_layers']
+           'tune_weights', 'layer_errors', 'prune_model', 'count_zeros', 'cast', 'judge_pruned', 'copy_rest',
+           'save_pruned', 'write_model', 'check_out', 'check_saved', 'prune', 'report_text', 'plot_layers']
 
 # %% ../../nbs/maskpro/75_prune.ipynb #15860347
 import math, os, re, shutil, time
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import enigma_lab
 from ..lab.runs import MODEL_FILES, read_json, weights_digest, write_json
 from .evaluate import each_loss, loss_report
+from .export import export_dense
 from .finetune import FinetuneRun, finetune
 from .folders import PruneTask, open_any, open_task
 from .learn import learn_masks
-from .masks import (
-    PROTECTED, Masks, apply_masks, choose_layers, remove_masks, verify_weights)
+from .masks import PROTECTED, Masks, apply_masks
 from .scores import initial_mask
 from .sparsegpt import sparsegpt
 
@@ -67,17 +67,17 @@ class PruneConfig:
 
 # %% ../../nbs/maskpro/75_prune.ipynb #c24d593b
 def unreached(
-    model:nn.Module, # dense
+    model:nn.Module, # dense; it is copied
     loss:Callable, # loss(model, batch) -> scalar
     batch, # that the loss takes
+    config:PruneConfig, # pattern and targets
 )->list[str]: # names of layers; empty where the loss has no graph
     "List the layers that a loss does not depend on."
-    layers = choose_layers(model, protect=())[0]
-    weights = {name: layer.weight for name, layer in layers.items() if layer.weight.requires_grad}
-    with torch.enable_grad(): value = loss(model, batch)
-    if not value.requires_grad: return []
-    grads = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-    return [name for name, grad in zip(weights, grads) if grad is None]
+    with torch.enable_grad():
+        if not loss(model, batch).requires_grad: return []
+    masks = put_masks(deepcopy(model), config)
+    slopes = masks.loss_and_grad(loss, batch, allow_unused=True)[1]
+    return [layer.name for layer in masks.layers if not slopes[layer.start:layer.stop].any()]
 
 def put_masks(
     model:nn.Module, # dense; it is changed
@@ -144,19 +144,20 @@ def tune_weights(
 def layer_errors(
     dense:nn.Module, # before pruning
     pruned:nn.Module, # the same with other weights
-    names:list[str], # of layers in both
+    names:list[str], # of layers in both; what is no module is left out
     loss:Callable, # loss(model, batch); it runs the model
     batches:list, # that the loss takes
 )->dict: # name -> relative squared error of the layer's output
     "Compare the outputs of layers that get the dense model's inputs."
-    sums = {name: [0., 0.] for name in names}
+    modules = dict(dense.named_modules())
+    sums = {name: [0., 0.] for name in names if name in modules}
     def listen(name):
         other = pruned.get_submodule(name)
         def add(module, args, kwargs, out):
             sums[name][0] += (other(*args, **kwargs) - out).double().square().sum().item()
             sums[name][1] += out.double().square().sum().item()
-        return dense.get_submodule(name).register_forward_hook(add, with_kwargs=True)
-    hooks = [listen(name) for name in names]
+        return modules[name].register_forward_hook(add, with_kwargs=True)
+    hooks = [listen(name) for name in sums]
     try:
         for batch in batches: loss(dense, batch)
     finally:
@@ -165,14 +166,14 @@ def layer_errors(
 
 # %% ../../nbs/maskpro/75_prune.ipynb #42a7c0bb
 def prune_model(
-    task:PruneTask, # opened; its model is changed
+    task:PruneTask, # opened; its model becomes the pruned one
     config:PruneConfig, # how
     say:Callable=print, # called with lines
     log=None, # called with each row of a learning
 )->dict: # the report, ready for JSON
     "Prune a model and judge it on held-out data."
     dense, begin = deepcopy(task.model), time.process_time()
-    idle = unreached(task.model, task.loss, task.batch(0))
+    idle = unreached(task.model, task.loss, task.batch(0), config)
     masks = put_masks(task.model, config, idle)
     say(repr(masks))
     forwards = choose_mask(task, masks, config, log)
@@ -181,34 +182,31 @@ def prune_model(
         begin = time.process_time()
         spent['finetune_forwards'] = tune_weights(task, config, say).forwards
         spent['finetune_cpu_s'] = round(time.process_time() - begin, 2)
-    names, left = [layer.name for layer in masks.layers], masks.dense
-    cast(remove_masks(task.model), task.dtype, torch.float32) # judge what will be saved
-    checked = check_layers(task.model, names, config)
-    errors = layer_errors(dense, task.model, names, task.loss, task.validation[:4])
-    judged = judge_pruned(task, dense, config, idle)
-    layers = {name: dict(groups=checked[name], output_error=errors[name]) for name in names}
-    return dict(asdict(config), kind=task.kind, measure=task.measure, layers=layers, dense=left,
-                spent=spent, data=task.data, held_out=judged, zeros=count_zeros(task.model),
-                parameters=sum(p.numel() for p in task.model.parameters()))
+    task.model = export_dense(task.model)
+    cast(task.model, task.dtype, torch.float32) # judge what will be saved
+    groups = {layer.name: layer.stop - layer.start for layer in masks.layers}
+    errors = layer_errors(dense, task.model, list(groups), task.loss, task.validation[:4])
+    layers = {name: dict(groups=n, output_error=errors.get(name)) for name, n in groups.items()}
+    return dict(asdict(config), kind=task.kind, measure=task.measure, layers=layers,
+                dense=masks.dense, spent=spent, data=task.data, **count_zeros(task.model),
+                held_out=judge_pruned(task, dense, config, idle))
 
 # %% ../../nbs/maskpro/75_prune.ipynb #45ffb71e
-def check_layers(
-    model:nn.Module, # plain
-    names:list[str], # of the layers that were masked
-    config:PruneConfig, # pattern
-)->dict: # name -> groups
-    "Count the zeros of every group of these layers."
-    box = nn.Module()
-    box._modules = {name: model.get_submodule(name) for name in names}
-    checked = verify_weights(box, config.n, config.m, protect=())
-    assert list(checked) == names
-    return checked
-
 def count_zeros(
     model:nn.Module, # plain
-)->int: # among all parameters
-    "Count the zeros of a model."
-    return sum(int((p == 0).sum()) for p in model.parameters())
+)->dict: # 'zeros' and 'parameters'
+    "Count the parameters of a model, and its zeros."
+    return dict(zeros=sum(int((p == 0).sum()) for p in model.parameters()),
+                parameters=sum(p.numel() for p in model.parameters()))
+
+def cast(
+    model:nn.Module, # plain; changed in place
+    *dtypes:torch.dtype, # one after the other
+):
+    "Round the weights to another precision; buffers stay as they are."
+    for p in model.parameters():
+        for dtype in dtypes:
+            if p.is_floating_point(): p.data = p.data.to(dtype)
 
 # %% ../../nbs/maskpro/75_prune.ipynb #7f6ba326
 @torch.no_grad()
@@ -264,7 +262,7 @@ def save_pruned(
         report = dict(report, left_out=left, dense_digest=weights_digest(folder/task.place),
                       enigma_lab=enigma_lab.__version__)
         write_json(part/'sparsity.json', report)
-        check_saved(task, part, report)
+        check_saved(task, part)
         os.rename(part, out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -272,15 +270,6 @@ def save_pruned(
     return out
 
 # %% ../../nbs/maskpro/75_prune.ipynb #1c6b115a
-def cast(
-    model:nn.Module, # plain; changed in place
-    *dtypes:torch.dtype, # one after the other
-):
-    "Round the weights to another precision; buffers stay as they are."
-    for p in model.parameters():
-        for dtype in dtypes:
-            if p.is_floating_point(): p.data = p.data.to(dtype)
-
 def write_model(
     task:PruneTask, # with a plain pruned model
     folder:Path, # of the model
@@ -303,19 +292,15 @@ def check_out(
                               "another")
 
 # %% ../../nbs/maskpro/75_prune.ipynb #fcef79b2
-@torch.no_grad()
 def check_saved(
     task:PruneTask, # with a plain pruned model
     part:Path, # what was saved
-    report:dict, # with names of layers
 ):
-    "Load what was saved as its library does, and compare pattern and loss."
-    again = (task.load or open_any)(part)
-    check_layers(again, list(report['layers']), PruneConfig(nm=report['nm']))
-    batch = task.validation[0]
-    own, loaded = (float(task.loss(model, batch)) for model in (task.model, again))
-    if own != loaded:
-        raise OSError(f"a saved model must be the pruned one, got a loss of {loaded} for {own}")
+    "Load what was saved as its library does, and compare every weight."
+    own, again = task.model.state_dict(), (task.load or open_any)(part).state_dict()
+    other = [k for k in own if k not in again or not torch.equal(own[k], again[k].to(own[k]))]
+    if other or len(own) != len(again):
+        raise OSError(f"a saved model must be the pruned one, got other weights of {other[:3]}")
 
 # %% ../../nbs/maskpro/75_prune.ipynb #f197c7a5
 def prune(
@@ -348,7 +333,8 @@ def report_text(
     interval = lambda name: f"{h[name]:.4f} ({h[name + '_from']:.4f} … {h[name + '_to']:.4f})"
     rows = {'dense': 'dense_loss', 'magnitude': 'magnitude_loss', 'this model': 'pruned_loss',
             'this - magnitude': 'pruned_minus_magnitude', 'this - dense': 'pruned_minus_dense'}
-    worst = sorted(report['layers'], key=lambda n: -report['layers'][n]['output_error'])[:3]
+    error = {name: layer['output_error'] or 0. for name, layer in report['layers'].items()}
+    worst = sorted(error, key=error.get, reverse=True)[:3]
     forwards = sum(v for k, v in spent.items() if k.endswith('forwards'))
     seconds = sum(v for k, v in spent.items() if k.endswith('cpu_s'))
     return '\n'.join([
@@ -356,8 +342,7 @@ def report_text(
         *(f'  {row:16}  {interval(name)}' for row, name in rows.items()),
         f"{report['nm']} in {len(report['layers'])} layers, {report['zeros']:,} of "
         f"{report['parameters']:,} parameters are zero; {len(report['dense'])} layers stay dense",
-        *(f"  output error {report['layers'][name]['output_error']:.3f}  {name}"
-          for name in worst),
+        *(f'  output error {error[name]:.3f}  {name}' for name in worst),
         f'{forwards:,} forward-equivalents, {seconds:.0f} CPU seconds'])
 
 # %% ../../nbs/maskpro/75_prune.ipynb #97e4a532
