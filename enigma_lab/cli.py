@@ -7,9 +7,9 @@ __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_argum
            'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train',
            'tokenizer', 'showcase', 'data', 'load_model', 'given_prompts', 'stop_strings', 'continue_text',
            'check_continuations', 'print_continuation', 'generate', 'evaluate', 'publish', 'compress', 'decompress',
-           'questions', 'chat', 'decoder_scores', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'maskpro',
-           'certify', 'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names', 'run_report', 'runs_table',
-           'run_json', 'print_runs', 'runs', 'docs', 'bench_names', 'bench']
+           'questions', 'chat', 'decoder_scores', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'prune_folder',
+           'take_step', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names',
+           'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
@@ -519,8 +519,8 @@ def sgdd(
         print(f'{v.text}   {v.verdict} (distance {v.distance:.2g})')
 
 # %% ../nbs/cli.ipynb #3082f6cb
-MaskAction = Literal['masks', 'baseline', 'learn', 'evaluate', 'quick', 'standard', 'full',
-                     'custom', 'monitor']
+MaskAction = Literal['masks', 'baseline', 'learn', 'evaluate', 'prune', 'quick', 'standard',
+                     'full', 'custom', 'monitor']
 
 def run_presets(
     mode:str, # 'quick' | 'standard' | 'full' | 'custom'
@@ -563,33 +563,76 @@ def learn_record(
     return read_json(run.path/'training_summary.json')
 
 # %% ../nbs/cli.ipynb #c9908843
-@command('masks')
-def maskpro(
-    action:MaskAction, # a step, a mode, or a look
-    *words:str, # of a step: the record; else settings, name=value; of 'custom': presets, too
-    parallel:int=1, # presets at a time
-    num_samples:int=-1, # of 'evaluate': images drawn from each model; -1: the settings'
-    no_fid:bool=False, # of 'evaluate': compare losses alone
-    validation:bool=False, # of 'evaluate' and modes: leave the test images unread
-    rounds:int=0, # of 'monitor': tables; 0: until nothing is running
+def prune_folder(
+    words:list[str], # the model's folder, and a new one
+    loss:str, # a Python file; empty: the folder's kind decides
+    **settings # of `maskpro.prune.prune`
 ):
-    "Learn N:M masks for a diffusion model, in steps or by preset."
-    from enigma_lab.maskpro import config, modes, presets, train as steps
-    if action == 'monitor': return modes.monitor(rounds=rounds)
-    if action in modes.preset_groups:
-        return print(run_presets(action, words, parallel, test=not validation))
+    "Prune a model that somebody else has saved, and print what that costs."
+    if len(words) != 2:
+        raise ValueError(f"prune takes a model's folder and a new one, got {list(words)}")
+    import enigma_lab.lm.hybrid  # noqa: F401, tells transformers the models' classes
+    from transformers.utils.logging import disable_progress_bar
+    from enigma_lab.lab.progress import StatusLine
+    from enigma_lab.maskpro.prune import prune, report_text
+    disable_progress_bar()
+    show = partial(print_look, state={}, line=StatusLine(sys.stdout))
+    report = prune(*words, file=loss, say=partial(print, flush=True), log=show, **settings)
+    print(f"{report_text(report)}\n{Path(words[1])/'sparsity.json'} holds the report")
+
+# %% ../nbs/cli.ipynb #35e5bc06
+def take_step(
+    action:str, # 'masks' | 'baseline' | 'learn' | 'evaluate'
+    words:list[str], # of 'masks': settings, name=value; else the record
+    num_samples:int, # images drawn from each model; -1: the settings'
+    no_fid:bool, # compare losses alone
+    test:bool, # read the test images
+)->str: # lines
+    "Take a step of mask learning for a diffusion model."
+    from enigma_lab.maskpro import config, presets, train as steps
     if action == 'masks':
         run = steps.make_masks(presets.make_maskpro_config(**config.read_settings(words)))
-        return print(f"{run.name}: {run.path/'initial_masks.safetensors'}")
+        return f"{run.name}: {run.path/'initial_masks.safetensors'}"
     if len(words) > 1: raise ValueError(f"{action} takes one record, got {list(words)}")
     run = steps.open_record(words[0] if words else '')
     if action == 'baseline': found = steps.baseline(run)
     elif action == 'learn': found = learn_record(run)
     else:
         found = steps.evaluate(run, None if num_samples < 0 else num_samples,
-                               False if no_fid else None, not validation)
+                               False if no_fid else None, test)
     numbers = {name: value for name, value in found.items() if isinstance(value, (int, float))}
-    print(run.name + ''.join(f'\n  {name} {value:.4g}' for name, value in numbers.items()))
+    return run.name + ''.join(f'\n  {name} {value:.4g}' for name, value in numbers.items())
+
+# %% ../nbs/cli.ipynb #2f2526b2
+@command('masks')
+def maskpro(
+    action:MaskAction, # a step, a mode, a look, or 'prune'
+    *words:str, # record; settings, name=value; of 'custom': presets, too; of 'prune': MODEL OUT
+    parallel:int=1, # presets at a time
+    num_samples:int=-1, # of 'evaluate': images drawn from each model; -1: the settings'
+    no_fid:bool=False, # of 'evaluate': compare losses alone
+    validation:bool=False, # of 'evaluate' and modes: leave the test images unread
+    rounds:int=0, # of 'monitor': tables; 0: until nothing is running
+    method:str='sparsegpt', # of 'prune': sparsegpt, simple, pge, wanda or magnitude
+    nm:str='2:4', # of 'prune': weights kept of so many
+    data:str='', # of 'prune': images, a text, or sentences, one a line
+    loss:str='', # of 'prune': a Python file with loss(model, batch) and batches(data)
+    targets:str='all', # of 'prune': layers by name, several with commas
+    start:str='sparsegpt', # of 'prune': the mask that simple and pge begin with
+    budget:int=1500, # of 'prune': forward-equivalents of simple and pge
+    finetune:int=0, # of 'prune': updates of the weights that are left
+    learning_rate:float=1e-4, # of 'prune': peak of the fine-tuning
+    seed:int=0, # of 'prune': of masks and batches
+):
+    "Learn N:M masks in steps or by preset, or prune a model's folder."
+    if action == 'prune':
+        return prune_folder(words, loss, method=method, nm=nm, data=data, targets=targets,
+            start=start, budget=budget, finetune=finetune, learning_rate=learning_rate, seed=seed)
+    from enigma_lab.maskpro import modes
+    if action == 'monitor': return modes.monitor(rounds=rounds)
+    if action in modes.preset_groups:
+        return print(run_presets(action, words, parallel, test=not validation))
+    print(take_step(action, words, num_samples, no_fid, not validation))
 
 # %% ../nbs/cli.ipynb #0998bb7b
 @command('lm')

@@ -56,6 +56,8 @@ def test_four_commands(home):
     assert 'learned' in watched.stdout and newest().name in watched.stdout
     done = command('enigma-lab', 'maskpro', 'evaluate', '--num_samples', '12')
     assert done.returncode == 0 and 'learned_frechet' in done.stdout, done.stderr
+    assert 'generated 12\n' in done.stdout
+    assert 'a Fréchet distance needs more images than features, 32' in done.stderr
     path = newest().path
     for name in (
         'checkpoint/model_index.json',

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DigitFeatures', 'train_features', 'accuracy', 'image_features', 'frechet_distance', 'kernel_distance',
-           'InceptionFeatures', 'wasserstein_1d', 'sliced_wasserstein', 'compare_samples', 'distance_report']
+           'InceptionFeatures', 'wasserstein_1d', 'sliced_wasserstein', 'compare_samples', 'warn_of_few',
+           'distance_report']
 
 # %% ../../nbs/ddpm/30_metrics.ipynb #89d0310d
 import warnings
@@ -208,6 +209,18 @@ def compare_samples(
         ax.text(-.01, .5, name, transform=ax.transAxes, ha='right', va='center')
     return fig
 
+# %% ../../nbs/ddpm/30_metrics.ipynb #5fe6dba4
+def warn_of_few(
+    num:int, # images of the smaller set
+    features:nn.Module, # with `num_features`, or any
+):
+    "Warn of fewer images than their covariance needs."
+    d = getattr(features, 'num_features', 0)
+    if num <= d:
+        warnings.warn(f"a Fréchet distance needs more images than features, {d}, for a covariance "
+                      f"of full rank, got {num}; it means little, and only beside its floor",
+                      stacklevel=3)
+
 # %% ../../nbs/ddpm/30_metrics.ipynb #bd92167f
 def distance_report(
     models:dict, # name -> UNet
@@ -217,9 +230,13 @@ def distance_report(
     features:nn.Module, # of `train_features`, or any
     steps:int=25, # of the sampler
     seed:int=7, # of its noise
-)->tuple[dict,dict]: # '<name>_frechet', '_kernel', '_sliced' -> distance; name -> M samples
+    num:int=0, # images drawn from each model; 0: M
+)->tuple[dict,dict]: # '<name>_frechet', '_kernel', '_sliced' -> distance; name -> samples
     "Measure how far generated images are from real ones, beside the floor of real ones."
-    samples = {name: sample_images(model, scheduler, len(held_out), steps, seed)
+    num = num or len(held_out)
+    held_out = held_out[:num]
+    warn_of_few(min(num, len(held_out)), features)
+    samples = {name: sample_images(model, scheduler, num, steps, seed)
                for name, model in models.items()}
     known, found = image_features(features, real), {}
     for name, x in dict(floor=held_out, **samples).items():

@@ -43,7 +43,7 @@ class MaskProConfig:
     eval_steps:int = 100 # updates between two looks at validation
     patience:int = 0 # looks without improvement before stopping; 0: never
     save_logits:bool = True # beside the masks
-    num_samples:int = 400 # images drawn from each model to be judged; at most those held out
+    num_samples:int = 400 # images drawn from each model to be judged
     compute_fid:bool = True # judge them
     repeats:int = 8 # how often a held-out image is judged
     gpus:int = 0 # CUDA devices of each machine, one process each; 0: the CPU

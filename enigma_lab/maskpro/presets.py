@@ -16,7 +16,7 @@ _config = lambda size, batch, rate, logits, epochs, steps: dict(estimator='pge',
                                                                 epochs=float(epochs),
                                                                 max_steps=steps, budget=0)
 presets = {
-    'smoke': dict(budget=40, batch_size=16, pool=2, dataset_size=64, eval_steps=5, num_samples=16,
+    'smoke': dict(budget=40, batch_size=16, pool=2, dataset_size=64, eval_steps=5, num_samples=40,
                   repeats=1),
     'cpu': dict(),
     'pge': dict(estimator='pge'),

@@ -565,8 +565,8 @@ def evaluate(
     if (c.compute_fid if compute_fid is None else compute_fid) and samples > 3:
         features = train_features(task.images) if task.images.labels else InceptionFeatures()
         distances, drawn = distance_report(
-            models, task.scheduler, task.images.train, held_out[:samples], features)
-        found |= dict(distances, generated=len(held_out[:samples]))
+            models, task.scheduler, task.images.train, held_out, features, num=samples)
+        found |= dict(distances, generated=samples, floor_images=min(samples, len(held_out)))
         run.figure('samples', compare_samples(drawn))
     write_json(run.path/'evaluation_results.json', found)
     finish_run(run, metrics_of(run, found) | task.images.card())
