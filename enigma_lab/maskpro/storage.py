@@ -175,7 +175,7 @@ def load_masks(
 )->Masks: # set to what was saved
     "Put saved masks on a model, after comparing layers, shapes, pattern and weights."
     header, digest, codes = read_masks(path)
-    shapes, (n, m, groups) = architecture(model), (header[key] for key in ('n', 'm', 'groups'))
+    shapes, n, m, groups = architecture(model), header['n'], header['m'], header['groups']
     for name, shape in header['layers']:
         own = shapes.get(f'{name}.weight' if name else 'weight')
         if own != shape:
@@ -183,14 +183,13 @@ def load_masks(
                 f"got layer {name!r} of shape {shape} in {path}, and {own or 'none'} in "
                 f"{type(model).__name__}")
     if fingerprint(shapes, header) != digest:
-        raise ValueError("masks belong to the model they were made for, "
-            f"got the masked layers of {path} in {type(model).__name__}, but other layers beside "
-            "them, or a changed file")
+        raise ValueError(f"masks belong to the model they were made for, got the masked layers of "
+            f"{path} in {type(model).__name__}, but other layers beside them, or a changed file")
     if weights: check_weights(path, model)
     values = decode_masks(codes, n, m)
     if not any(mask_of(module) for module in model.modules()):
-        return attach(model, {name: model.get_submodule(name) for name, _ in header['layers']}, n,
-                      m, groups, values=values)
+        layers = {name: model.get_submodule(name) for name, _ in header['layers']}
+        return attach(model, layers, n, m, groups, values=values)
     masks = find_masks(model)
     if header_of(masks) != header:
         raise ValueError("a model and the masks it loads must have the same pattern and layers, "
