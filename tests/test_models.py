@@ -58,7 +58,8 @@ def test_a_family_goes_round(name, tmp_path):
     groups = {layer.name: layer.stop - layer.start for layer in masks.layers}
     remove_masks(model)
     assert not has_masks(model) and verify_weights(model) == groups
-    assert torch.equal(run(model, name), masked)
+    # without masks torch may take a quicker path, which adds up in another order
+    assert torch.allclose(run(model, name), masked, atol=1e-5)
     assert list(model.state_dict()) == list(dense.state_dict())
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in dense.named_parameters()]
     assert [type(m) for m in model.modules()] == [type(m) for m in dense.modules()]
