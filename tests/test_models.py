@@ -6,7 +6,7 @@ from torch import Tensor
 
 from enigma_lab.maskpro.masks import (
     PROTECTED, apply_masks, find_masks, has_masks, remove_masks, verify_weights)
-from enigma_lab.maskpro.models import FAMILIES, by_hand, by_rule, check_family, make_family
+from enigma_lab.maskpro.models import MODEL_FAMILIES, by_hand, by_rule, check_family, make_family
 from enigma_lab.maskpro.models import parameter_states
 from enigma_lab.maskpro.roles import find_weights, plain_name
 from enigma_lab.maskpro.storage import load_masks, save_masks
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.proof('maskpro.roles', 'maskpro.models', 'maskpro.masks
 
 def run(model, name):
     "Return what a model of a family gives for its inputs."
-    with torch.no_grad(): found = model(**FAMILIES[name].inputs())
+    with torch.no_grad(): found = model(**MODEL_FAMILIES[name].inputs())
     return found if isinstance(found, Tensor) else found[0]
 
 def random_masks(model):
@@ -27,10 +27,10 @@ def random_masks(model):
     masks.set(subsets(2, 4)[torch.randint(6, (masks.num_groups,), generator=generator)])
     return masks
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', MODEL_FAMILIES)
 def test_a_family_is_masked_as_by_hand(name):
     "Compare layers with the list, small and large; each masked layer has a derivative."
-    family = FAMILIES[name]
+    family = MODEL_FAMILIES[name]
     for full in (False, True)[:1 if family.full is None else 2]:
         row = check_family(name, full)
         assert (row['missing'], row['extra']) == ([], []) and row['layers'] > 0
@@ -43,10 +43,10 @@ def test_a_family_is_masked_as_by_hand(name):
         assert all(r['reason'] for r in rows if r['state'] != 'masked')
     assert check_family(name)['silent'] == list(family.silent)
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', MODEL_FAMILIES)
 def test_a_family_goes_round(name, tmp_path):
     "Through a file of masks, through baking, and through the library's own files."
-    dense = make_family(FAMILIES[name])
+    dense = make_family(MODEL_FAMILIES[name])
     model = copy.deepcopy(dense)
     masks = random_masks(model)
     masked = run(model, name)
@@ -74,15 +74,15 @@ def test_a_family_goes_round(name, tmp_path):
 @pytest.mark.parametrize('name', ['DiT', 'BERT', 'Mixtral', 'Flux'])
 def test_names_alone_are_not_enough(name):
     "Without roles other layers are masked than by hand: the roles do it, not the names."
-    model = make_family(FAMILIES[name])
+    model = make_family(MODEL_FAMILIES[name])
     names = [part for part in PROTECTED if part != 'roles']
     extra = {layer.name for layer in apply_masks(model, protect=names).layers}
-    extra -= set(by_hand(make_family(FAMILIES[name]), FAMILIES[name]))
+    extra -= set(by_hand(make_family(MODEL_FAMILIES[name]), MODEL_FAMILIES[name]))
     assert extra if name != 'Mixtral' else not extra # its router is no linear layer
 
 def test_the_router_of_older_experts():
     "Find a router that is a linear layer, by its shape, and by its class."
-    model = make_family(FAMILIES['Qwen 2 with experts'])
+    model = make_family(MODEL_FAMILIES['Qwen 2 with experts'])
     masks = apply_masks(model)
     gates = {name: why for name, why in masks.dense.items() if name.endswith('gate')}
     assert len(gates) == 4 and set(gates.values()) == {'protected as a router'}
@@ -92,17 +92,17 @@ def test_the_router_of_older_experts():
     ('Mixtral', 48), ('GPT-OSS', 48), ('Qwen 3 with experts', 24)])
 def test_the_input_axis_of_experts(name, hidden):
     "The channels are those of the configuration, however a library stores them."
-    weights = find_weights(make_family(FAMILIES[name]))
+    weights = find_weights(make_family(MODEL_FAMILIES[name]))
     for layer, size in (('gate_up_proj', 32), ('down_proj', hidden)):
         assert weights[f'model.layers.0.mlp.experts.{layer}'].channels == size
 
 def test_half_precision_and_optimizer():
     "Train a masked model of experts in bfloat16 for a step; the masks stay."
-    model = make_family(FAMILIES['Mixtral']).bfloat16()
+    model = make_family(MODEL_FAMILIES['Mixtral']).bfloat16()
     masks = random_masks(model)
     before = masks.values()
     optimizer = torch.optim.SGD(model.parameters(), .1)
-    out = model(**FAMILIES['Mixtral'].inputs()).logits
+    out = model(**MODEL_FAMILIES['Mixtral'].inputs()).logits
     assert out.dtype == torch.bfloat16
     out.float().square().mean().backward()
     weight = find_masks(model).layers[0].weight

@@ -37,13 +37,14 @@ def magnitude_scores(
 
 # %% ../../nbs/maskpro/30_scores.ipynb #42dc1ede
 def check_inputs(
-    masks:Masks, # of a model
+    layers:list, # of `Masks`
+    method:str='Wanda', # that needs the inputs
 ):
     "Refuse weights whose inputs a hook in front of their module does not see."
-    hidden = [layer.name for layer in masks.layers if layer.tensor != 'weight']
+    hidden = [layer.name for layer in layers if layer.tensor != 'weight']
     if hidden:
         raise ValueError(
-            f"Wanda needs the input of each weight, got {len(hidden)} in modules that hide it, "
+            f"{method} needs the input of each weight, got {len(hidden)} in modules that hide it, "
             f"such as {hidden[:3]}; choose another score, or add the names to protect")
 
 # %% ../../nbs/maskpro/30_scores.ipynb #16d846cf
@@ -53,7 +54,7 @@ def input_norms(
     batches:Iterable, # what `loss_fn` takes, one at a time
 )->dict: # name of a layer -> (C,) L2 norm of each input channel
     "Measure the inputs of each masked layer, over all samples and places."
-    check_inputs(masks)
+    check_inputs(masks.layers)
     squares = {}
     def listen(layer):
         def add(module, args, kwargs):
