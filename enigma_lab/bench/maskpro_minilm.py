@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .maskpro import records
 from ..data.pairs import load_pairs
-from ..lab.runs import Run, finish_run, start_run
+from ..lab.runs import Run, finish_run, runs_in, runs_root, start_run
 from ..lab.sweep import check_complete, sweep
 from ..maskpro.evaluate import each_loss
 from ..maskpro.export import export_dense
@@ -123,7 +122,8 @@ def minilm_table(
 ): # a DataFrame: a line for each row
     "Average over draws, with an interval over draws and sentences."
     import pandas as pd
-    runs, rng, table = records(name, 'minilm_trial'), np.random.default_rng(0), {}
+    rng, table = np.random.default_rng(0), {}
+    runs = [run for run in runs_in(runs_root()/'sweeps'/name/'minilm_trial') if run.finished]
     for row in METHODS_OF_ROWS:
         mine = [run for run in runs if run.config['row'] == row]
         if not mine: continue

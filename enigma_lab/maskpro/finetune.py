@@ -6,18 +6,19 @@
 __all__ = ['parameter_groups', 'decay_kept', 'FinetuneRun', 'look_at', 'make_finetuner', 'finetune_step', 'BestWeights',
            'finetune']
 
-# %% ../../nbs/maskpro/65_finetune.ipynb #9c700429
+# %% ../../nbs/maskpro/65_finetune.ipynb #b8ec5983
 import copy, math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from fastcore.basics import patch
+from torch import nn
 
 from .estimators import checked
 from .masks import Masks, find_masks, one_number
 
-# %% ../../nbs/maskpro/65_finetune.ipynb #2a436b9b
+# %% ../../nbs/maskpro/65_finetune.ipynb #1d43204c
 def parameter_groups(
     masks:Masks, # of a model
     weight_decay:float, # λ of everything that is not masked
@@ -33,11 +34,11 @@ def decay_kept(
     masks:Masks, # of a model
     amount:float, # rate × λ
 ):
-    "Decay the weights that the masks keep."
+    "Shrink the weights that the masks keep."
     for layer in masks.layers:
         if layer.weight.requires_grad: layer.weight.sub_(amount*layer.mask*layer.weight)
 
-# %% ../../nbs/maskpro/65_finetune.ipynb #53920a72
+# %% ../../nbs/maskpro/65_finetune.ipynb #ad493e07
 @dataclass
 class FinetuneRun:
     "Hold a model that was trained under its masks, and how that went."
@@ -48,6 +49,7 @@ class FinetuneRun:
     best_step:int = 0 # updates before the look that was kept, or the last
     best_loss:float = math.inf # on validation; infinite: there was none
 
+# %% ../../nbs/maskpro/65_finetune.ipynb #2298ad0a
 @torch.no_grad()
 def look_at(
     masks:Masks, # of a model
@@ -60,7 +62,7 @@ def look_at(
     try: return sum(masks.loss(loss_fn, batch) for batch in validation)/len(validation)
     finally: masks.model.train(training)
 
-# %% ../../nbs/maskpro/65_finetune.ipynb #1b999def
+# %% ../../nbs/maskpro/65_finetune.ipynb #e195029b
 def make_finetuner(
     masks:Masks, # of a model
     steps:int, # updates
@@ -81,47 +83,62 @@ def make_finetuner(
         optimizer, learning_rate, total_steps=steps, pct_start=max(.1, 1.5/max(2, steps)))
     return optimizer, schedule
 
+# %% ../../nbs/maskpro/65_finetune.ipynb #83e0e2a5
 def finetune_step(
     masks:Masks, # of a model in training mode
     loss_fn:Callable, # (model, batch) -> one number
     batch, # what `loss_fn` takes
     optimizer, # of `make_finetuner`
+    schedule, # of `make_finetuner`
     weight_decay:float, # λ of the kept weights
-)->float: # the loss before the step
+)->dict: # the loss before the step, and the rate
     "Take one step of the weights under their masks."
     optimizer.zero_grad()
     loss = one_number(loss_fn(masks.model, batch))
     checked(loss).backward()
-    if weight_decay: decay_kept(masks, optimizer.param_groups[0]['lr']*weight_decay)
+    rate = schedule.get_last_lr()[0]
+    if weight_decay: decay_kept(masks, rate*weight_decay)
     optimizer.step()
-    return loss.item()
+    schedule.step()
+    return dict(loss=loss.item(), learning_rate=rate)
 
-# %% ../../nbs/maskpro/65_finetune.ipynb #ce4bd5fc
+# %% ../../nbs/maskpro/65_finetune.ipynb #e6b6f148
 class BestWeights:
     "Keep the weights of the best look."
     def __init__(self,
         run:FinetuneRun, # that is going on
         loss_fn:Callable, # (model, batch) -> one number
         validation:list, # batches; empty: the last weights count
+        log:Callable|None=None, # called with each row of the history
     ):
-        self.run, self.loss_fn, self.validation, self.state = run, loss_fn, validation, None
+        self.run, self.loss_fn, self.validation = run, loss_fn, validation
+        self.log, self.state = log, None
 
-    def look(self)->dict: # a row of the history; empty without validation
+    def enter(self,
+        row:dict, # of the history
+    ):
+        "Add a row to the history."
+        self.run.history.append(dict(step=self.run.steps, forwards=self.run.forwards, **row))
+        if self.log: self.log(self.run.history[-1])
+
+    def look(self):
         "Measure, and keep what is best so far."
         run = self.run
-        if not len(self.validation): return {}
+        if not len(self.validation): return
         loss = look_at(run.masks, self.loss_fn, self.validation)
         if loss < run.best_loss:
             run.best_loss, run.best_step = loss, run.steps
             self.state = copy.deepcopy(run.masks.model.state_dict())
-        return dict(step=run.steps, forwards=run.forwards, val_loss=loss)
+        self.enter(dict(val_loss=loss))
 
-    def restore(self):
-        "Put the best weights back, or count the last as the best."
-        if self.state is None: self.run.best_step = self.run.steps
-        else: self.run.masks.model.load_state_dict(self.state)
+# %% ../../nbs/maskpro/65_finetune.ipynb #70ed7fb5
+@patch
+def restore(self:BestWeights):
+    "Put the best weights back, or count the last as the best."
+    if self.state is None: self.run.best_step = self.run.steps
+    else: self.run.masks.model.load_state_dict(self.state)
 
-# %% ../../nbs/maskpro/65_finetune.ipynb #6cd2d8e5
+# %% ../../nbs/maskpro/65_finetune.ipynb #dd691244
 def finetune(
     model:nn.Module|Masks, # with masks, which stay; its weights are changed
     loss_fn:Callable, # (model, batch) -> one number
@@ -137,23 +154,18 @@ def finetune(
     "Train the weights that fixed masks keep, by AdamW."
     if eval_steps < 1: raise ValueError(f"eval_steps must be at least 1, got {eval_steps}")
     run = FinetuneRun(model if isinstance(model, Masks) else find_masks(model))
-    masks, training, best = run.masks, run.masks.model.training, None
-    optimizer, schedule = make_finetuner(masks, steps, learning_rate, weight_decay)
+    masks, training = run.masks, run.masks.model.training
+    how = make_finetuner(masks, steps, learning_rate, weight_decay)
     batch = batches if callable(batches) else lambda k: batches[k % len(batches)]
-    best = BestWeights(run, loss_fn, validation)
-    def enter(row):
-        if row: run.history.append(row)
-        if row and log: log(row)
-    enter(best.look())
+    best = BestWeights(run, loss_fn, validation, log)
+    best.look()
     masks.model.train()
     try:
         while run.steps < steps and not (run.steps and stop()):
-            rate = schedule.get_last_lr()[0]
-            loss = finetune_step(masks, loss_fn, batch(run.steps), optimizer, weight_decay)
-            schedule.step()
+            row = finetune_step(masks, loss_fn, batch(run.steps), *how, weight_decay)
             run.steps, run.forwards = run.steps + 1, run.forwards + 3
-            enter(dict(step=run.steps, forwards=run.forwards, loss=loss, learning_rate=rate))
-            if run.steps % eval_steps == 0 or run.steps == steps: enter(best.look())
+            best.enter(row)
+            if run.steps % eval_steps == 0 or run.steps == steps: best.look()
     finally: masks.model.train(training)
     best.restore()
     return run
