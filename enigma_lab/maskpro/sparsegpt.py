@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .masks import Layer, Masks, from_groups
-from .scores import unmasked
+from .roles import TRANSPOSED
+from .scores import check_inputs, unmasked
 from .subsets import top_n
 
 # %% ../../nbs/maskpro/35_sparsegpt.ipynb #6c69e5c7
@@ -239,6 +240,11 @@ def check_pruning(
     if masks.groups != 'in_channels':
         raise ValueError("SparseGPT needs groups along the input channels, 'in_channels', got "
             f"{masks.groups!r}")
+    check_inputs(masks.layers, 'SparseGPT')
+    turned = [layer.name for layer in masks.layers if isinstance(layer.module, TRANSPOSED)]
+    if turned: raise ValueError(
+        f"SparseGPT is not written for transposed convolutions, got {turned[:3]}; add the names "
+        "to protect, or choose another method")
     if not damp > 0: raise ValueError(f"damp must be above 0, got {damp}")
     if block < 1 or block % masks.m:
         raise ValueError(f"block must be a multiple of M = {masks.m} columns, got {block}")
