@@ -151,7 +151,9 @@ def plot_costs(
         ax.plot([x, x], [t['from'], t['to']], color='C0' if frozen else 'C1')
         ax.plot(x, t['1 - cosine'], 'o' if frozen else 's', color='C0' if frozen else 'C1')
         ax.annotate(row, (x, t['1 - cosine']), xytext=(5, 4), textcoords='offset points')
-    ax.set(xscale='log', xlabel='CPU seconds', ylabel='1 - cosine', ylim=(0, None))
+    longest = table['CPU seconds'].max()
+    ax.set(xscale='log', xlabel='CPU seconds', ylabel='1 - cosine', xlim=(None, 8*longest),
+           ylim=(0, 1.12*table['to'].max()))
     return ax
 
 # %% ../../nbs/bench/54_maskpro_minilm.ipynb #9008f027
