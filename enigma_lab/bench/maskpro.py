@@ -101,6 +101,8 @@ def apply_part(
     batch = lambda k: draw_batch(train, 64, num_steps, torch.Generator().manual_seed(
         batch_seed(seed, first + k)))
     few = [batch(2**30 + k) for k in range(8)]
+    if half and part not in ('magnitude', 'sparsegpt-mask', 'sparsegpt'):
+        raise ValueError(f"half of the weights is for magnitude and SparseGPT, got {part!r}")
     if part == 'magnitude' and half: masks.set(largest_half(masks), strict=False)
     elif part in KINDS: masks.set(initial_mask(masks, part, loss, few, seed))
     elif part.startswith('sparsegpt'):
