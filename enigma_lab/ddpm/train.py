@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['presets', 'settings', 'task', 'make_average', 'Denoiser', 'NoisedImages', 'EachPass', 'DDPMTrainConfig',
            'make_ddpm_config', 'DDPMTaskData', 'prepare_ddpm', 'mean_loss', 'evaluate_ddpm', 'draw_losses',
-           'find_pipeline', 'load_pipeline', 'save', 'evaluate', 'train_ddpm']
+           'find_pipeline', 'check_pipeline', 'load_pipeline', 'save', 'evaluate', 'train_ddpm']
 
 # %% ../../nbs/ddpm/20_train.ipynb #3550e7f7
 import re
@@ -27,7 +27,7 @@ from .model import (
 from ..lab.config import TrainingConfig, check_precision
 from ..lab.plot import plot_curves
 from ..lab.progress import Measure
-from ..lab.runs import Run, find_run
+from ..lab.runs import Run, find_run, read_json
 from ..lab.settings import Settings, make_settings
 from ..lab.task import Task, main, run_task, training_report
 from ..lab.checkpoint import save_model
@@ -265,6 +265,20 @@ def find_pipeline(
         "a pipeline must be a run with a checkpoint, a folder with model_index.json, or a hub id, "
         f"got {str(getattr(source, 'path', source))!r}; papermill nbs/train_ddpm.ipynb makes one")
 
+# %% ../../nbs/ddpm/20_train.ipynb #73beafb4
+def check_pipeline(
+    folder:str|Path, # with model_index.json, or a hub id, which is not looked at
+):
+    "Refuse a pipeline that is more than a UNet and its schedule."
+    index = Path(folder)/'model_index.json'
+    known = read_json(index) if index.is_file() else {}
+    parts = {name for name in known if not name.startswith('_')}
+    if known and parts != {'unet', 'scheduler'}:
+        raise ValueError("a pipeline must be a UNet and a scheduler, which need nothing but noised "
+            f"images and timesteps, got a {known.get('_class_name')} of {sorted(parts)} in "
+            f"{folder}; load its network yourself, and give it to learn_masks with "
+            "loss_fn(model, batch)")
+
 # %% ../../nbs/ddpm/20_train.ipynb #6ca34c99
 def load_pipeline(
     source, # a `Run`, a run's name ('' for the newest), a folder with model_index.json, or a hub id
@@ -273,6 +287,7 @@ def load_pipeline(
     from diffusers import DDPMPipeline, DDPMScheduler
     from diffusers.utils import logging
     found, shown = find_pipeline(source), logging.is_progress_bar_enabled()
+    check_pipeline(found)
     logging.disable_progress_bar()
     try: pipe = DDPMPipeline.from_pretrained(found)
     except (OSError, ValueError, RuntimeError) as e:

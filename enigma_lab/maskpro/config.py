@@ -30,6 +30,7 @@ class MaskProConfig:
     m:int = 4 # of so many
     groups:str = 'in_channels' # 'in_channels' | 'flat'
     targets:str = 'all' # layers by name, several with commas
+    protect:str = '' # more layers that stay dense, by name, several with commas
     estimator:str = 'simple' # of `METHODS`
     learning_rate:float = 0. # peak; 0: the estimator's
     logits:float = 0. # gap at the beginning; 0: the estimator's

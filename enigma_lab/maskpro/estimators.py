@@ -26,8 +26,9 @@ class Objective:
         loss_fn, # `loss_fn(model, part)` -> scalar tensor
         initial:Tensor, # (G, M) mask that others are compared with
         accelerator=None, # accelerate's, where several processes share the parts of a batch
+        allow_unused:bool=False, # True: layers that take no part in the loss have no slope
     ):
-        self.masks, self.loss_fn = masks, loss_fn
+        self.masks, self.loss_fn, self.allow_unused = masks, loss_fn, allow_unused
         self.initial, self.accelerator = initial, accelerator
         self.forwards, self.known, self.seconds = 0, {}, 0.
 
@@ -66,7 +67,8 @@ def loss_and_grad(self:Objective,
     "Compute the loss and its derivative by the mask, at the cost of three forwards."
     self.forwards += 3
     begin = time.perf_counter()
-    found = [self.masks.loss_and_grad(self.loss_fn, part, mask) for part in self._mine(batch)]
+    found = [self.masks.loss_and_grad(self.loss_fn, part, mask, self.allow_unused)
+             for part in self._mine(batch)]
     losses = [torch.tensor(value, dtype=torch.float64) for value, _ in found]
     loss = checked(self._mean(losses, batch)).item()
     grad = self._mean([grad for _, grad in found], batch)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STATE', 'parts_of', 'batch_seed', 'pool_fingerprint', 'LearnConfig', 'Learner', 'remove_older', 'MaskRun',
-           'check_loss', 'masks_on', 'Pace', 'run_learner', 'starting_mask', 'make_learner', 'finish_learning',
-           'learn_masks']
+           'weights_read', 'check_loss', 'masks_on', 'Pace', 'run_learner', 'starting_mask', 'make_learner',
+           'finish_learning', 'learn_masks']
 
 # %% ../../nbs/maskpro/50_learn.ipynb #d812880f
-import hashlib, json, math, os, shutil, time
+import hashlib, json, math, os, shutil, time, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from ..lab.checkpoint import DIGESTS, file_digests, last_checkpoint
 from ..lab.runs import Run, write_json
 from .estimators import Method, Objective, make_method
-from .masks import Masks, PROTECTED, apply_masks, find_masks, mask_of
+from .masks import (
+    Masks, NMMask, PROTECTED, apply_masks, find_masks, how_to_leave_dense, mask_of)
 from .scores import initial_mask
 from .subsets import NMDistribution
 
@@ -68,6 +70,7 @@ class LearnConfig:
     seed:int = 0 # of the masks that are tried
     eval_steps:int = 100 # updates between two looks at validation
     patience:int = 0 # looks without improvement; then the best is kept; 0: never stop
+    allow_unused:bool = False # True: masks of layers that take no part in the loss stay
 
     def __post_init__(self):
         make_method(self.estimator)
@@ -184,7 +187,9 @@ def mode(self:Learner,
 def identity(self:Learner)->dict: # what a state must share with the learner that goes on from it
     "Describe what is being learned, and how."
     first = self.batches(0) if callable(self.batches) else self.batches
-    return dict(asdict(self.config), initial=pool_fingerprint([self.initial]),
+    config = asdict(self.config)
+    config.pop('allow_unused') # it refuses, or does not, and changes no mask
+    return dict(config, initial=pool_fingerprint([self.initial]),
         batches=pool_fingerprint([first]),
         weights=pool_fingerprint([self.objective.masks.weights()]))
 
@@ -285,12 +290,35 @@ class MaskRun:
         return (self.learned != self.initial).any(1).float().mean().item()
 
 # %% ../../nbs/maskpro/50_learn.ipynb #75678aef
+@contextmanager
+def weights_read(
+    masks:Masks, # of a model
+): # a context; the names of the layers whose weights are read in it
+    "Watch which masked weights a model uses."
+    names, seen = {id(layer.mask): layer.name for layer in masks.layers}, set()
+    def note(module, *_): seen.add(names.get(id(module.mask)))
+    hooks = [module.register_forward_hook(note) for module in masks.model.modules()
+             if isinstance(module, NMMask)]
+    try: yield seen
+    finally:
+        for hook in hooks: hook.remove()
+
+# %% ../../nbs/maskpro/50_learn.ipynb #7d3b4f73
 def check_loss(
     objective:Objective, # to be learned from
     batch:list, # parts
 ):
-    "Refuse a loss that is no number or another one each time."
-    first, again = (objective.aside(objective.initial, [batch]) for _ in range(2))
+    "Refuse a loss that is no number, another one each time, or of less than the model."
+    with weights_read(objective.masks) as seen, warnings.catch_warnings():
+        warnings.filterwarnings('error', 'Using a target size') # torch broadcasts, and warns
+        try: first, again = (objective.aside(objective.initial, [batch]) for _ in range(2))
+        except UserWarning as e:
+            raise ValueError(f"a prediction and its target must have the same shape: {e}") from e
+    unread = [layer.name for layer in objective.masks.layers if layer.name not in seen]
+    if unread and not objective.allow_unused:
+        raise ValueError(f"the loss must use every masked layer, got {len(unread)} of "
+            f"{len(objective.masks.layers)} that it does not: {unread[:5]}; "
+            f"{how_to_leave_dense(unread)}, or say allow_unused=True")
     if first != again:
         raise ValueError(f"the loss must be the same for the same mask and batch, "
             f"got {first!r} and {again!r}; what is random about it belongs into the batch")
@@ -364,6 +392,7 @@ def starting_mask(
     masks.check(start)
     return start
 
+# %% ../../nbs/maskpro/50_learn.ipynb #184333d6
 def make_learner(
     masks:Masks, # of a model
     loss_fn, # `loss_fn(model, batch)` -> scalar tensor, the same for the same batch
@@ -374,7 +403,7 @@ def make_learner(
     accelerator=None, # where several processes share the parts of a batch
 )->Learner: # of the first step
     "Make a learner, after its loss was checked."
-    objective = Objective(masks, loss_fn, start, accelerator)
+    objective = Objective(masks, loss_fn, start, accelerator, config.allow_unused)
     check_loss(objective, parts_of(batches(0) if callable(batches) else batches[0]))
     if baselines is not None:
         objective.known, objective.forwards = dict(enumerate(baselines)), len(baselines)

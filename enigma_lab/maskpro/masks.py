@@ -7,7 +7,8 @@ __all__ = ['PARTS', 'BAKED', 'PROTECTED', 'input_axis', 'to_groups', 'from_group
            'masks_in', 'state_with_products', 'load_products', 'reduce_masked', 'empty_layer', 'restore_masked',
            'add_mask', 'SparseSaver', 'sparsity_noted', 'let_save', 'matches', 'check_targets', 'choose_layers',
            'owners', 'why_dense', 'adapter_layers', 'Layer', 'Masks', 'detach', 'attach', 'find_masks', 'apply_masks',
-           'one_number', 'verify_masks', 'remove_masks', 'verify_weights', 'mask_report', 'column_summary']
+           'one_number', 'how_to_leave_dense', 'verify_masks', 'remove_masks', 'verify_weights', 'mask_report',
+           'column_summary']
 
 # %% ../../nbs/maskpro/20_masks.ipynb #42a39e8d
 import copy, math, re
@@ -557,9 +558,8 @@ def loss_and_grad(self:Masks,
     unused = [layer.name for layer, g in zip(self.layers, grads) if g is None]
     if unused and not allow_unused:
         raise ValueError(f"the loss must depend on every masked layer, got {len(unused)} that "
-            f"autograd does not reach: {unused[:5]}; "
-            "leave them dense, store activations instead of recomputing them, or say "
-            "allow_unused=True")
+            f"autograd does not reach: {unused[:5]}; {how_to_leave_dense(unused)}, store "
+            "activations instead of recomputing them, or say allow_unused=True")
     slopes = (torch.zeros_like(b) if g is None else g for b, g in zip(buffers, grads))
     return loss.item(), self.pack(dict(zip((layer.name for layer in self.layers), slopes)))
 
@@ -571,6 +571,14 @@ def one_number(
     if isinstance(loss, Tensor) and loss.numel() == 1: return loss
     got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
     raise ValueError(f"loss_fn must return a tensor with one number, got {got}")
+
+# %% ../../nbs/maskpro/20_masks.ipynb #2aea1c09
+def how_to_leave_dense(
+    names:list, # of layers
+)->str: # advice, for Python and for the command line
+    "Tell how to mask a model without these layers."
+    return (f"leave them dense with protect=[*PROTECTED, {', '.join(map(repr, names))}], on the "
+            f"command line with protect={','.join(names)}")
 
 # %% ../../nbs/maskpro/20_masks.ipynb #17666809
 def verify_masks(

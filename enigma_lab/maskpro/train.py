@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MaskTask', 'fast_device', 'own_device', 'one_thread', 'load_task', 'config_of', 'need', 'model_name', 'apart',
-           'first_masks', 'scored_mask', 'take_learning', 'make_masks', 'open_masks', 'open_record', 'claim', 'task_of',
-           'with_masks', 'baseline', 'write_baseline', 'masks_loss', 'known_baselines', 'learn', 'begin_learning',
-           'learn_here', 'forget_rows', 'was_asked', 'join_world', 'logger', 'save_learned', 'save_pipeline', 'curves',
-           'evaluate', 'metrics_of', 'three_models', 'take_part', 'all_steps', 'train_maskpro', 'kept_beside']
+           'more_protected', 'first_masks', 'scored_mask', 'take_learning', 'make_masks', 'open_masks', 'open_record',
+           'claim', 'task_of', 'with_masks', 'baseline', 'write_baseline', 'masks_loss', 'known_baselines', 'learn',
+           'begin_learning', 'learn_here', 'forget_rows', 'was_asked', 'join_world', 'logger', 'save_learned',
+           'save_pipeline', 'curves', 'evaluate', 'metrics_of', 'check_checkpoint', 'three_models', 'take_part',
+           'all_steps', 'train_maskpro', 'kept_beside']
 
 # %% ../../nbs/maskpro/55_train.ipynb #f968d0df
 import json, os, shutil
@@ -26,7 +27,8 @@ from torch import Tensor
 from ..data.images import Images, load_images
 from ..ddpm.metrics import (
     InceptionFeatures, compare_samples, distance_report, train_features)
-from ..ddpm.model import DenoisingLoss, Noised, draw_batch, fixed_batches
+from ..ddpm.model import (
+    DenoisingLoss, Noised, check_denoiser, draw_batch, fixed_batches)
 from ..ddpm.train import find_pipeline, load_pipeline
 from ..lab.checkpoint import (
     check_alive, check_data, find_finished, resume_from, same_training, take_checkpoints)
@@ -38,15 +40,16 @@ from ..lab.runs import (
     this_process, write_json, write_whole)
 from ..lab.stats import minimal_detectable_effect
 from ..lab.task import leads, others_wait, share_record
-from ..lab.trackers import open_tracker
-from ..lab.trainer import StopOnSignal, listening, note_end
 
 # %% ../../nbs/maskpro/55_train.ipynb #e78356c0
+from ..lab.trackers import open_tracker
+from ..lab.trainer import StopOnSignal, listening, note_end
 from .config import MaskProConfig, steps_of
 from .estimators import make_method
 from .evaluate import evaluate_models
 from .learn import MaskRun, batch_seed, learn_masks, pool_fingerprint
-from .masks import Masks, apply_masks, remove_masks, verify_masks
+from .masks import (
+    Masks, PROTECTED, apply_masks, matches, remove_masks, verify_masks, without_parts)
 from .presets import make_maskpro_config
 from .scores import extract_masks, initial_mask, project
 from .storage import load_masks, save_masks
@@ -124,11 +127,13 @@ def load_task(
     with one_thread(config):
         unet, scheduler = load_pipeline(config.model)
         images = load_images(config.dataset)
-    if images.shape[0] != unet.config.in_channels:
-        raise ValueError(f"the model must take the images' channels, {images.shape[0]} of "
-            f"{config.dataset!r}, got {unet.config.in_channels}")
-    train = images.train[:config.dataset_size or None].to(device)
-    return MaskTask(config, unet.to(device), scheduler, images, train)
+        check_denoiser(unet, images.shape)
+        train = images.train[:config.dataset_size or None].to(device)
+        task = MaskTask(config, unet.to(device), scheduler, images, train)
+        # one forward, before anything is written or learned
+        some = draw_batch(train, 2, task.num_steps, torch.Generator().manual_seed(0))
+        with torch.no_grad(): task.loss(task.unet, some)
+    return task
 
 def config_of(
     run:Run, # a record
@@ -168,6 +173,19 @@ def apart(
             or why_spawn(config.world//config.nodes, config.nodes))
     return fn(*args) if here else in_child(fn, *args)
 
+# %% ../../nbs/maskpro/55_train.ipynb #e7d3948f
+def more_protected(
+    task:MaskTask, # without masks
+)->list[str]: # names
+    "Read which layers stay dense beside the usual ones."
+    names = [name for name in task.config.protect.split(',') if name]
+    known = [name for name, _ in task.unet.named_modules()]
+    for part in names:
+        if not any(matches(name, part) for name in known):
+            raise ValueError(f"protect must name layers or what contains them, got {part!r}, which "
+                             f"{type(task.unet).__name__} does not have")
+    return names
+
 # %% ../../nbs/maskpro/55_train.ipynb #3714d5c2
 def first_masks(
     task:MaskTask, # without masks
@@ -175,7 +193,8 @@ def first_masks(
     "Apply masks to a model, and set those that the learning starts from."
     config = task.config
     targets = config.targets.split(',') if ',' in config.targets else config.targets
-    masks = apply_masks(task.unet, config.n, config.m, targets, groups=config.groups)
+    protect = [*PROTECTED, *more_protected(task)]
+    masks = apply_masks(task.unet, config.n, config.m, targets, protect, config.groups)
     found = dict(groups=masks.num_groups, layers=len(masks.layers),
         dense={name: str(why) for name, why in masks.dense.items()})
     if Path(config.initial).is_dir():
@@ -557,6 +576,7 @@ def evaluate(
     c = config_of(run)
     task = task_of(run, fast_device(c)) # who started others has done so
     test, models = c.test if test is None else test, three_models(run, task)
+    check_checkpoint(run, models['learned'])
     held_out = task.images.read_test(run) if test else task.images.validation
     batches = fixed_batches(held_out.to(task.train.device), c.repeats, num_steps=task.num_steps)
     found = evaluate_models(models, batches, task.loss, len(held_out), task.scheduler)
@@ -581,6 +601,22 @@ def metrics_of(
     summary = read_json(run.path/'training_summary.json')
     found = {k: v for k, v in found.items() if isinstance(v, (int, float, str))}
     return found | {f'train_{k}': v for k, v in summary.items()}
+
+# %% ../../nbs/maskpro/55_train.ipynb #f6c1f3dd
+def check_checkpoint(
+    run:Run, # with learned masks
+    learned:torch.nn.Module, # its dense model with the learned masks
+):
+    "Refuse a record whose pipeline is not its dense model with its learned masks."
+    if not (run.checkpoint/'model_index.json').is_file(): return # a curated record has none
+    saved, now = load_pipeline(run)[0].state_dict(), without_parts(learned.state_dict())
+    wrong = [name for name, value in now.items()
+             if name not in saved or not torch.equal(saved[name], value.cpu())]
+    if wrong:
+        raise ValueError(f"the pipeline of a record must be its dense model with the learned masks "
+            f"multiplied in, got other numbers in {len(wrong)} of {len(now)} tensors of "
+            f"{run.name}, {wrong[0]!r} first; the dense model {run.config['model']} or the "
+            "record's checkpoint has changed since it was learned")
 
 # %% ../../nbs/maskpro/55_train.ipynb #eb2d689c
 def three_models(
