@@ -20,7 +20,7 @@ from ..data.images import as_pixels
 from ..lab.runs import Run, find_run
 from ..ddpm.model import make_scheduler, make_unet, sample_images
 from ..ddpm.train import load_pipeline
-from ..maskpro.masks import apply_masks, find_masks, mask_report, remove_masks
+from ..maskpro.masks import apply_masks, find_masks, mask_report, without_parts
 from ..maskpro.scores import initial_mask
 from ..maskpro.train import MaskTask, config_of, need, three_models
 
@@ -60,7 +60,7 @@ def check_dense(
 ):
     "Compare a dense model with the run's. Raises ValueError if it is another one."
     saved = load_pipeline(run)[0].state_dict()
-    now = remove_masks(deepcopy(learned)).state_dict()
+    now = without_parts(learned.state_dict())
     for name, w in saved.items():
         if torch.equal(w, now[name]): continue
         raise ValueError("a mask must be shown on the model it was learned on, got other weights "

@@ -11,7 +11,7 @@ __all__ = ['MaskTask', 'fast_device', 'own_device', 'one_thread', 'load_task', '
            'all_steps', 'train_maskpro', 'kept_beside']
 
 # %% ../../nbs/maskpro/55_train.ipynb #f968d0df
-import json, os, shutil
+import json, os, shutil, warnings
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -576,7 +576,6 @@ def evaluate(
     c = config_of(run)
     task = task_of(run, fast_device(c)) # who started others has done so
     test, models = c.test if test is None else test, three_models(run, task)
-    check_checkpoint(run, models['learned'])
     held_out = task.images.read_test(run) if test else task.images.validation
     batches = fixed_batches(held_out.to(task.train.device), c.repeats, num_steps=task.num_steps)
     found = evaluate_models(models, batches, task.loss, len(held_out), task.scheduler)
@@ -604,11 +603,10 @@ def metrics_of(
 
 # %% ../../nbs/maskpro/55_train.ipynb #f6c1f3dd
 def check_checkpoint(
-    run:Run, # with learned masks
+    run:Run, # with learned masks and a pipeline
     learned:torch.nn.Module, # its dense model with the learned masks
 ):
     "Refuse a record whose pipeline is not its dense model with its learned masks."
-    if not (run.checkpoint/'model_index.json').is_file(): return # a curated record has none
     saved, now = load_pipeline(run)[0].state_dict(), without_parts(learned.state_dict())
     wrong = [name for name, value in now.items()
              if name not in saved or not torch.equal(saved[name], value.cpu())]
@@ -623,12 +621,16 @@ def three_models(
     run:Run, # with initial and learned masks
     task:MaskTask, # with the dense model
 )->dict: # name -> model in eval mode
-    "Copy the model: dense, with initial masks, with learned masks."
-    models = {'dense': task.unet}
+    "Copy the model: dense, with initial masks, with learned masks, as the record's pipeline has."
+    models, has_pipeline = {'dense': task.unet}, (run.checkpoint/'model_index.json').is_file()
     for name in ('initial', 'learned'):
         models[name] = deepcopy(task.unet)
-        load_masks(run.path/f'{name}_masks.safetensors', models[name])
+        with warnings.catch_warnings():
+            # a file that did not note its weights is known by the pipeline
+            if has_pipeline: warnings.filterwarnings('ignore', '.*did not note for which weights')
+            load_masks(run.path/f'{name}_masks.safetensors', models[name])
         verify_masks(models[name])
+    if has_pipeline: check_checkpoint(run, models['learned'])
     return models
 
 # %% ../../nbs/maskpro/55_train.ipynb #06b8a557
