@@ -40,8 +40,11 @@ def test_four_commands(home):
     "One after the other; each names the one before when it is missing."
     wrong = command('enigma-lab', 'maskpro', 'baseline')
     assert wrong.returncode == 1 and 'run `enigma-lab maskpro masks` first' in wrong.stderr
-    begun = command('enigma-lab', 'maskpro', 'masks', 'preset=smoke', 'estimator=pge')
+    begun = command('enigma-lab', 'maskpro', 'masks', 'preset=smoke', 'estimator=pge',
+                    'protect=mid_block')
     assert begun.returncode == 0, begun.stderr
+    dense = json.loads((newest().path/'initial_masks.json').read_text())['dense']
+    assert dense['mid_block.attentions.0.to_q'] == "protected by 'mid_block'"
     for early, needed in (('learn', 'baseline'), ('evaluate', 'learn')):
         wrong = command('enigma-lab', 'maskpro', early)
         assert (
@@ -315,6 +318,20 @@ def test_the_notebooks(home):
         'floor_frechet',
         'train_changed',
     } <= metrics.keys()
+
+@pytest.mark.parametrize('name', ['initial', 'learned'])
+def test_masks_of_the_showcase(name):
+    "Its dense model with its learned masks is its pipeline, to the last bit."
+    from enigma_lab.ddpm.train import load_pipeline
+    from enigma_lab.maskpro.masks import remove_masks
+    from enigma_lab.maskpro.storage import load_masks
+    folder = ROOT/'runs'/'showcase'/'maskpro'
+    saved, (unet, _) = load_pipeline(folder/'checkpoint')[0].state_dict(), load_pipeline(
+        folder/'dense')
+    with pytest.warns(UserWarning, match='did not note for which weights'):
+        load_masks(folder/f'{name}_masks.safetensors', unet)
+    found = remove_masks(unet).state_dict()
+    assert all(torch.equal(found[k], v) for k, v in saved.items()) == (name == 'learned')
 
 @pytest.mark.parametrize('kind', ['gpt2', 'enigma'])
 def test_language_models(kind):

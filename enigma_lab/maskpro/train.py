@@ -130,7 +130,7 @@ def load_task(
         check_denoiser(unet, images.shape)
         train = images.train[:config.dataset_size or None].to(device)
         task = MaskTask(config, unet.to(device), scheduler, images, train)
-        # one forward, before anything is written or learned
+    if config.world == 1 or found_world(): # one forward, where no copy of the process is made
         some = draw_batch(train, 2, task.num_steps, torch.Generator().manual_seed(0))
         with torch.no_grad(): task.loss(task.unet, some)
     return task
