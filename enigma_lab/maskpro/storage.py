@@ -189,9 +189,8 @@ def load_masks(
     if weights: check_weights(path, model)
     values = decode_masks(codes, n, m)
     if not has_masks(model):
-        found = find_weights(model)
-        layers = {name: found[name] for name, _ in header['layers']}
-        return attach(model, layers, n, m, groups, values=values)
+        names, found = [name for name, _ in header['layers']], find_weights(model)
+        return attach(model, {k: found[k] for k in names}, n, m, groups, values=values)
     masks = find_masks(model)
     if header_of(masks) != header:
         raise ValueError("a model and the masks it loads must have the same pattern and layers, "
