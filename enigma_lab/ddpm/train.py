@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['presets', 'settings', 'task', 'make_average', 'Denoiser', 'NoisedImages', 'EachPass', 'DDPMTrainConfig',
            'make_ddpm_config', 'DDPMTaskData', 'prepare_ddpm', 'mean_loss', 'evaluate_ddpm', 'draw_losses',
-           'find_pipeline', 'check_pipeline', 'load_pipeline', 'save', 'evaluate', 'train_ddpm']
+           'find_pipeline', 'check_pipeline', 'load_pipeline', 'find_scheduler', 'save', 'evaluate', 'train_ddpm']
 
 # %% ../../nbs/ddpm/20_train.ipynb #3550e7f7
 import re
@@ -297,6 +297,25 @@ def load_pipeline(
     finally:
         if shown: logging.enable_progress_bar()
     return pipe.unet.eval().float(), DDPMScheduler.from_config(pipe.scheduler.config)
+
+# %% ../../nbs/ddpm/20_train.ipynb #8fd9a105
+def find_scheduler(
+    folder:Path, # of a pipeline, or of a denoiser alone
+): # diffusers' DDPMScheduler
+    "Load the noise schedule of a folder, or of the pipeline that it is a part of."
+    from diffusers import DDPMScheduler
+    name = 'scheduler_config.json'
+    places = folder/'scheduler'/name, folder/name, folder.parent/'scheduler'/name
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"a denoiser needs its noise schedule, got no scheduler/{name} in {folder}; "
+            "scheduler.save_pretrained puts it there")
+    config = read_json(path)
+    if 'beta_schedule' not in config:
+        raise ValueError("a noise schedule must have a beta_schedule, got none in "
+            f"{config.get('_class_name')} of {path}; give --loss, a Python file with its loss")
+    return DDPMScheduler.from_config(config)
 
 # %% ../../nbs/ddpm/20_train.ipynb #d9005d15
 def save(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_MODELS', 'kind_of_folder', 'PruneTask', 'seeded', 'TestReads', 'Corrupted', 'SampleLoss', 'DenoiserLoss',
-           'find_scheduler', 'open_part', 'place_of', 'num_classes_of', 'check_images', 'encode_images',
-           'held_out_images', 'diffusion_task', 'NextTokenLoss', 'token_windows', 'language_task', 'SentenceBatch',
-           'CosineLoss', 'pooling_of', 'read_sentences', 'SentenceBatches', 'encoder_task', 'sentence_task',
-           'load_file', 'open_any', 'OwnLoss', 'own_task', 'stored_dtype', 'open_task', 'try_loss']
+           'open_part', 'place_of', 'num_classes_of', 'check_images', 'encode_images', 'held_out_images',
+           'diffusion_task', 'NextTokenLoss', 'token_windows', 'language_task', 'SentenceBatch', 'CosineLoss',
+           'pooling_of', 'read_sentences', 'SentenceBatches', 'encoder_task', 'sentence_task', 'load_file', 'open_any',
+           'OwnLoss', 'own_task', 'stored_dtype', 'open_task', 'try_loss']
 
 # %% ../../nbs/maskpro/74_folders.ipynb #585d5a56
 import importlib.util, re
@@ -27,6 +27,7 @@ from ..data.tables import plain_suffix
 from ..data.text import drop_duplicates, load_text, split_documents
 from ..data.windows import encode_texts
 from ..ddpm.model import fixed_batches, stratified_times
+from ..ddpm.train import find_scheduler
 from ..lab.runs import read_json
 from .learn import batch_seed
 
@@ -136,24 +137,6 @@ def each(self:DenoiserLoss,
     return (out[:, :C] - self.target(batch)).square().flatten(1).mean(1)
 
 # %% ../../nbs/maskpro/74_folders.ipynb #47c416cf
-def find_scheduler(
-    folder:Path, # of a pipeline, or of a denoiser alone
-): # diffusers' DDPMScheduler
-    "Load the noise schedule of a folder, or of the pipeline that it is a part of."
-    from diffusers import DDPMScheduler
-    name = 'scheduler_config.json'
-    places = folder/'scheduler'/name, folder/name, folder.parent/'scheduler'/name
-    path = next((p for p in places if p.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"a denoiser needs its noise schedule, got no scheduler/{name} in {folder}; "
-            "scheduler.save_pretrained puts it there")
-    config = read_json(path)
-    if 'beta_schedule' not in config:
-        raise ValueError("a noise schedule must have a beta_schedule, got none in "
-            f"{config.get('_class_name')} of {path}; give --loss, a Python file with its loss")
-    return DDPMScheduler.from_config(config)
-
 def open_part(
     folder:Path, # with a config.json of diffusers
 )->nn.Module: # in eval mode, float32
