@@ -312,7 +312,7 @@ def byte_prices(
 
 # %% ../../nbs/bench/34_sequence.ipynb #928ecef4
 EFFORT = dict( # what a task takes where nothing else is asked
-    copy=dict(seq_len=[100, 300, 1000], updates=240, batch_size=8, eval_steps=20, layers=1),
+    copy=dict(seq_len=[100, 300, 1000, 2000], updates=240, batch_size=8, eval_steps=20, layers=1),
     recall=dict(seq_len=[16, 24, 32], updates=500, batch_size=32, eval_steps=50, layers=2),
     enwik8=dict(seq_len=[100], updates=100, batch_size=8, eval_steps=50, layers=2))
 RATES_TRIED, SEEDS = [1e-3, 3e-3, 1e-2, 3e-2], [0, 1, 2]
