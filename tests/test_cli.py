@@ -116,8 +116,8 @@ def test_json(committed, capsys):
     for run in committed:
         assert (told[run.name]['config'], told[run.name]['metrics'],
                 told[run.name]['state']) == (run.config, run.metrics, 'finished')
-    some = [json.loads(line) for line in said(capsys, 'runs', 'train_enigma', '--json', '--columns',
-                                              'name,seed')[1].splitlines()]
+    some = [json.loads(line) for line in said(capsys, 'runs', 'train_enigma', '--json', '-n', '0',
+                                              '--columns', 'name,seed')[1].splitlines()]
     assert some == [dict(name=run.name, seed=run.config['seed']) for run in reversed(committed)
                     if run.path.parent.name == 'train_enigma']
 

@@ -37,6 +37,9 @@ def names_on(body, system):
                                 system)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield node.name
         elif isinstance(node, ast.ImportFrom) and node.level: yield '*'
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith('_'):
+            # the C part of a module; of `_typeshed` come types alone
+            if node.module != '_typeshed': yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.AnnAssign): yield ast.unparse(node.target)
         elif isinstance(node, ast.Assign): yield from map(ast.unparse, node.targets)
 
