@@ -145,8 +145,8 @@ LEARN = (
 )
 TRAIN = "import json, sys; from enigma_lab.maskpro.train import train_maskpro\n" \
         "train_maskpro('smoke', **json.loads(sys.argv[1]))"
-PROOF = pytest.mark.proof('maskpro.train', 'maskpro.learn', 'maskpro.masks', 'lab.checkpoint',
-                          'lab.sweep', seeds=(5,))
+PROOF = pytest.mark.proof('maskpro.train', 'maskpro.learn', 'maskpro.layer', 'lab.checkpoint',
+                          'maskpro.masks', 'lab.sweep', seeds=(5,))
 
 def start(*words): return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
 

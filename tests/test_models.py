@@ -12,7 +12,7 @@ from enigma_lab.maskpro.roles import find_weights, plain_name
 from enigma_lab.maskpro.storage import load_masks, save_masks
 from enigma_lab.maskpro.subsets import subsets
 
-pytestmark = pytest.mark.proof('maskpro.roles', 'maskpro.models', 'maskpro.masks',
+pytestmark = pytest.mark.proof('maskpro.roles', 'maskpro.models', 'maskpro.layer', 'maskpro.masks',
                                'maskpro.storage', seeds=(0,))
 
 def run(model, name):

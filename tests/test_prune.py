@@ -121,8 +121,8 @@ def foreign(tmp_path):
         return tmp_path/name, tmp_path/'text.txt' if name == 'gpt2' else 'digits'
     return make
 
-@pytest.mark.proof('maskpro.folders', 'maskpro.prune', 'maskpro.masks', 'maskpro.sparsegpt',
-                   seeds=(0,))
+@pytest.mark.proof('maskpro.folders', 'maskpro.prune', 'maskpro.layer', 'maskpro.sparsegpt',
+                   'maskpro.masks', seeds=(0,))
 @pytest.mark.parametrize('name', LOADERS)
 def test_a_foreign_folder(foreign, tmp_path, name):
     "From a folder to a folder that its own library loads; better than magnitude, and 2:4."

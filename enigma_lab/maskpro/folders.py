@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_MODELS', 'kind_of_folder', 'PruneTask', 'seeded', 'TestReads', 'Corrupted', 'SampleLoss', 'DenoiserLoss',
-           'open_part', 'place_of', 'num_classes_of', 'check_images', 'encode_images', 'held_out_images',
+           'schedule_of', 'open_part', 'place_of', 'num_classes_of', 'check_images', 'encode_images', 'held_out_images',
            'diffusion_task', 'NextTokenLoss', 'token_windows', 'language_task', 'SentenceBatch', 'CosineLoss',
            'pooling_of', 'read_sentences', 'SentenceBatches', 'encoder_task', 'sentence_task', 'load_file', 'open_any',
            'OwnLoss', 'own_task', 'stored_dtype', 'open_task', 'try_loss']
@@ -14,6 +14,7 @@ import importlib.util, re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from ..data.images import load_images
 from ..data.tables import plain_suffix
 from ..data.text import drop_duplicates, load_text, split_documents
 from ..data.windows import encode_texts
-from ..ddpm.model import fixed_batches, stratified_times
+from ..ddpm.model import DenoisingLoss, fixed_batches, stratified_times
 from ..ddpm.train import find_scheduler
 from ..lab.runs import read_json
 from .learn import batch_seed
@@ -103,38 +104,24 @@ class SampleLoss:
         return self.each(model, batch).mean()
 
 # %% ../../nbs/maskpro/74_folders.ipynb #d6321d71
-class DenoiserLoss(SampleLoss):
-    "Measure the squared error of what a denoiser predicts: noise, image or velocity."
-    def __init__(self,
-        scheduler, # of diffusers, with `add_noise`
-    ):
-        self.scheduler, self.predicts = scheduler, scheduler.config.prediction_type
-        if self.predicts not in ('epsilon', 'sample', 'v_prediction'):
-            raise ValueError("a denoiser must predict 'epsilon', 'sample' or 'v_prediction', got "
-                             f"{self.predicts!r}; give --loss, a Python file with its loss")
-
-    def target(self,
+class DenoiserLoss(DenoisingLoss):
+    "Measure the squared error of a denoiser that may be given classes."
+    def each(self,
+        model:nn.Module, # from x_t, t and perhaps classes to the prediction
         batch:Corrupted, # images, times and noise
-    )->Tensor: # (B, C, H, W)
-        "Compute what is to be predicted."
-        if self.predicts == 'epsilon': return batch.noise
-        if self.predicts == 'sample': return batch.x
-        return self.scheduler.get_velocity(batch.x, batch.noise, batch.t)
+    )->Tensor: # (B,)
+        "Return the loss of every image."
+        given = model if batch.labels is None else partial(model, class_labels=batch.labels)
+        return super().each(given, batch)
 
-# %% ../../nbs/maskpro/74_folders.ipynb #12b64cb3
-@patch
-def each(self:DenoiserLoss,
-    model:nn.Module, # from x_t, t and perhaps classes to the prediction
-    batch:Corrupted, # images, times and noise
-)->Tensor: # (B,)
-    "Return the loss of every image."
-    noisy, C = self.scheduler.add_noise(batch.x, batch.noise, batch.t), batch.x.shape[1]
-    out = model(noisy, batch.t, **({} if batch.labels is None else {'class_labels': batch.labels}))
-    out = getattr(out, 'sample', out)
-    if out.shape[1:] not in (batch.x.shape[1:], (2*C, *batch.x.shape[2:])):
-        raise ValueError("a denoiser must give the shape of its images, or twice their channels, "
-                         f"got {tuple(out.shape[1:])} for {tuple(batch.x.shape[1:])}")
-    return (out[:, :C] - self.target(batch)).square().flatten(1).mean(1)
+def schedule_of(
+    folder:Path, # of a pipeline, or of a denoiser alone
+    model:nn.Module, # the denoiser
+): # diffusers' DDPMScheduler
+    "Load a noise schedule; it knows of the variance that twice the channels tell."
+    scheduler, c = find_scheduler(folder), model.config
+    if (c.get('out_channels') or c.in_channels) != 2*c.in_channels: return scheduler
+    return scheduler.from_config(scheduler.config, variance_type='learned_range')
 
 # %% ../../nbs/maskpro/74_folders.ipynb #47c416cf
 def open_part(
@@ -222,7 +209,8 @@ def diffusion_task(
 )->PruneTask: # opened
     "Open a diffusion model with images."
     place, images, reads = place_of(folder), load_images(data), TestReads()
-    model, loss = open_part(folder/place), DenoiserLoss(find_scheduler(folder))
+    model = open_part(folder/place)
+    loss = DenoiserLoss(schedule_of(folder, model))
     vae = open_part(folder/'vae') if place and (folder/'vae').is_dir() else None
     parts = dict(train=images.train, validation=images.validation, test=images.read_test(reads))
     x = {part: encode_images(vae, v if part == 'train' else v[:samples])
@@ -240,7 +228,7 @@ def diffusion_task(
     validation, test = (held_out_images(x[part], y[part], n, T, s)
                         for part, n, s in (('validation', 2, 321), ('test', 4, 123)))
     return PruneTask('diffusion', model, loss, batch, validation, test,
-        f'squared error, {loss.predicts}', len(x['test']), place, dict(images.card(), read=reads))
+        f'squared error, {loss.kind}', len(x['test']), place, dict(images.card(), read=reads))
 
 # %% ../../nbs/maskpro/74_folders.ipynb #f33e768a
 class NextTokenLoss(SampleLoss):

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .masks import Masks, PARTS, attach, find_masks, has_masks
+from .layer import PARTS
+from .masks import Masks, attach, find_masks, has_masks
 from .roles import find_weights
 
 # %% ../../nbs/maskpro/25_storage.ipynb #3eb2f715
