@@ -618,6 +618,7 @@ def maskpro(
     data:str='', # of 'prune': images, a text, or sentences, one a line
     loss:str='', # of 'prune': a Python file with loss(model, batch) and batches(data)
     targets:str='all', # of 'prune': layers by name, several with commas
+    protect:str='', # of 'prune': more layers that stay dense, by name, several with commas
     start:str='sparsegpt', # of 'prune': the mask that simple and pge begin with
     budget:int=1500, # of 'prune': forward-equivalents of simple and pge
     finetune:int=0, # of 'prune': updates of the weights that are left
@@ -625,9 +626,9 @@ def maskpro(
     seed:int=0, # of 'prune': of masks and batches
 ):
     "Learn N:M masks in steps or by preset, or prune a model's folder."
-    if action == 'prune':
-        return prune_folder(words, loss, method=method, nm=nm, data=data, targets=targets,
-            start=start, budget=budget, finetune=finetune, learning_rate=learning_rate, seed=seed)
+    if action == 'prune': return prune_folder(
+        words, loss, method=method, nm=nm, data=data, targets=targets, protect=protect, start=start,
+        budget=budget, finetune=finetune, learning_rate=learning_rate, seed=seed)
     from enigma_lab.maskpro import modes
     if action == 'monitor': return modes.monitor(rounds=rounds)
     if action in modes.preset_groups:

@@ -39,6 +39,7 @@ class PruneConfig:
     method:str = 'sparsegpt' # of `PRUNING`
     nm:str = '2:4' # N weights kept of M
     targets:str = 'all' # layers by name, several with commas
+    protect:str = '' # more layers that stay dense, by name, several with commas
     calibration:int = 16 # batches that scores and SparseGPT see
     start:str = 'sparsegpt' # mask that 'simple' and 'pge' begin with, one of `STARTS`
     budget:int = 1500 # forward-equivalents of 'simple' and 'pge'
@@ -86,7 +87,8 @@ def put_masks(
 )->Masks: # by magnitude
     "Put masks on the layers that the loss reaches."
     targets = config.targets.split(',') if ',' in config.targets else config.targets
-    masks = apply_masks(model, config.n, config.m, targets, protect=(*PROTECTED, *idle))
+    more = [name for name in config.protect.split(',') if name]
+    masks = apply_masks(model, config.n, config.m, targets, protect=(*PROTECTED, *idle, *more))
     masks.dense |= {name: 'the loss does not reach it' for name in idle if name in masks.dense}
     return masks
 

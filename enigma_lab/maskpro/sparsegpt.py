@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .masks import Layer, Masks, from_groups
 from .roles import TRANSPOSED
-from .scores import check_inputs, unmasked
+from .scores import check_inputs, check_seen, unmasked
 from .subsets import top_n
 
 # %% ../../nbs/maskpro/35_sparsegpt.ipynb #6c69e5c7
@@ -107,10 +107,7 @@ def check_hessians(
     layers:list, # that need one
 )->dict: # the same
     "Refuse layers without an input, and inputs that are no numbers."
-    silent = [layer.name for layer in layers if layer.name not in hessians]
-    if silent:
-        raise ValueError(f"SparseGPT needs an input of every masked layer, got none of "
-            f"{len(silent)}, such as {silent[:3]}; are there batches?")
+    check_seen(hessians, layers, 'SparseGPT')
     for name, H in hessians.items():
         if not H.isfinite().all():
             raise ValueError(f"inputs must be finite numbers, and some weight above 0, "
