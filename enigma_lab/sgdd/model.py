@@ -69,11 +69,16 @@ class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's
     num_heads:int=8 # attention heads
     ffn_dim:int=512 # width of the MLPs
     max_len:int=64 # places of a canvas
-    conditioning:str='adaln' # 'cross' | 'memory' | 'adaln'
+    conditioning:str='adaln' # 'cross' | 'memory' | 'adaln' | 'place'
     positions:str='both' # 'both' | 'rope' | 'absolute' | 'none'
     norm:str='pre' # 'pre' | 'post'
     time:bool=False # tell the decoder how much is hidden
     num_memory:int=8 # memory tokens of 'memory'
+    specials_before:int=1 # tokens the encoder puts before a sentence, as [CLS]; for 'place'
+    specials_after:int=1 # tokens the encoder puts behind it, as [SEP]; for 'place'
+    adaln_silu:bool=True # a SiLU behind the linear map of 'adaln'
+    adaln_width:int=0 # numbers that this map leaves of the vector; 0: C
+    adaln_final:bool=False # the last norm is modulated, too
     dropout:float=0. # probability of dropping a feature
     noise:str='absorbing' # 'absorbing' | 'uniform'
     schedule:str='linear' # 'linear' | 'cosine'
@@ -95,6 +100,10 @@ def check_config(
             raise ValueError(f"{name} must be one of {known}, got {getattr(c, name)!r}")
     if not 0 <= c.null_share < 1:
         raise ValueError(f"null_share must lie in [0, 1), got {c.null_share}")
+    if c.conditioning == 'place' and (c.proj_dim or not c.length_head):
+        raise ValueError("'place' needs the coefficients as they are and the sentence's length: "
+                         "proj_dim must be 0 and length_head True, got "
+                         f"{c.proj_dim} and {c.length_head}")
 
 # %% ../../nbs/sgdd/40_model.ipynb #da946f4d
 presets = dict(
@@ -141,7 +150,9 @@ class SGDDModel(nn.Module):
         self.diffusion = DiscreteDiffusion(c.vocab_size, c.mask_id, schedule, c.noise)
         self.decoder = DiffusionDecoder(
             c.vocab_size, cond_dim, c.dim, c.num_layers, c.num_heads, c.ffn_dim, c.max_len,
-            c.conditioning, c.positions, c.norm, c.time, c.num_memory, c.dropout)
+            c.conditioning, c.positions, c.norm, c.time, c.num_memory, c.dropout, c.num_vectors,
+            (c.specials_before, c.specials_after),
+            dict(silu=c.adaln_silu, width=c.adaln_width, final=c.adaln_final))
 
     @property
     def device(self): return self.decoder.embed.weight.device
@@ -303,6 +314,8 @@ def fit_statistics(self:SGDDModel,
     if self.config.standardise:
         self.z_mean.copy_(z.mean(0))
         self.z_std.copy_(z.std(0).clamp(min=1e-6))
+        if self.config.conditioning == 'place':
+            self.decoder.condition.scale.copy_(self.z_std/self.z_std.median())
     if lengths is not None: self.fit_lengths(lengths)
 
 @patch
