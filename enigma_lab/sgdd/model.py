@@ -23,6 +23,7 @@ from .decoder import DiffusionDecoder, svd_embedding
 from .diffusion import CosineNoiseSchedule, DiscreteDiffusion, LinearNoiseSchedule
 from .diffusion import compute_masked_loss, even_times
 from .encoder import SemanticEncoder, check_encoder, fingerprint
+from .vectors import add_noise, as_in_training, floor_deviation
 
 # %% ../../nbs/sgdd/40_model.ipynb #dc1dc01f
 def make_tokenizer(
@@ -64,6 +65,7 @@ class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's
     encoder_dim:int=384 # numbers of a sentence's vector
     proj_dim:int=0 # the vector is projected to so many numbers; 0: not at all
     standardise:bool=True # every coordinate to mean 0 and deviation 1 over the training set
+    vector_noise:float=0. # most noise on a vector in training, relative to its norm
     dim:int=128 # C, features of a token
     num_layers:int=3 # layers of the decoder
     num_heads:int=8 # attention heads
@@ -104,6 +106,8 @@ def check_config(
         raise ValueError("'place' needs the coefficients as they are and the sentence's length: "
                          "proj_dim must be 0 and length_head True, got "
                          f"{c.proj_dim} and {c.length_head}")
+    if not 0 <= c.vector_noise < math.inf:
+        raise ValueError(f"vector_noise must be at least 0, got {c.vector_noise}")
 
 # %% ../../nbs/sgdd/40_model.ipynb #da946f4d
 presets = dict(
@@ -167,7 +171,15 @@ def vector(self:SGDDModel,
         raise ValueError(
             f"a vector must have {self.config.encoder_dim} numbers, as the encoder's, got "
             f"{z.shape[-1]}")
-    return self.projection((z.to(self.device) - self.z_mean)/self.z_std)
+    return self.projection((z.to(self.device) - self.z_mean)/floor_deviation(self.z_std))
+
+@patch
+def as_in_training(self:SGDDModel,
+    z:Tensor, # (B, d) vectors as they come: of any float type, any length, cut or whole
+)->tuple[Tensor,bool]: # (B, encoder_dim) float32; True if only the direction of a vector is known
+    "Bring vectors into the form of the training set's."
+    if not self.config.standardise: return z.float(), False
+    return as_in_training(z, self.z_mean.to(z.device), self.z_std.to(z.device))
 
 # %% ../../nbs/sgdd/40_model.ipynb #c3f5bca7
 @patch
@@ -199,6 +211,16 @@ def noise_source(
     return (None if key is None
             else torch.Generator(device).manual_seed(int(key.sum()) & (2**63 - 1)))
 
+# %% ../../nbs/sgdd/40_model.ipynb #d2ca0749
+@patch
+def noisy(self:SGDDModel,
+    z:Tensor, # (B, encoder_dim) vectors
+    generator:torch.Generator|None=None, # source of randomness; `None`: torch's own
+)->Tensor: # (B, encoder_dim)
+    "Add noise to vectors, each of a level between none and `vector_noise`."
+    level = torch.rand(len(z), 1, device=z.device, generator=generator)
+    return add_noise(z, self.config.vector_noise*level, generator)
+
 # %% ../../nbs/sgdd/40_model.ipynb #86160f8c
 @patch
 def compute_loss(self:SGDDModel,
@@ -215,6 +237,7 @@ def compute_loss(self:SGDDModel,
     x_t, hidden = self.diffusion.q_sample(x_0, u, canvas, at_least_one=c.weights == 'flat',
                                           generator=g)
     dropped = torch.rand(len(x_0), 1, device=x_0.device, generator=g) < c.null_share
+    if c.vector_noise: z = self.noisy(z, g)
     cond = self.vector(z)
     # what is hidden on average, as in sampling
     h = self.decoder.hidden(x_t, torch.where(dropped, self.null, cond),
@@ -313,9 +336,10 @@ def fit_statistics(self:SGDDModel,
     if len(z) < 2: raise ValueError(f"statistics need two vectors at least, got {len(z)}")
     if self.config.standardise:
         self.z_mean.copy_(z.mean(0))
-        self.z_std.copy_(z.std(0).clamp(min=1e-6))
+        self.z_std.copy_(z.std(0))
         if self.config.conditioning == 'place':
-            self.decoder.condition.scale.copy_(self.z_std/self.z_std.median())
+            deviation = floor_deviation(self.z_std)
+            self.decoder.condition.scale.copy_(deviation/deviation.median())
     if lengths is not None: self.fit_lengths(lengths)
 
 @patch
@@ -371,7 +395,7 @@ def generate(self:SGDDModel,
     "Write a sentence for each vector."
     from enigma_lab.sgdd.sampling import maskgit_sample
     if not isinstance(z, Tensor): z = self.encoder.encode(list(z))
-    trajectory = maskgit_sample(self, z, **how)
+    trajectory = maskgit_sample(self, self.as_in_training(z)[0], **how)
     return self.read(trajectory.tokens, trajectory.content)
 
 @patch
