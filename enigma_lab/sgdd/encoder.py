@@ -111,7 +111,8 @@ def encode(self:SemanticEncoder,
             f"a text must hold a word at least, got {texts[empty[0]]!r} at {empty[:5]}")
     if not texts: raise ValueError("texts must hold one text at least, got none")
     if self.model is None: return torch.as_tensor(self.source(texts), dtype=torch.float32)
-    ids = self.tokenizer(texts)['input_ids']
+    # a mark that stands in a text is text
+    ids = self.tokenizer(texts, split_special_tokens=True, verbose=False)['input_ids']
     if long := [i for i, row in enumerate(ids) if len(row) > self.max_tokens]:
         raise ValueError(
             f"a text must have at most max_tokens={self.max_tokens} tokens, got "

@@ -18,6 +18,7 @@ from .diffusion import nelbo
 from .encoder import SemanticEncoder
 from .model import SGDDModel
 from .sampling import maskgit_sample
+from .tokens import target_tokens
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #2c52b0b7
 def check_pairs(
@@ -150,7 +151,7 @@ def normal_form(
     texts:list[str], # any texts
 )->tuple[list[list[int]],list[str]]: # tokens; texts as the model would write them
     "Spell texts with the model's tokens."
-    tokens = model.tokenizer(texts)['input_ids']
+    tokens = target_tokens(model.tokenizer, texts)
     return tokens, [model.tokenizer.decode(row) for row in tokens]
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #877b06e6

@@ -27,9 +27,9 @@ from ..lab.stats import bootstrap
 from ..lab.task import Task, best_val_loss, main, run_task, training_report
 from .encoder import SemanticEncoder, encode_cached
 from .metrics import evaluate_generation
-from .model import (
-    SGDDConfig, SGDDModel, SentenceVectors, make_tokenizer, presets as shapes)
+from .model import SGDDConfig, SGDDModel, SentenceVectors, presets as shapes
 from .reconstruct import reconstruct
+from .tokens import make_tokenizer, target_tokens
 
 # %% ../../nbs/sgdd/70_train.ipynb #1111323a
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SGDDTrainConfig(TrainingConfig):
     base:str = '' # run of phase 1, or a model's folder; phase 2 needs it
     pairs:bool = False # the data are pairs, and phase 1 learns to write both sides of each
     max_sentences:int = 0 # of training; 0: all
-    max_words:int = 12 # of a sentence of natural text
+    max_words:int = 12 # of a sentence of natural text; a Chinese character is a word
     test_sentences:int = 1000 # judged at most, of validation half as many
     loop_sentences:int = 300 # judged with the encoder in the loop at most
     encoder:str = 'minilm' # 'minilm', a folder, or a hub id
@@ -114,7 +114,7 @@ def vectors_of(
 )->tuple[SentenceVectors,Tensor]: # data set; vectors of the sources
     "Pair rows, as tokens, with their vectors; what is too long is left out."
     sources, targets = sides(rows)
-    tokens = model.tokenizer(targets)['input_ids']
+    tokens = target_tokens(model.tokenizer, targets)
     z, keep = encode_cached(model.encoder, sources), within(tokens, model.config.max_len)
     if not keep:
         raise ValueError(
@@ -146,7 +146,8 @@ def read_corpus(
     max_words:int=12, # of a sentence of natural text
 ): # a `Corpus` of sentences, or of pairs
     "Read what a phase learns from."
-    if phase == 1 and not pairs: return load_sentences(data, most, (3, max_words))
+    if phase == 1 and not pairs:
+        return load_sentences(data, most, (3 if data == 'docs' else 1, max_words))
     corpus = load_pairs(data, most)
     return corpus if phase == 2 else both_sides(corpus)
 
@@ -198,7 +199,7 @@ def collapse_signs(
     T = min(model.config.max_len, 12)
     canvas = torch.full((len(z), T), model.config.mask_id, device=model.device)
     logs = model.log_probs(canvas, model.vector(z)).nan_to_num(neginf=0)
-    tokens = [model.tokenizer.tokenize(text) for text in written]
+    tokens = target_tokens(model.tokenizer, written)
     repeated = [sum(a == b for a, b in zip(t, t[1:]))/max(1, len(t) - 1) for t in tokens]
     return dict(place_difference=(logs - logs[:, :1]).abs().amax((1, 2)).mean().item(),
         repeated_share=sum(repeated)/len(repeated),
@@ -214,7 +215,7 @@ def _evaluate_part(
     loop, # with the encoder in the loop, too
 ): # scores; the examples are written to the record
     model = parts.model
-    tokens = model.tokenizer(sides(rows)[1])['input_ids']
+    tokens = target_tokens(model.tokenizer, sides(rows)[1])
     fits = [rows[i] for i in within(tokens, model.config.max_len)]
     sources, targets = sides(fits)
     pairs = sources is not targets
@@ -365,7 +366,7 @@ def _sentences_of(
            if dataset == run.config['data'] else {})
     corpus = read_corpus(dataset, **own, max_words=run.config['max_words'])
     sources, texts = sides(corpus.validation)
-    tokens = model.tokenizer(texts)['input_ids']
+    tokens = target_tokens(model.tokenizer, texts)
     known = within(tokens, model.config.max_len)[:num_samples]
     if len(known) < 2:
         raise ValueError(
