@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['presets', 'make_tokenizer', 'SGDDConfig', 'check_config', 'SGDDModel', 'SGDDOutput', 'noise_source',
-           'SentenceVectors', 'save_best_model', 'load_best_model']
+           'SentenceVectors', 'check_vectors', 'save_best_model', 'load_best_model']
 
 # %% ../../nbs/sgdd/40_model.ipynb #308652bf
 import json, math, shutil, string
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -93,8 +94,13 @@ def check_config(
     for name, known in dict(schedule=('linear', 'cosine'), weights=('flat', 'bound')).items():
         if getattr(c, name) not in known:
             raise ValueError(f"{name} must be one of {known}, got {getattr(c, name)!r}")
-    if not 0 <= c.null_share < 1:
-        raise ValueError(f"null_share must lie in [0, 1), got {c.null_share}")
+    for name in ('null_share', 'dropout'):
+        if not 0 <= getattr(c, name) < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {getattr(c, name)}")
+    for name in ('vocab_size', 'num_vectors', 'encoder_dim', 'dim', 'num_layers', 'num_heads',
+                 'ffn_dim', 'max_len', 'num_memory'):
+        if getattr(c, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(c, name)}")
 
 # %% ../../nbs/sgdd/40_model.ipynb #da946f4d
 presets = dict(
@@ -349,6 +355,50 @@ def read(self:SGDDModel,
     content = ((tokens == c.pad_id) | beyond).cumsum(1) == 0
     return [self.tokenizer.decode(row[keep]) for row, keep in zip(tokens.cpu(), content.cpu())]
 
+# %% ../../nbs/sgdd/40_model.ipynb #6a3e70e1
+def check_vectors(
+    z, # vectors of any kind: torch, numpy, lists; one alone may have one axis
+    dim:int, # numbers of a vector
+    first:int=0, # number of the first vector, for errors
+)->Tensor: # (B, dim) float32
+    "Make a batch of what is given, and refuse what is no vector."
+    try:
+        if not isinstance(z, Tensor):
+            rows = z if isinstance(z, (list, tuple)) else ()
+            z = (torch.stack([*z]) if rows and all(isinstance(row, Tensor) for row in rows)
+                 else torch.from_numpy(np.array(z, dtype=np.float32)))
+        if z.is_complex(): raise TypeError(f'numbers of type {z.dtype}')
+        z = z.detach().float()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError("vectors must be real numbers in rows of equal length, got "
+                         f"{type(z).__name__} ({str(e).splitlines()[0][:100]})") from None
+    z = z[None] if z.ndim == 1 and len(z) else z
+    if not len(z.shape) or not len(z): raise ValueError("there must be one vector at least, got "
+                                                        f"the shape {tuple(z.shape)}")
+    if z.ndim != 2 or z.shape[1] != dim:
+        raise ValueError(f"a vector must have {dim} numbers, as the encoder's, got "
+                         f"{z.shape[-1]} in the shape {tuple(z.shape)}")
+    for what, fine in {'finite': z.isfinite().all(1), 'other than zero': z.any(1)}.items():
+        if not fine.all():
+            rows = (first + (~fine).nonzero()[:, 0]).tolist()
+            raise ValueError(f"a vector must be {what}, and {len(rows)} of these {len(z)} are "
+                             f"not, the first is number {rows[0]}; leave them out")
+    return z
+
+# %% ../../nbs/sgdd/40_model.ipynb #0c7d52a8
+@patch
+def take_vectors(self:SGDDModel,
+    z, # vectors of any kind, or a text or texts whose vectors are taken
+    first:int=0, # number of the first one, for errors
+)->Tensor: # (B, encoder_dim) float32
+    "Take vectors, or encode texts."
+    texts = [z] if isinstance(z, str) else z
+    if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
+        if self.encoder is None:
+            raise ValueError("texts need the model's encoder, got none; give vectors")
+        return self.encoder.encode(list(texts))
+    return check_vectors(z, self.config.encoder_dim, first)
+
 # %% ../../nbs/sgdd/40_model.ipynb #f93aa406
 @patch
 def generate(self:SGDDModel,
@@ -357,14 +407,13 @@ def generate(self:SGDDModel,
 )->list[str]: # texts
     "Write a sentence for each vector."
     from enigma_lab.sgdd.sampling import maskgit_sample
-    if not isinstance(z, Tensor): z = self.encoder.encode(list(z))
-    trajectory = maskgit_sample(self, z, **how)
+    trajectory = maskgit_sample(self, self.take_vectors(z), **how)
     return self.read(trajectory.tokens, trajectory.content)
 
 @patch
 def infill(self:SGDDModel,
     text:str, # a sentence with [MASK] for each token that is to be written
-    z:Tensor, # (encoder_dim,) a vector
+    z, # (encoder_dim,) a vector, or a text whose vector is taken
     **how # settings of `unmask`
 )->str: # the text, filled in
     "Write the hidden tokens of a text."
@@ -372,8 +421,12 @@ def infill(self:SGDDModel,
     ids = self.tokenizer(text, return_tensors='pt')['input_ids'].to(self.device)
     if not (ids == self.config.mask_id).any():
         raise ValueError(f"a text to fill in must hold {self.tokenizer.mask_token}, got {text!r}")
-    filled = unmask(self, z[None].to(self.device), ids, torch.ones_like(ids, dtype=torch.bool),
-                    **how)
+    if ids.shape[1] > self.config.max_len:
+        raise ValueError(f"a text to fill in must have at most max_len={self.config.max_len} "
+                         f"tokens, got {ids.shape[1]}; shorten it")
+    if len(z := self.take_vectors(z)) != 1:
+        raise ValueError(f"a text is filled in by one vector, got {len(z)}; give one of them")
+    filled = unmask(self, z.to(self.device), ids, torch.ones_like(ids, dtype=torch.bool), **how)
     return self.read(filled.tokens)[0]
 
 # %% ../../nbs/sgdd/40_model.ipynb #0e9f5297
