@@ -185,6 +185,7 @@ def evaluate_generation(
     **how # settings of `maskgit_sample`
 )->dict: # ready for a record; intervals as '_from' and '_to'
     "Write, compare, and put the baselines beside it."
+    check_pairs(texts if sources is None else sources, texts)
     z = model.encoder.encode(sources or texts)
     tokens, wanted = normal_form(model, texts)
     trajectories = [maskgit_sample(model, part, **how) for part in z.split(batch_size)]

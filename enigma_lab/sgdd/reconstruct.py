@@ -217,8 +217,8 @@ def reconstruct(
             f"{redrafts} and {rounds}")
     if model.encoder is None:
         raise ValueError("the encoder is the judge: the model must have one, got None")
-    if not isinstance(z, Tensor): z = model.encoder.encode(list(z))
-    search, generator = Search(model, z.cpu()), torch.Generator().manual_seed(seed)
+    z = model.take_vectors(z).cpu()
+    search, generator = Search(model, z), torch.Generator().manual_seed(seed)
     candidates(search, list(range(len(z))), 1, generator)
     if drafts > 1 and search.open: candidates(search, search.open, drafts, generator)
     for round in range(1, rounds + 1):
