@@ -22,6 +22,7 @@ from ..lab.runs import Run, find_run, finish_run, start_run
 from ..lm.model import EnigmaForCausalLM
 from ..maskpro.estimators import METHODS
 from ..maskpro.finetune import finetune
+from ..maskpro.layerwise import layerwise_mask
 from ..maskpro.learn import batch_seed, learn_masks
 from ..maskpro.masks import apply_masks, verify_masks
 from ..maskpro.scores import initial_mask
@@ -52,8 +53,8 @@ def window_losses(
     return torch.cat(found).double()
 
 # %% ../../nbs/bench/52_maskpro_lm.ipynb #4fec8f1c
-ROWS = ('dense', 'magnitude', 'wanda', 'sparsegpt-mask', 'sparsegpt', 'simple', 'pge', 'finetune',
-        *COMBINED)
+ROWS = ('dense', 'magnitude', 'wanda', 'layerwise', 'sparsegpt-mask', 'sparsegpt', 'simple', 'pge',
+        'finetune', *COMBINED)
 
 def apply_part(
     part:str, # of `ROWS`, no combination
@@ -68,6 +69,7 @@ def apply_part(
         if 'changed' in line: run.log(**line)
     if part in ('magnitude', 'wanda'):
         masks.set(initial_mask(masks, part, next_token_loss, pool[:8]))
+    elif part == 'layerwise': layerwise_mask(masks, next_token_loss, pool[:8])
     elif part.startswith('sparsegpt'):
         masks.set(sparsegpt(masks, next_token_loss, pool[:8], update=part == 'sparsegpt')[0])
     elif part == 'finetune':
