@@ -675,7 +675,7 @@ def maskpro(
     no_fid:bool=False, # of 'evaluate': compare losses alone
     validation:bool=False, # of 'evaluate' and modes: leave the test images unread
     rounds:int=0, # of 'monitor': tables; 0: until nothing is running
-    method:str='sparsegpt', # of 'prune': sparsegpt, simple, pge, wanda or magnitude
+    method:str='sparsegpt', # of 'prune': sparsegpt, layerwise, simple, pge, wanda or magnitude
     nm:str='2:4', # of 'prune': weights kept of so many
     data:str='', # of 'prune': images, a text, or sentences, one a line
     loss:str='', # of 'prune': a Python file with loss(model, batch) and batches(data)

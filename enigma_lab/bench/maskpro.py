@@ -26,6 +26,7 @@ from ..maskpro.evaluate import each_loss
 from ..ddpm.metrics import frechet_distance, image_features, train_features
 from ..ddpm.model import sample_images
 from ..maskpro.finetune import finetune
+from ..maskpro.layerwise import layerwise_mask
 from ..maskpro.learn import batch_seed, learn_masks
 from ..maskpro.masks import apply_masks, find_masks, verify_masks
 from ..maskpro.scores import KINDS, initial_mask
@@ -40,10 +41,11 @@ TUNED = {'simple': (.05, .15, .3, .6), 'gumbel': (.02, .05, .1, .2), 'pge': (.25
 UNTUNED = 'pge-literal', 'pge-ported' # as published; as in the port to diffusion models
 # two methods after each other, with the rates that were chosen for each alone
 COMBINED = {f'{a}-{b}': (a, b) for a, b in (('sparsegpt', 'simple'), ('simple', 'finetune'),
-                                           ('sparsegpt', 'finetune'))}
-ROWS = ('dense', *KINDS, *TUNED, *COMBINED, *UNTUNED)
+                                           ('sparsegpt', 'finetune'),
+                                           ('layerwise', 'pge'))}
+ROWS = ('dense', *KINDS, 'layerwise', *TUNED, *COMBINED, *UNTUNED)
 # forward-equivalents of the rows that look at eight batches first
-LOOKS = {'wanda': 8, 'fisher': 24, 'sparsegpt-mask': 8, 'sparsegpt': 8}
+LOOKS = {'wanda': 8, 'fisher': 24, 'sparsegpt-mask': 8, 'sparsegpt': 8, 'layerwise': 16}
 
 def train_ddpm(
     seed:int, # of the dense model
@@ -102,6 +104,7 @@ def apply_part(
     seed, given = run.config['seed'], dict(learning_rate=rate) if rate else {}
     few = [batch(looks + k) for k in range(8)]
     if part in KINDS: masks.set(initial_mask(masks, part, loss, few, seed))
+    elif part == 'layerwise': layerwise_mask(masks, loss, few)
     elif part.startswith('sparsegpt'):
         masks.set(sparsegpt(masks, loss, few, rate or .01, update=part == 'sparsegpt')[0])
     elif part == 'finetune':
@@ -221,7 +224,8 @@ def cells_of(
     cells = []
     for folder in folders:
         for row in ROWS:
-            single = row in ('dense', *KINDS, *once, 'sparsegpt-mask', 'sparsegpt')
+            single = row in ('dense', *KINDS, *once, 'layerwise', 'sparsegpt-mask',
+                              'sparsegpt')
             for seed in seeds[:1] if single else seeds:
                 a, b = COMBINED.get(row, (None, row))
                 cell = dict(row=row, dense=folder, seed=seed, learning_rate=rates.get(b, 0.))

@@ -48,8 +48,8 @@ def window_losses(
     return torch.cat(found).double()
 
 # %% ../../nbs/bench/52_maskpro_lm.ipynb #4fec8f1c
-ROWS = ('dense', 'magnitude', 'wanda', 'sparsegpt-mask', 'sparsegpt', 'simple', 'pge', 'finetune',
-        *COMBINED)
+ROWS = ('dense', 'magnitude', 'wanda', 'layerwise', 'sparsegpt-mask', 'sparsegpt', 'simple', 'pge',
+        'finetune', *COMBINED)
 
 # %% ../../nbs/bench/52_maskpro_lm.ipynb #48ef9ef0
 def apply_row(
