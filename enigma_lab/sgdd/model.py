@@ -24,8 +24,9 @@ from .decoder import DiffusionDecoder, svd_embedding
 from .diffusion import CosineNoiseSchedule, DiscreteDiffusion, LinearNoiseSchedule
 from .diffusion import compute_masked_loss, even_times
 from .encoder import SemanticEncoder, check_encoder, fingerprint
-from .vectors import add_noise, as_in_training, floor_deviation
+from .formats import POOLINGS
 from .tokens import make_tokenizer, target_tokens # noqa: F401
+from .vectors import add_noise, as_in_training, floor_deviation
 
 # %% ../../nbs/sgdd/40_model.ipynb #58ed6a9c
 @dataclass
@@ -34,8 +35,10 @@ class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's
     vocab_size:int # V, rows of the embedding
     mask_id:int # the token that hides
     pad_id:int # the token beyond a sentence's end
-    encoder:str='minilm' # 'minilm', a folder, or a hub id
+    encoder:str='minilm' # 'minilm', a folder, a hub id, or 'module:function'
     num_vectors:int=1 # coefficients of the pooling; 1: the mean
+    pooling:str='mean' # 'mean', 'cls', 'max' or 'last'; empty: the encoder is a function
+    normalise:bool=False # vectors have length 1
     encoder_dim:int=384 # numbers of a sentence's vector
     proj_dim:int=0 # the vector is projected to so many numbers; 0: not at all
     standardise:bool=True # every coordinate to mean 0 and deviation 1 over the training set
@@ -71,7 +74,9 @@ def check_config(
     c:SGDDConfig, # any configuration
 ):
     "Refuse a configuration that no model can have."
-    for name, known in dict(schedule=('linear', 'cosine'), weights=('flat', 'bound')).items():
+    known_words = dict(schedule=('linear', 'cosine'), weights=('flat', 'bound'),
+                       pooling=(*POOLINGS, ''))
+    for name, known in known_words.items():
         if getattr(c, name) not in known:
             raise ValueError(f"{name} must be one of {known}, got {getattr(c, name)!r}")
     for name in ('null_share', 'dropout'):
@@ -335,11 +340,12 @@ def fit_lengths(self:SGDDModel,
 @patch
 def init_embedding(self:SGDDModel):
     "Start from the encoder's embedding of the same pieces, in its best approximation of our width."
-    if self.encoder is None or self.encoder.tokenizer is None:
+    if self.encoder is None or self.encoder.model is None:
         raise ValueError("embeddings come from an encoder that is a transformer, got none")
     table = self.encoder.model.get_input_embeddings().weight.detach()
     rows = self.encoder.tokenizer.convert_tokens_to_ids(
         self.tokenizer.convert_ids_to_tokens(range(self.config.vocab_size)))
+    rows = [row or 0 for row in rows] # a mask of our own has no row
     if min(self.config.dim, *table.shape) == self.config.dim and len(rows) >= self.config.dim:
         self.decoder.embed.weight.data.copy_(svd_embedding(table[rows], self.config.dim))
 
@@ -395,6 +401,17 @@ def check_vectors(
                              f"not, the first is number {rows[0]}; leave them out")
     return z
 
+# %% ../../nbs/sgdd/40_model.ipynb #f93aa406
+@patch
+def encode(self:SGDDModel,
+    texts:list[str], # texts, none of them empty
+)->Tensor: # (B, encoder_dim) vectors
+    "Compute the vectors of texts by the model's encoder."
+    if self.encoder is None:
+        raise ValueError("texts need the encoder, and this model was opened without: give vectors, "
+                         "or open it with its encoder")
+    return self.encoder.encode(list(texts))
+
 # %% ../../nbs/sgdd/40_model.ipynb #0c7d52a8
 @patch
 def take_vectors(self:SGDDModel,
@@ -404,12 +421,10 @@ def take_vectors(self:SGDDModel,
     "Take vectors, or encode texts."
     texts = [z] if isinstance(z, str) else z
     if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
-        if self.encoder is None:
-            raise ValueError("texts need the model's encoder, got none; give vectors")
-        return self.encoder.encode(list(texts))
+        return self.encode(texts)
     return check_vectors(z, self.config.encoder_dim, first)
 
-# %% ../../nbs/sgdd/40_model.ipynb #f93aa406
+# %% ../../nbs/sgdd/40_model.ipynb #065235a5
 @patch
 def generate(self:SGDDModel,
     z, # (B, encoder_dim) vectors, or texts whose vectors are taken
@@ -471,13 +486,27 @@ def save_pretrained(self:SGDDModel,
     (path/'config.json').write_text(json.dumps(stored, indent=1))
     if self.tokenizer is not None: self.tokenizer.save_pretrained(path)
 
+# %% ../../nbs/sgdd/40_model.ipynb #e550e8b2
+def _encoder_of(config, given, origin):
+    if given == 'none' or given is None and origin is None: return None
+    if origin is None:
+        raise ValueError("a model that was saved without an encoder cannot make sure of one; "
+                         "read vectors with encoder='none'")
+    try: found = given or SemanticEncoder(config.encoder, config.num_vectors,
+                                          pooling=config.pooling or 'auto',
+                                          normalise=config.normalise)
+    except (FileNotFoundError, ModuleNotFoundError) as e:
+        raise type(e)(f"{e}; without it vectors are read by encoder='none'") from None
+    check_encoder(found, origin)
+    return found
+
 # %% ../../nbs/sgdd/40_model.ipynb #26f0823f
 @patch(cls_method=True)
 def from_pretrained(cls:SGDDModel,
     path:str|Path, # folder of `save_pretrained`
-    encoder:SemanticEncoder|None=None, # at hand; `None`: the one that is named is opened
+    encoder:SemanticEncoder|str|None=None, # at hand; 'none': without; `None`: the one named
 ): # the model in eval mode
-    "Load a model and make sure of its encoder."
+    "Load a model and make sure of its encoder; without one it reads vectors and judges nothing."
     from transformers import AutoTokenizer
     path = Path(path)
     missing = [name for name in ('config.json', 'model.safetensors', 'tokenizer.json')
@@ -497,9 +526,8 @@ def from_pretrained(cls:SGDDModel,
     if unknown := sorted(stored.keys() - {f.name for f in fields(SGDDConfig)}):
         raise ValueError(f"a config must hold fields of SGDDConfig, got {unknown} in {path}")
     config = SGDDConfig(**stored)
-    encoder = encoder or SemanticEncoder(config.encoder, config.num_vectors)
-    check_encoder(encoder, origin)
-    model = cls(config, encoder, AutoTokenizer.from_pretrained(path))
+    model = cls(config, _encoder_of(config, encoder, origin), AutoTokenizer.from_pretrained(path))
+    model.origin = origin
     model.load_state_dict(weights)
     return model.eval()
 

@@ -64,11 +64,11 @@ class SGDDTrainConfig(TrainingConfig):
     max_words:int = 12 # of a sentence of natural text; a Chinese character is a word
     test_sentences:int = 1000 # judged at most, of validation half as many
     loop_sentences:int = 300 # judged with the encoder in the loop at most
-    encoder:str = 'minilm' # 'minilm', a folder, or a hub id
+    encoder:str = 'minilm' # 'minilm', a folder, a hub id, or 'module:function'
     num_vectors:int = 1 # coefficients of the pooling
     size:str = 'small' # shape of the model, of `sgdd.model.shapes`
     shape:dict = field(default_factory=dict) # other fields of `SGDDConfig` that differ from it
-    svd:bool = True # start from the encoder's embedding
+    svd:bool = True # start from the encoder's embedding; a function has none
     loop:bool = True # evaluate with the encoder in the loop, too
     steps:int = 16 # calls of the sampler that writes for the evaluation
     guidance:float = 0. # weight w of guidance there; 0: none
@@ -192,13 +192,17 @@ def new_model(
     texts:list[str], # whose words it must know
 )->SGDDModel: # untrained
     "Make a model with its encoder and a vocabulary."
-    encoder = SemanticEncoder(config.encoder, config.num_vectors)
+    asked = config.shape
+    encoder = SemanticEncoder(config.encoder, config.num_vectors,
+                              pooling=asked.get('pooling') or 'auto',
+                              normalise=asked.get('normalise'))
     tokenizer = make_tokenizer(texts, encoder)
-    ids = dict(vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id,
-               pad_id=tokenizer.pad_token_id)
+    made = dict(vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id,
+                pad_id=tokenizer.pad_token_id, pooling=encoder.pooling,
+                normalise=encoder.normalise)
     own = dict(encoder=config.encoder, num_vectors=config.num_vectors,
                encoder_dim=encoder.encode(['one'])[0].numel())
-    return SGDDModel(SGDDConfig.preset(config.size, **own | config.shape | ids), encoder, tokenizer)
+    return SGDDModel(SGDDConfig.preset(config.size, **own | asked | made), encoder, tokenizer)
 
 # %% ../../nbs/sgdd/70_train.ipynb #cc593251
 def find_base(
@@ -233,7 +237,7 @@ def prepare_sgdd(
     if config.phase == 2: model.fit_lengths(lengths)
     else:
         model.fit_statistics(z, lengths)
-        if config.svd: model.init_embedding()
+        if config.svd and model.encoder.model is not None: model.init_embedding()
     return SGDDTaskData(corpus, model.to(config.device), train, validation, z, origin or {}, config)
 
 # %% ../../nbs/sgdd/70_train.ipynb #1a418437
