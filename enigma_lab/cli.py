@@ -392,10 +392,16 @@ def evaluate(
 
 @command('lm')
 def publish(
-    run:str, # of a language model or a tuning, or a folder
+    run:str, # of any model, or its folder
     folder:str, # a new one
+    *,
+    apart:bool=False, # of a tuning: the adapter alone, not added into its base
 ):
-    "Write a model with its tokenizer, its code and a card, to be loaded elsewhere."
+    "Write a model with what belongs to it and a card, to be loaded elsewhere."
+    from enigma_lab.lab.publish import CARDS, model_kind, publish_folder
+    from enigma_lab.lab.runs import find_model
+    kind = model_kind(find_model(run))
+    if kind in CARDS and (apart or kind != 'adapter'): return print(publish_folder(run, folder))
     from enigma_lab.lm.publish import publish_run
     print(publish_run(run, folder))
 

@@ -204,7 +204,7 @@ def check_scale(
     low, high = PLAUSIBLE if len(z) >= 16 else PLAUSIBLE_FEW
     q, norm = mean_square(model, z).median().item(), z.norm(dim=1).median().item()
     usual = (model.z_mean.square().sum() + model.z_std.square().sum()).sqrt().item()
-    if not low <= q <= high: raise ValueError(
+    if not (low <= q <= high and usual/4 <= norm <= usual*4): raise ValueError(
         f"vectors must come from the decoder's encoder, whose mean square is 1 and lies between "
         f"{low} and {high}, got {q:.3g}; they have the norm {norm:.3g} and its {usual:.3g}: were "
         "they scaled, normalised, or made by another encoder? check=False reads them all the same")
