@@ -8,7 +8,7 @@ import torch
 from enigma_lab.cli import main
 from enigma_lab.lab.runs import checkout, find_run
 from enigma_lab.sgdd.metrics import evaluate_generation
-from enigma_lab.sgdd.model import SGDDConfig, SGDDModel, save_best_model
+from enigma_lab.sgdd.model import SGDDConfig, SGDDModel
 from enigma_lab.sgdd.read import load_vectors, read_file, read_vectors, save_vectors
 from enigma_lab.sgdd.reconstruct import reconstruct
 from enigma_lab.sgdd.sampling import maskgit_sample, unmask

@@ -149,8 +149,7 @@ def load_pairs(
     max_dropped:float=.01, # share of faulty rows that is accepted
 )->PairCorpus: # in three parts
     "Load sentences with a paraphrase, in three parts."
-    data = named_source(data)
-    if isinstance(data, str) and data == 'paraphrase':
+    if isinstance(data := named_source(data), str) and data == 'paraphrase':
         sizes = dict(train=min(12_000, max_pairs or 12_000), validation=300, test=500)
         parts = [paraphrase_pairs(split, n) for split, n in sizes.items()]
         return PairCorpus(data, *parts, rows=Count(sum(map(len, parts))))
@@ -269,6 +268,7 @@ def named_dataset(
               else load_sentences(named_source(dataset_name), num_samples, (3, max_words)))
     return (QQPDataset if pairs else WikipediaDataset)(getattr(corpus, split), tokenizer, **more)
 
+# %% ../../nbs/data/40_pairs.ipynb #0a22096c
 def get_dataloader(
     dataset:Dataset|None=None, # of either kind; `None`: the one of `dataset_name`
     batch_size:int=32, # rows

@@ -32,7 +32,7 @@ from enigma_lab.sgdd.model import SGDDModel
 from enigma_lab.sgdd.read import read_vectors
 
 model = SGDDModel.from_pretrained(folder)
-vectors = model.encoder.encode(['the shy baker sold the rusty anchor'])
+vectors = model.encoder.encode(['tonight the barber quickly sold a round drum and a red map'])
 print(read_vectors(model, vectors)[0].text)'''),
     'adapter': ('[enigma, lora]', 'An adapter for the language model {base}, which is not in '
     'this folder.', '''
@@ -46,14 +46,16 @@ model = PeftModel.from_pretrained(base, folder)'''),
 from diffusers import DDPMPipeline
 
 pipeline = DDPMPipeline.from_pretrained(folder)
+pipeline.set_progress_bar_config(disable=True)
 images = pipeline(batch_size=4, num_inference_steps=50).images'''),
     'masks': ('[enigma, diffusers, sparse]', 'A diffusion model of images whose weights are '
     'pruned by learned masks, and the masks.', '''
 from diffusers import DDPMPipeline
-from safetensors.torch import load_file
+from enigma_lab.maskpro.storage import load_masks
 
 pipeline = DDPMPipeline.from_pretrained(folder)
-masks = load_file(f'{folder}/learned_masks.safetensors')''')}
+file = f'{folder}/learned_masks.safetensors'
+masks = load_masks(file, pipeline.unet, weights=False)''')}
 
 CARD_ROWS = { # a metric -> what the card calls it
     'data': 'data', 'test_exact_match': 'test sentences that come back exactly, at once',
@@ -73,7 +75,7 @@ def card_of(
     "Describe a model: how it is loaded, and what its record has measured."
     tags, what, code = CARDS[kind]
     config = read_json(run.checkpoint/'config.json')
-    base = read_json(run.checkpoint/'base.json').get('run', run.config.get('base', 'it was made from'))
+    base = read_json(run.checkpoint/'base.json').get('run') or run.config.get('base', 'it had')
     more = dict(encoder=config.get('encoder', ''), base=base)
     lead = "folder = '.' # where this file is"
     if kind == 'adapter': lead += "\nbase_folder = 'base' # where the base is"
@@ -95,8 +97,8 @@ def publish_folder(
     found, folder = find_model(run), Path(folder)
     kind = model_kind(found)
     if kind not in CARDS: raise ValueError(
-        f"a folder is published of {', '.join(CARDS)}, got a {kind} in {found.checkpoint}; language "
-        "models are published by lm.publish")
+        f"a folder is published of {', '.join(CARDS)}, got a {kind} in {found.checkpoint}; "
+        "language models are published by lm.publish")
     if folder.exists(): raise FileExistsError(
         f"a model is published to a new folder, and {folder} exists; give another")
     folder.parent.mkdir(parents=True, exist_ok=True)

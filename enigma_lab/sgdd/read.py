@@ -38,6 +38,7 @@ class StoredVectors:
 
     def __len__(self): return len(self.z)
 
+# %% ../../nbs/sgdd/57_read.ipynb #73da0ac4
 def choose_column(
     found:list[str], # columns there are
     column:str, # the one that is asked for; empty: the first of `VECTOR_COLUMNS`
@@ -127,6 +128,7 @@ VECTOR_FILES = {'.npy': read_arrays, '.npz': read_arrays, '.jsonl': read_lines,
                 '.parquet': read_parquet}
 _first_bytes = {b'\x93NUMPY': read_arrays, b'PK': read_arrays, b'PAR1': read_parquet}
 
+# %% ../../nbs/sgdd/57_read.ipynb #0197a2db
 def load_vectors(
     source:str|Path, # .npy, .npz, .jsonl or .parquet; -: standard input, of any of these
     column:str='', # of a table; empty: see `choose_column`
@@ -181,6 +183,7 @@ def mean_square(
     mean, std = model.z_mean.cpu(), model.z_std.cpu()
     return (((z.cpu() - mean)/std.clamp(min=.1*std.mean().item()))**2).mean(1)
 
+# %% ../../nbs/sgdd/57_read.ipynb #223ca011
 def check_origin(
     model:SGDDModel, # with the fingerprint of its encoder
     origin:dict, # of the vectors; empty: unknown
@@ -195,6 +198,7 @@ def check_origin(
         f"numbers, and these were made by {origin['source']!r} with {origin['num_vectors']} × "
         f"{origin['dim']//origin['num_vectors']}; encode the texts anew, or take another run")
 
+# %% ../../nbs/sgdd/57_read.ipynb #933f6ded
 def check_scale(
     model:SGDDModel, # with the statistics of its training
     z:Tensor, # (B, encoder_dim) vectors
@@ -227,6 +231,7 @@ def judged_drafts(
     return [Verdict(model.tokenizer.decode(ids or []), d, verdict_of(d), len(tried), 0)
             for ids, d, tried in zip(search.tokens, search.distances, search.tried)]
 
+# %% ../../nbs/sgdd/57_read.ipynb #37c3c0de
 @torch.no_grad()
 def read_batch(
     model:SGDDModel, # trained
@@ -269,6 +274,7 @@ def read_batches(
         if check: check_scale(model, z)
         yield start, read_batch(model, z, loop, seed, how, **search)
 
+# %% ../../nbs/sgdd/57_read.ipynb #c4d4cd5c
 def read_vectors(
     model:SGDDModel, # trained
     vectors, # numpy, torch or lists; one vector may have one axis; or `StoredVectors`
@@ -296,6 +302,7 @@ def line_of(
                 tries=verdict.num_encoded)
     return json.dumps(told if name is None else dict(id=name, **told), ensure_ascii=False)
 
+# %% ../../nbs/sgdd/57_read.ipynb #6f62c35f
 def vectors_digest(
     z, # (N, dim) array
 )->str: # 16 hexadecimal digits
@@ -341,6 +348,7 @@ def begin_file(
         "another file")
     return rows_done(out, asked['batch_size'], total)
 
+# %% ../../nbs/sgdd/57_read.ipynb #5d106dcf
 def read_file(
     model:SGDDModel, # trained
     stored:StoredVectors, # to read
