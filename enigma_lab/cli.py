@@ -390,6 +390,7 @@ def evaluate(
     print(f"{found['bits_per_char']:.4f} bits per character of {found['characters']:,}, "
           f"perplexity {found['perplexity']:.2f} of {found['tokens']:,} tokens")
 
+# %% ../nbs/cli.ipynb #463f79ca
 @command('lm')
 def publish(
     run:str, # of any model, or its folder
@@ -556,6 +557,7 @@ def find_decoder(
     disable_progress_bar()
     return found
 
+# %% ../nbs/cli.ipynb #50e3c2a0
 def read_vectors_of(
     run:str, # of train_sgdd, or a file of vectors
     texts:list[str], # sentences, or one file of vectors
