@@ -22,7 +22,7 @@ from torch import Tensor
 from ..lab.runs import read_json, write_json
 from .encoder import SemanticEncoder, fingerprint
 from .model import SGDDModel
-from .reconstruct import Search, Verdict, reconstruct, verdict_of
+from .reconstruct import Search, Verdict, reconstruct
 from .sampling import check_unmask, maskgit_sample
 
 # %% ../../nbs/sgdd/57_read.ipynb #af22230a
@@ -228,8 +228,7 @@ def judged_drafts(
     search = Search(model, z.cpu())
     tokens = [row[keep].tolist() for row, keep in zip(t.tokens, t.content)]
     search.offer([*range(len(z))], tokens, 0)
-    return [Verdict(model.tokenizer.decode(ids or []), d, verdict_of(d), len(tried), 0)
-            for ids, d, tried in zip(search.tokens, search.distances, search.tried)]
+    return search.verdicts()
 
 # %% ../../nbs/sgdd/57_read.ipynb #37c3c0de
 @torch.no_grad()
@@ -300,7 +299,8 @@ def line_of(
     told = dict(row=number, text=verdict.text, verdict=verdict.verdict,
                 distance=far if far is not None and np.isfinite(far) else None,
                 tries=verdict.num_encoded)
-    return json.dumps(told if name is None else dict(id=name, **told), ensure_ascii=False)
+    if name is not None: told = dict(id=name, **told)
+    return json.dumps(told, ensure_ascii=False, default=str)
 
 # %% ../../nbs/sgdd/57_read.ipynb #6f62c35f
 def vectors_digest(
