@@ -8,9 +8,9 @@ __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_argum
            'tokenizer', 'showcase', 'data', 'load_model', 'given_prompts', 'stop_strings', 'continue_text',
            'check_continuations', 'print_continuation', 'generate', 'evaluate', 'publish', 'compress', 'decompress',
            'questions', 'chat', 'decoder_scores', 'is_vector_file', 'sampling_given', 'read_stored', 'read_texts',
-           'sgdd', 'run_presets', 'print_look', 'learn_record', 'prune_folder', 'take_step', 'maskpro', 'certify',
-           'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names', 'run_report', 'runs_table', 'run_json',
-           'print_runs', 'runs', 'docs', 'bench_names', 'bench']
+           'find_decoder', 'read_vectors_of', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'prune_folder',
+           'take_step', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names',
+           'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
@@ -390,12 +390,19 @@ def evaluate(
     print(f"{found['bits_per_char']:.4f} bits per character of {found['characters']:,}, "
           f"perplexity {found['perplexity']:.2f} of {found['tokens']:,} tokens")
 
+# %% ../nbs/cli.ipynb #463f79ca
 @command('lm')
 def publish(
-    run:str, # of a language model or a tuning, or a folder
+    run:str, # of any model, or its folder
     folder:str, # a new one
+    *,
+    apart:bool=False, # of a tuning: the adapter alone, not added into its base
 ):
-    "Write a model with its tokenizer, its code and a card, to be loaded elsewhere."
+    "Write a model with what belongs to it and a card, to be loaded elsewhere."
+    from enigma_lab.lab.publish import CARDS, model_kind, publish_folder
+    from enigma_lab.lab.runs import find_model
+    kind = model_kind(find_model(run))
+    if kind in CARDS and (apart or kind != 'adapter'): return print(publish_folder(run, folder))
     from enigma_lab.lm.publish import publish_run
     print(publish_run(run, folder))
 
@@ -495,6 +502,7 @@ def decoder_scores(
     return (f"{path}: {scores['sentences']} sentences, exact match {scores['exact_match']:.3f}, "
             f"perplexity {scores['perplexity']:.2f}")
 
+# %% ../nbs/cli.ipynb #4f1a5bf2
 def is_vector_file(
     word:str, # as typed
 )->bool: # whether it names a file of vectors, or standard input
@@ -538,6 +546,36 @@ def read_texts(
     for v in read_vectors(model, texts, check=False, **how):
         print(f'{v.text}   {v.verdict} (distance {v.distance:.2g})')
 
+# %% ../nbs/cli.ipynb #3af2cf0b
+def find_decoder(
+    run:str, # as on the command line
+): # a `lab.runs.Run` with a sentence decoder
+    "Find the run of a sentence decoder, and keep its loading quiet."
+    from enigma_lab.lab.runs import find_model
+    found = find_model(run, 'train_sgdd', 'sgdd')
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    return found
+
+# %% ../nbs/cli.ipynb #50e3c2a0
+def read_vectors_of(
+    run:str, # of train_sgdd, or a file of vectors
+    texts:list[str], # sentences, or one file of vectors
+    read:dict, # settings of `read_texts`
+    stored:dict, # more settings of `read_stored`
+):
+    "Read what was typed: a file of vectors, or the vectors of sentences."
+    if not texts and run != '-' and is_vector_file(run): run, texts = '-', [run]
+    found = find_decoder(run)
+    if not texts: raise ValueError("to read needs sentences or a file of vectors, got none")
+    files = [word for word in texts if is_vector_file(word)]
+    if files and len(texts) > 1: raise ValueError(
+        f"one file of vectors is read at a time, got {len(texts)} words; give the file alone")
+    from enigma_lab.sgdd.model import SGDDModel
+    model = SGDDModel.from_pretrained(found.checkpoint)
+    if files: read_stored(model, found, files[0], **stored, **read)
+    else: read_texts(model, texts, **read)
+
 # %% ../nbs/cli.ipynb #9ee75461
 @command('sgdd')
 def sgdd(
@@ -562,23 +600,11 @@ def sgdd(
     "Evaluate a sentence decoder, or read sentences from vectors, stored or of texts."
     if action not in ('evaluate', 'read'):
         raise ValueError(f"action must be 'evaluate' or 'read', got {action!r}")
-    if action == 'read' and not texts and run != '-' and is_vector_file(run):
-        run, texts = '-', (run,)
-    from enigma_lab.lab.runs import find_model
-    found = find_model(run, 'train_sgdd', 'sgdd')
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()
     how = sampling_given(steps, guidance, temperature, order=order, formula=formula)
-    if action == 'evaluate': return print(decoder_scores(found, dataset, num_samples, loop, **how))
-    if not texts: raise ValueError("to read needs sentences or a file of vectors, got none")
-    from enigma_lab.sgdd.model import SGDDModel
-    model = SGDDModel.from_pretrained(found.checkpoint)
-    asked = dict(loop=loop, batch_size=batch_size, seed=seed, how=how)
-    stored = [word for word in texts if is_vector_file(word)]
-    if not stored: return read_texts(model, texts, **asked)
-    if len(texts) > 1: raise ValueError(f"one file of vectors is read at a time, got {len(texts)} "
-                                        "words; give the file alone")
-    read_stored(model, found, stored[0], out, column, resume=resume, check=not unchecked, **asked)
+    if action == 'read': return read_vectors_of(
+        run, list(texts), dict(loop=loop, batch_size=batch_size, seed=seed, how=how),
+        dict(out=out, column=column, resume=resume, check=not unchecked))
+    print(decoder_scores(find_decoder(run), dataset, num_samples, loop, **how))
 
 # %% ../nbs/cli.ipynb #3082f6cb
 MaskAction = Literal['masks', 'baseline', 'learn', 'evaluate', 'prune', 'quick', 'standard',

@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['DATA_NAMES', 'PAIR_NAMES', 'COLUMNS', 'components', 'split_pairs', 'named_source', 'holds_pairs', 'as_pair',
-           'PairCorpus', 'read_pairs', 'keep_pairs', 'load_pairs', 'first_pairs', 'both_sides', 'WikipediaDataset',
-           'QQPDataset', 'get_dataloader']
+           'PairCorpus', 'read_pairs', 'keep_pairs', 'load_pairs', 'first_pairs', 'both_sides', 'target_tokens',
+           'WikipediaDataset', 'QQPDataset', 'named_dataset', 'get_dataloader']
 
 # %% ../../nbs/data/40_pairs.ipynb #c72f8f1f
-import hashlib, json
+import hashlib, json, math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from .sentences import paraphrase_pairs
+from .sentences import load_sentences, paraphrase_pairs
 from .tables import (
     Count, Fault, Source, close, drop_fault, keep_parts, open_source, sift, text_fault)
 from .text import Corpus, name_by_content
+from .windows import encode_plain
 
 # %% ../../nbs/data/40_pairs.ipynb #de87e0b0
 def components(
@@ -148,8 +150,7 @@ def load_pairs(
     max_dropped:float=.01, # share of faulty rows that is accepted
 )->PairCorpus: # in three parts
     "Load sentences with a paraphrase, in three parts."
-    data = named_source(data)
-    if isinstance(data, str) and data == 'paraphrase':
+    if isinstance(data := named_source(data), str) and data == 'paraphrase':
         sizes = dict(train=min(12_000, max_pairs or 12_000), validation=300, test=500)
         parts = [paraphrase_pairs(split, n) for split, n in sizes.items()]
         return PairCorpus(data, *parts, rows=Count(sum(map(len, parts))))
@@ -192,6 +193,21 @@ def both_sides(
     parts = map(once, (corpus.train, corpus.validation, corpus._test))
     return Corpus(corpus.source, *parts, corpus.duplicates, rows=corpus.rows)
 
+# %% ../../nbs/data/40_pairs.ipynb #62858ec8
+def target_tokens(
+    tokenizer, # of transformers
+    texts:list[str], # any texts
+)->list[list[int]]: # tokens of each, no special one among them but the unknown piece
+    "Encode texts as tokens that a decoder may write."
+    unknown = tokenizer.unk_token_id
+    special = {*tokenizer.all_special_ids} - {unknown}
+    rows = encode_plain(tokenizer, list(texts)) if texts else []
+    rows = [[unknown if i in special else i for i in row] for row in rows]
+    if None in (i for row in rows for i in row):
+        raise ValueError("a text holds a special token, and its tokenizer has no unknown piece to "
+                         f"stand for it; leave the text out, one of {sorted(special)}")
+    return rows
+
 # %% ../../nbs/data/40_pairs.ipynb #d78016ff
 class WikipediaDataset(Dataset):
     "Encode texts as rows of tokens, padded; short ones are left out."
@@ -200,39 +216,48 @@ class WikipediaDataset(Dataset):
         tokenizer, # of transformers, with a padding token
         max_length:int=64, # tokens of a row
         min_length:int=3, # tokens that make a text long enough
+        cut:bool=True, # longer texts are cut; False: they are left out
     ):
         if max_length < min_length:
             raise ValueError(f"max_length must be at least min_length={min_length}, "
                              f"got {max_length}")
-        rows = tokenizer(list(texts))['input_ids'] if texts else []
-        rows = [row[:max_length] for row in rows if len(row) >= min_length]
-        if not rows:
-            raise ValueError(f"texts must hold one of {min_length} tokens at least, "
-                             f"got {len(texts)} shorter ones")
-        self.tokens = torch.full((len(rows), max_length), tokenizer.pad_token_id)
-        self.mask = torch.zeros_like(self.tokens)
-        for i, row in enumerate(rows):
-            self.tokens[i, :len(row)] = torch.tensor(row)
-            self.mask[i, :len(row)] = 1
+        rows = target_tokens(tokenizer, texts)
+        most = math.inf if cut else max_length
+        self.kept = [i for i, row in enumerate(rows) if min_length <= len(row) <= most]
+        if not self.kept:
+            raise ValueError(f"texts must hold one of {min_length} tokens at least"
+                             + f" and at most {max_length}"*(not cut)
+                             + f", got {len(texts)} {'shorter' if cut else 'other'} ones")
+        self.rows = [rows[i][:max_length] for i in self.kept] # of tokens, without padding
+        self.max_length, self.pad_id = max_length, tokenizer.pad_token_id
 
-    def __len__(self): return len(self.tokens)
+    def __len__(self): return len(self.rows)
 
-    def __getitem__(self, i):
-        return dict(input_ids=self.tokens[i], attention_mask=self.mask[i]) # (T,) each
+    def __getitem__(self, i): # input_ids, attention_mask (T,)
+        row = torch.tensor(self.rows[i])
+        beyond = (0, self.max_length - len(row))
+        return dict(input_ids=F.pad(row, beyond, value=self.pad_id),
+                    attention_mask=F.pad(torch.ones_like(row), beyond))
 
 # %% ../../nbs/data/40_pairs.ipynb #163abac9
 class QQPDataset(Dataset):
-    "Encode pairs as two rows of tokens, padded."
+    "Encode pairs as two rows of tokens, padded; a pair without tokens on a side is left out."
     def __init__(self,
         pairs:list[tuple[str,str]], # source and target
         tokenizer, # of transformers, with a padding token
         max_length:int=64, # tokens of a row
+        cut:bool=True, # longer targets are cut; False: their pairs are left out
     ):
-        self.sources, self.targets = (
-            WikipediaDataset([pair[side] for pair in pairs], tokenizer, max_length, 1)
-            for side in (0, 1))
+        sides = [[pair[side] for pair in pairs] for side in (0, 1)]
+        made = [WikipediaDataset(texts, tokenizer, max_length, 1, cut or not side)
+                for side, texts in enumerate(sides)]
+        self.kept = sorted({*made[0].kept} & {*made[1].kept})
+        for part in made:
+            place = {i: n for n, i in enumerate(part.kept)}
+            part.rows, part.kept = [part.rows[place[i]] for i in self.kept], self.kept
+        self.sources, self.targets = made
 
-    def __len__(self): return len(self.sources)
+    def __len__(self): return len(self.kept)
 
     def __getitem__(self, i):
         # input_ids, attention_mask of the source; labels (-100 beyond the end) of the target
@@ -240,11 +265,44 @@ class QQPDataset(Dataset):
         labels = target['input_ids'].masked_fill(target['attention_mask'] == 0, -100)
         return dict(self.sources[i], labels=labels)
 
+# %% ../../nbs/data/40_pairs.ipynb #a908ed4a
+def named_dataset(
+    dataset_name:str, # of `DATA_NAMES`, or any source
+    split:str='train', # 'train' | 'validation'
+    tokenizer=None, # of transformers, with a padding token
+    num_samples:int=0, # of training; 0: all
+    max_words:int=12, # of a sentence of natural text
+    **more # of the data set: max_length, min_length, cut
+)->Dataset: # a `QQPDataset` of pairs, else a `WikipediaDataset`
+    "Make the data set of a name."
+    if split not in ('train', 'validation'):
+        raise ValueError(f"split must be 'train' or 'validation', got {split!r}; test is read "
+                         "once, by a recorded run")
+    if tokenizer is None: raise ValueError("a data set of a name needs tokenizer=, got none")
+    pairs = holds_pairs(dataset_name)
+    corpus = (load_pairs(dataset_name, num_samples) if pairs
+              else load_sentences(named_source(dataset_name), num_samples, (3, max_words)))
+    return (QQPDataset if pairs else WikipediaDataset)(getattr(corpus, split), tokenizer, **more)
+
+# %% ../../nbs/data/40_pairs.ipynb #0a22096c
 def get_dataloader(
-    dataset:Dataset, # of either kind
+    dataset:Dataset|None=None, # of either kind; `None`: the one of `dataset_name`
     batch_size:int=32, # rows
-    shuffle:bool=True, # False: in the order of the dataset
+    shuffle:bool|None=None, # `None`: unless the split is validation
     seed:int=0, # of the order
+    *,
+    dataset_name:str='', # of `named_dataset`
+    split:str='train', # 'train' | 'validation'
+    num_workers:int=0, # processes that load batches
+    pin_memory:bool=False, # for a GPU
+    **more # of `named_dataset`
 )->DataLoader: # of batches
     "Deal batches in an order that a seed gives; the last one may be smaller."
-    return DataLoader(dataset, batch_size, shuffle, generator=torch.Generator().manual_seed(seed))
+    if (dataset is None) != bool(dataset_name):
+        raise ValueError("a loader takes a data set or dataset_name, got "
+                         + ('both' if dataset_name else 'neither'))
+    if dataset is None: dataset = named_dataset(dataset_name, split, **more)
+    elif more: raise ValueError(f"a data set is made already, got {sorted(more)} to make it with")
+    return DataLoader(dataset, batch_size, split == 'train' if shuffle is None else shuffle,
+                      generator=torch.Generator().manual_seed(seed), num_workers=num_workers,
+                      pin_memory=pin_memory)

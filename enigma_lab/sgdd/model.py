@@ -381,8 +381,9 @@ def check_vectors(
     try:
         if not isinstance(z, Tensor):
             rows = z if isinstance(z, (list, tuple)) else ()
-            z = (torch.stack([*z]) if rows and all(isinstance(row, Tensor) for row in rows)
-                 else torch.from_numpy(np.array(z, dtype=np.float32)))
+            with np.errstate(over='ignore'): # what becomes infinite is refused below
+                z = (torch.stack([*z]) if rows and all(isinstance(row, Tensor) for row in rows)
+                     else torch.from_numpy(np.array(z, dtype=np.float32)))
         if z.is_complex(): raise TypeError(f'numbers of type {z.dtype}')
         z = z.detach().float()
     except (TypeError, ValueError, RuntimeError) as e:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..lab.runs import read_json, write_json
 from .encoder import SemanticEncoder, fingerprint
 from .model import SGDDModel
-from .reconstruct import Search, Verdict, reconstruct, verdict_of
+from .reconstruct import Search, Verdict, reconstruct
 from .sampling import check_unmask, maskgit_sample
 
 # %% ../../nbs/sgdd/57_read.ipynb #af22230a
@@ -38,6 +38,7 @@ class StoredVectors:
 
     def __len__(self): return len(self.z)
 
+# %% ../../nbs/sgdd/57_read.ipynb #73da0ac4
 def choose_column(
     found:list[str], # columns there are
     column:str, # the one that is asked for; empty: the first of `VECTOR_COLUMNS`
@@ -127,6 +128,7 @@ VECTOR_FILES = {'.npy': read_arrays, '.npz': read_arrays, '.jsonl': read_lines,
                 '.parquet': read_parquet}
 _first_bytes = {b'\x93NUMPY': read_arrays, b'PK': read_arrays, b'PAR1': read_parquet}
 
+# %% ../../nbs/sgdd/57_read.ipynb #0197a2db
 def load_vectors(
     source:str|Path, # .npy, .npz, .jsonl or .parquet; -: standard input, of any of these
     column:str='', # of a table; empty: see `choose_column`
@@ -181,6 +183,7 @@ def mean_square(
     mean, std = model.z_mean.cpu(), model.z_std.cpu()
     return (((z.cpu() - mean)/std.clamp(min=.1*std.mean().item()))**2).mean(1)
 
+# %% ../../nbs/sgdd/57_read.ipynb #223ca011
 def check_origin(
     model:SGDDModel, # with the fingerprint of its encoder
     origin:dict, # of the vectors; empty: unknown
@@ -195,6 +198,7 @@ def check_origin(
         f"numbers, and these were made by {origin['source']!r} with {origin['num_vectors']} × "
         f"{origin['dim']//origin['num_vectors']}; encode the texts anew, or take another run")
 
+# %% ../../nbs/sgdd/57_read.ipynb #933f6ded
 def check_scale(
     model:SGDDModel, # with the statistics of its training
     z:Tensor, # (B, encoder_dim) vectors
@@ -204,7 +208,7 @@ def check_scale(
     low, high = PLAUSIBLE if len(z) >= 16 else PLAUSIBLE_FEW
     q, norm = mean_square(model, z).median().item(), z.norm(dim=1).median().item()
     usual = (model.z_mean.square().sum() + model.z_std.square().sum()).sqrt().item()
-    if not low <= q <= high: raise ValueError(
+    if not (low <= q <= high and usual/4 <= norm <= usual*4): raise ValueError(
         f"vectors must come from the decoder's encoder, whose mean square is 1 and lies between "
         f"{low} and {high}, got {q:.3g}; they have the norm {norm:.3g} and its {usual:.3g}: were "
         "they scaled, normalised, or made by another encoder? check=False reads them all the same")
@@ -224,9 +228,9 @@ def judged_drafts(
     search = Search(model, z.cpu())
     tokens = [row[keep].tolist() for row, keep in zip(t.tokens, t.content)]
     search.offer([*range(len(z))], tokens, 0)
-    return [Verdict(model.tokenizer.decode(ids or []), d, verdict_of(d), len(tried), 0)
-            for ids, d, tried in zip(search.tokens, search.distances, search.tried)]
+    return search.verdicts()
 
+# %% ../../nbs/sgdd/57_read.ipynb #37c3c0de
 @torch.no_grad()
 def read_batch(
     model:SGDDModel, # trained
@@ -269,6 +273,7 @@ def read_batches(
         if check: check_scale(model, z)
         yield start, read_batch(model, z, loop, seed, how, **search)
 
+# %% ../../nbs/sgdd/57_read.ipynb #c4d4cd5c
 def read_vectors(
     model:SGDDModel, # trained
     vectors, # numpy, torch or lists; one vector may have one axis; or `StoredVectors`
@@ -294,8 +299,10 @@ def line_of(
     told = dict(row=number, text=verdict.text, verdict=verdict.verdict,
                 distance=far if far is not None and np.isfinite(far) else None,
                 tries=verdict.num_encoded)
-    return json.dumps(told if name is None else dict(id=name, **told), ensure_ascii=False)
+    if name is not None: told = dict(id=name, **told)
+    return json.dumps(told, ensure_ascii=False, default=str)
 
+# %% ../../nbs/sgdd/57_read.ipynb #6f62c35f
 def vectors_digest(
     z, # (N, dim) array
 )->str: # 16 hexadecimal digits
@@ -341,6 +348,7 @@ def begin_file(
         "another file")
     return rows_done(out, asked['batch_size'], total)
 
+# %% ../../nbs/sgdd/57_read.ipynb #5d106dcf
 def read_file(
     model:SGDDModel, # trained
     stored:StoredVectors, # to read

@@ -200,6 +200,15 @@ def local_search(
     owners = [i for i, changed in zip(rows, drafts) for _ in changed]
     search.offer(owners, [ids for changed in drafts for ids in changed], round)
 
+# %% ../../nbs/sgdd/55_reconstruct.ipynb #309a3909
+@patch
+def verdicts(self:Search)->list[Verdict]: # for each vector
+    "Say what was found."
+    read = lambda ids: self.model.tokenizer.decode(ids) if ids else ''
+    results = zip(self.tokens, self.distances, self.tried, self.best_round)
+    return [Verdict(read(ids), nearest, verdict_of(nearest), len(tried), best_round)
+            for ids, nearest, tried, best_round in results]
+
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #ce359a98
 @torch.no_grad()
 def reconstruct(
@@ -226,7 +235,4 @@ def reconstruct(
         if rows: redraft(search, rows, redrafts, round, generator)
         if rows := [i for i in rows if search.distances[i] >= PROVED]:
             local_search(search, rows, redrafts, round)
-    read = lambda ids: model.tokenizer.decode(ids) if ids else ''
-    results = zip(search.tokens, search.distances, search.tried, search.best_round)
-    return [Verdict(read(ids), nearest, verdict_of(nearest), len(tried), best_round)
-            for ids, nearest, tried, best_round in results]
+    return search.verdicts()

@@ -21,7 +21,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..data.pairs import both_sides, holds_pairs, load_pairs, named_source
+from ..data.pairs import (
+    WikipediaDataset, both_sides, holds_pairs, load_pairs, named_source)
 from ..data.sentences import load_sentences, meaning
 from ..lab.checkpoint import save_model
 from ..lab.config import TrainingConfig, check_precision
@@ -147,13 +148,12 @@ def vectors_of(
 )->tuple[SentenceVectors,Tensor]: # data set; vectors of the sources
     "Pair rows, as tokens, with their vectors; what is too long is left out."
     sources, targets = sides(rows)
-    tokens = target_tokens(model.tokenizer, targets)
-    z, keep = encode_cached(model.encoder, sources), within(tokens, model.config.max_len)
-    if not keep:
-        raise ValueError(
-            f"a sentence must have at most max_len={model.config.max_len} tokens, and all "
-            f"{len(rows)} have more")
-    return SentenceVectors([tokens[i] for i in keep], z[keep], model.config, seed, hidden), z
+    z = encode_cached(model.encoder, sources)
+    try: data = WikipediaDataset(targets, model.tokenizer, model.config.max_len, 1, cut=False)
+    except ValueError: raise ValueError(
+        f"a sentence must have at most max_len={model.config.max_len} tokens, and all "
+        f"{len(rows)} have more") from None
+    return SentenceVectors(data.rows, z[data.kept], model.config, seed, hidden), z
 
 # %% ../../nbs/sgdd/70_train.ipynb #0e6ba9ae
 @dataclass(frozen=True)
