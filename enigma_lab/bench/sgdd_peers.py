@@ -45,7 +45,7 @@ def prepare(
     torch.manual_seed(config.seed)
     peer = CausalDecoder(peer_config(parts.model.config), parts.model.encoder,
                          parts.model.tokenizer)
-    peer.fit_statistics(parts.z)
+    peer.fit_statistics(parts.z, (parts.train.labels != -100).sum(1))
     if config.svd: peer.init_embedding()
     return replace(parts, model=peer)
 
