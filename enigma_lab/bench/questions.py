@@ -53,7 +53,7 @@ def seen_twice(
     count = Counter(piece for row in rows for piece in set(row))
     return sorted(piece for piece, n in count.items() if n > 1 and piece != unknown)
 
-# %% ../../nbs/bench/49_questions.ipynb #d362c759
+# %% ../../nbs/bench/49_questions.ipynb #4fa8d916
 def noised(
     rows:list[tuple], # questions
     pieces:list[int], # that may stand in their place, each as likely
@@ -71,6 +71,7 @@ def noised(
         made.append(tuple(new))
     return made
 
+# %% ../../nbs/bench/49_questions.ipynb #5c4ec974
 @torch.no_grad()
 def vectors_of_pieces(
     encoder:SemanticEncoder, # frozen
@@ -309,7 +310,7 @@ def load(self:Training,
     torch._foreach_copy_(self.average, kept['average'])
     self.step, self.spent, self.seen = kept['step'], kept['spent'], kept['seen']
 
-# %% ../../nbs/bench/49_questions.ipynb #17a0ab2a
+# %% ../../nbs/bench/49_questions.ipynb #a63d3831
 def held_out(
     texts:list[str], # of a part that is not trained on
     q:Questions, # with the decoder's tokenizer
@@ -337,6 +338,7 @@ def write_questions(
         for i, text in zip(part.tolist(), model.read(t.tokens, t.content)): found[i] = text
     return found
 
+# %% ../../nbs/bench/49_questions.ipynb #f3a4340e
 def scores_of(
     written:list[str], # by a model
     wanted:list[str], # references
@@ -351,7 +353,7 @@ def scores_of(
         bleu=compute_bleu(written, wanted)['bleu'],
         cosine=semantic_cosine(encoder, written, z).mean().item())
 
-# %% ../../nbs/bench/49_questions.ipynb #ebeea692
+# %% ../../nbs/bench/49_questions.ipynb #b2162405
 def watch(
     training:Training, # with a model and its encoder
     wanted:list[str], # validation questions
@@ -368,6 +370,7 @@ def watch(
     model.train()
     return found
 
+# %% ../../nbs/bench/49_questions.ipynb #693c65cb
 def train_for(
     run:Run, # open record
     q:Questions, # to learn from
@@ -392,7 +395,7 @@ def train_for(
         losses = []
         show(json.dumps({k: round(v, 3) for k, v in row.items()}), flush=True)
 
-# %% ../../nbs/bench/49_questions.ipynb #f2222453
+# %% ../../nbs/bench/49_questions.ipynb #b5624ef0
 def score_loop(
     model:SGDDModel, # trained, in eval mode
     wanted:list[str], # references
@@ -408,6 +411,7 @@ def score_loop(
         loop_proved=len(proved), loop_proved_right=sum(proved), loop_cpu_s=seconds,
         loop_encoded=sum(v.num_encoded for v in found)/len(found)), found
 
+# %% ../../nbs/bench/49_questions.ipynb #982c0e7d
 def score_questions(
     run:Run, # open record; examples are written to its history
     q:Questions, # with corpus and known questions
@@ -434,7 +438,7 @@ def score_questions(
         length_right=(model.lengths(z)[:, 0] == sizes).float().mean().item())
     return {f'{part}_{k}': v for k, v in found.items()}
 
-# %% ../../nbs/bench/49_questions.ipynb #bdc35701
+# %% ../../nbs/bench/49_questions.ipynb #fc377d01
 def prepare(
     o:dict, # FULL, with changes
 )->tuple[Questions,Training]: # data; a model that is ready to train
@@ -462,6 +466,7 @@ def train_reader(
     kept.unlink(missing_ok=True)
     return run
 
+# %% ../../nbs/bench/49_questions.ipynb #db6baf60
 def read_test(
     trained:Run, # finished
 )->Run: # finished
@@ -527,7 +532,7 @@ def table(
                 'cosine': f'{s("cosine"):.3f}'})
     return pd.DataFrame(rows).style.hide(axis='index')
 
-# %% ../../nbs/bench/49_questions.ipynb #04ab2a8e
+# %% ../../nbs/bench/49_questions.ipynb #02ea2f4a
 def facts(
     found:dict, # of `records`
 ): # a styled DataFrame: a line for each width
@@ -549,6 +554,7 @@ def facts(
         rows.append(row)
     return pd.DataFrame(rows).fillna('').style.hide(axis='index')
 
+# %% ../../nbs/bench/49_questions.ipynb #88d30cba
 def examples(
     found:dict, # of `records`
     many:int=6, # of each width
@@ -562,7 +568,7 @@ def examples(
     shown = pd.DataFrame(rows).style.hide(axis='index')
     return shown.set_properties(**{'text-align': 'left', 'vertical-align': 'top'})
 
-# %% ../../nbs/bench/49_questions.ipynb #45e567d4
+# %% ../../nbs/bench/49_questions.ipynb #c88d7b90
 def plot_curves(
     found:dict, # of `records`
 ): # matplotlib axes
@@ -582,6 +588,7 @@ def plot_curves(
     axes[0].legend()
     return axes
 
+# %% ../../nbs/bench/49_questions.ipynb #abcac8f4
 def answer(
     found:dict, # of `records`
 )->str: # Markdown

@@ -57,7 +57,7 @@ class SinusoidalTimeEmbedding(nn.Module):
         angles = self.num_steps*u[:, None]*self.frequencies
         return torch.cat([angles.sin(), angles.cos()], -1)
 
-# %% ../../nbs/sgdd/30_decoder.ipynb #b2e3bc8d
+# %% ../../nbs/sgdd/30_decoder.ipynb #569c6a5b
 def attend(
     q:Tensor, # (B, H, T, D) queries
     k:Tensor, # (B, H, S, D) keys
@@ -72,6 +72,7 @@ def attend(
     if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
     return torch.bmm(flat(scores.softmax(-1)), flat(v)).unflatten(0, q.shape[:2])
 
+# %% ../../nbs/sgdd/30_decoder.ipynb #75101517
 class Attention(nn.Module):
     "Mix features of all places, or of a memory, by multi-head attention."
     def __init__(self,
@@ -239,8 +240,8 @@ def check_decoder(
         raise ValueError(
             f"one key and value must be as wide as the decoder, {dim}, got {cond_dim}; project it")
     if conditioning == 'place' and cond_dim % num_vectors:
-        raise ValueError(f"a vector must hold num_vectors={num_vectors} coefficients of equal width, "
-                         f"got {cond_dim} numbers")
+        raise ValueError(f"a vector must hold num_vectors={num_vectors} coefficients of equal "
+                         f"width, got {cond_dim} numbers")
     if conditioning == 'adaln' and norm == 'post':
         raise ValueError(
             "'adaln' modulates what is normed before a layer; norm must be 'pre', got 'post'")
@@ -264,23 +265,15 @@ class DiffusionDecoder(nn.Module):
         dropout:float=0., # share that is dropped
         num_vectors:int=1, # K, cosine coefficients of the vector, for 'place'
         specials:tuple=(1, 1), # tokens the encoder puts before and behind a sentence, for 'place'
-        adaln:dict|None=None, # 'silu', 'width' and 'final' of 'adaln'; `None`: as in `make_condition`
+        adaln:dict|None=None, # of 'adaln': 'silu', 'width', and 'final', the last norm modulated
     ):
         super().__init__()
         check_decoder(dim, num_heads, cond_dim, conditioning, positions, norm, num_vectors)
         self.dim, self.max_len = dim, max_len
         self.conditioning, self.num_memory = conditioning, num_memory
         self._embed(vocab_size, positions, num_heads, time)
-        adaln = dict(dict(silu=True, width=0, final=False), **(adaln or {}))
-        layer = lambda: DecoderLayer(dim, num_heads, ffn_dim or 4*dim, conditioning, norm, dropout,
-                                     adaln['width'])
-        self.layers = nn.ModuleList(layer() for _ in range(num_layers))
-        self.norm = nn.LayerNorm(dim) if norm == 'pre' else None
-        final = conditioning == 'adaln' and adaln['final']
-        self.modulation = zero_linear(adaln['width'] or dim, 2*dim) if final else None
-        by_place = dict(zip(('before', 'after'), specials), num_vectors=num_vectors, max_len=max_len)
-        self.condition = make_condition(conditioning, cond_dim, dim, num_memory, adaln['silu'],
-                                        adaln['width'], by_place)
+        self._stack(num_layers, num_heads, ffn_dim or 4*dim, norm, dropout, adaln or {})
+        self._listen(cond_dim, num_vectors, specials, adaln or {})
         self._draw_tables()
 
     def forward(self, x_t, z, u=None, content=None)->Tensor: # (B, T, V), arguments of `hidden`
@@ -300,6 +293,23 @@ def _embed(self:DiffusionDecoder, vocab_size, positions, num_heads, time):
 def _draw_tables(self:DiffusionDecoder):
     nn.init.normal_(self.embed.weight, std=.02)
     if self.place is not None: nn.init.normal_(self.place, std=.02)
+
+@patch
+def _stack(self:DiffusionDecoder, num_layers, num_heads, ffn_dim, norm, dropout, adaln):
+    width = adaln.get('width') or self.dim
+    layer = lambda: DecoderLayer(self.dim, num_heads, ffn_dim, self.conditioning, norm, dropout,
+                                 width)
+    self.layers = nn.ModuleList(layer() for _ in range(num_layers))
+    self.norm = nn.LayerNorm(self.dim) if norm == 'pre' else None
+    final = self.conditioning == 'adaln' and adaln.get('final')
+    self.modulation = zero_linear(width, 2*self.dim) if final else None
+
+@patch
+def _listen(self:DiffusionDecoder, cond_dim, num_vectors, specials, adaln):
+    by_place = dict(zip(('before', 'after'), specials), num_vectors=num_vectors,
+                    max_len=self.max_len)
+    self.condition = make_condition(self.conditioning, cond_dim, self.dim, self.num_memory,
+                                    adaln.get('silu', True), adaln.get('width', 0), by_place)
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #61a98481
 @patch
@@ -328,7 +338,7 @@ def finish(self:DiffusionDecoder,
     h:Tensor, # (B, T, C) states behind the last layer
     condition:Tensor|None, # of `tell`
 )->Tensor: # (B, T, C)
-    "Norm the last states, and modulate them where the layers are modulated, too."
+    "Finish the last states by a norm, modulated where the layers are."
     if self.norm: h = self.norm(h)
     if self.modulation is None: return h
     a, b = self.modulation(condition)[:, None].chunk(2, -1)

@@ -108,9 +108,9 @@ def check_config(
 
 # %% ../../nbs/sgdd/40_model.ipynb #da946f4d
 presets = dict(
-    tiny=dict(dim=32, num_layers=1, num_heads=4, ffn_dim=64, max_len=32),
-    small=dict(),
-    base=dict(dim=512, num_layers=6, ffn_dim=2048),
+    tiny=dict(dim=32, num_layers=1, num_heads=4, ffn_dim=64, max_len=32, conditioning='place'),
+    small=dict(conditioning='place'),
+    base=dict(dim=512, num_layers=6, ffn_dim=2048, conditioning='place'),
     brief=dict(vocab_size=50_265, mask_id=50_264, pad_id=1, encoder='roberta-base', encoder_dim=768,
         proj_dim=512, standardise=False, dim=512, num_layers=6, ffn_dim=2048,
         conditioning='cross', positions='rope', norm='post', time=True, dropout=.1,
@@ -126,7 +126,7 @@ def preset(cls:SGDDConfig,
         raise ValueError(f"preset must be one of {sorted(presets)}, got {name!r}")
     return cls(**{**presets[name], **changes})
 
-# %% ../../nbs/sgdd/40_model.ipynb #cfe1216f
+# %% ../../nbs/sgdd/40_model.ipynb #8043941b
 def length_head(
     cond_dim:int, # numbers of the vector
     max_len:int, # longest sentence, tokens
@@ -136,6 +136,7 @@ def length_head(
     if not width: return nn.Linear(cond_dim, max_len)
     return nn.Sequential(nn.Linear(cond_dim, width), nn.GELU(), nn.Linear(width, max_len))
 
+# %% ../../nbs/sgdd/40_model.ipynb #4b44f8bb
 class SGDDModel(nn.Module):
     "Write a sentence from its vector, by masked diffusion."
     def __init__(self,
@@ -415,7 +416,7 @@ def parameter_card(self:SGDDModel,
     trainable = sum(card.values()) - card['encoder']
     return dict(card, trainable=trainable, total=trainable + card['encoder'])
 
-# %% ../../nbs/sgdd/40_model.ipynb #689e64e8
+# %% ../../nbs/sgdd/40_model.ipynb #b03ce6b2
 def pack_int8(
     weights:dict[str,Tensor], # by name
     least:int=4096, # numbers of a matrix that is worth it
@@ -436,6 +437,7 @@ def unpack_int8(
     return {name: w*weights[f'{name}:scale'] if f'{name}:scale' in weights else w
             for name, w in weights.items() if not name.endswith(':scale')}
 
+# %% ../../nbs/sgdd/40_model.ipynb #384424d4
 @patch
 def save_pretrained(self:SGDDModel,
     path:str|Path, # a new folder

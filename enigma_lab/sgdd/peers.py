@@ -69,7 +69,7 @@ def _with_length(self:CausalDecoder, labels, z):
     length = F.cross_entropy(self.length(c), content.sum(1) - 1)
     return SGDDOutput(loss=tokens + length if self.training else tokens)
 
-# %% ../../nbs/sgdd/65_peers.ipynb #ef156f47
+# %% ../../nbs/sgdd/65_peers.ipynb #ba07636a
 def check_causal(
     conditioning:str, # of the decoder
 ):
@@ -78,6 +78,7 @@ def check_causal(
         raise ValueError(
             f"a causal decoder must be told its vector by 'adaln' or 'place', got {conditioning!r}")
 
+# %% ../../nbs/sgdd/65_peers.ipynb #18c8d547
 class Cache:
     "Keep the keys and values of the places before."
     def __init__(self,
