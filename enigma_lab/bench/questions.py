@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 'noised', 'vectors_of_pieces', 'Questions',
-           'cached_vectors', 'read_questions', 'floor_statistics', 'new_reader', 'fit_length', 'Batches',
-           'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch', 'train_for',
-           'score_loop', 'score_questions', 'prepare', 'train_reader', 'read_test', 'main', 'records', 'table', 'facts',
-           'examples', 'plot_curves', 'answer']
+           'cached_vectors', 'read_questions', 'floor_statistics', 'new_reader', 'take_weights', 'fit_length',
+           'Batches', 'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch',
+           'train_for', 'score_loop', 'score_questions', 'prepare', 'train_reader', 'read_test', 'main', 'records',
+           'table', 'facts', 'examples', 'plot_curves', 'answer']
 
 # %% ../../nbs/bench/49_questions.ipynb #f1669333
 import argparse, json, random, sys
@@ -139,10 +139,10 @@ def read_questions(
     return Questions(table[ids].short(), z[:, :width].contiguous(), len(rows),
                      list(rows.values()), tokenizer, corpus)
 
-# %% ../../nbs/bench/49_questions.ipynb #4eccee6e
+# %% ../../nbs/bench/49_questions.ipynb #aafe8a25
 FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=.33, dim=192, layers=4, heads=6,
-    length_dim=128, seconds=1500., learning_rate=2e-3, tokens=1152, negatives=1500, all_hidden=.25, looks=12,
-    seed=0, watched=200, judged=500, looped=100)
+    length_dim=128, base='', seconds=600., learning_rate=2e-3, tokens=1152, negatives=1500,
+    all_hidden=.25, looks=12, seed=0, watched=200, judged=500, looped=100)
 SMALL = dict(FULL, most=200, dim=32, layers=1, heads=4, seconds=2., looks=2, watched=20, judged=20,
     looped=2)
 
@@ -154,6 +154,7 @@ def floor_statistics(
     model.z_std.clamp_(min=least*model.z_std.median())
     model.decoder.condition.scale.copy_(model.z_std/model.z_std.median())
 
+# %% ../../nbs/bench/49_questions.ipynb #ddf9c25e
 def new_reader(
     q:Questions, # to learn from
     o:dict, # FULL, with changes
@@ -169,9 +170,20 @@ def new_reader(
     model.fit_statistics(q.z[:q.real].float(), (q.tokens[:q.real] >= 0).sum(1))
     floor_statistics(model)
     model.init_embedding()
+    if o.get('base'): take_weights(model, find_run(o['base']))
     return model
 
-# %% ../../nbs/bench/49_questions.ipynb #43f70af5
+def take_weights(
+    model:SGDDModel, # new, with statistics
+    base:Run, # trained on another width of the vector
+):
+    "Start from the weights of another decoder, but for what belongs to its vector."
+    kept, own = load_file(base.checkpoint/'model.safetensors'), model.state_dict()
+    same = {name: w for name, w in kept.items()
+            if not name.startswith('length') and w.shape == own[name].shape}
+    model.load_state_dict(own | same)
+
+# %% ../../nbs/bench/49_questions.ipynb #922e7091
 def fit_length(
     model:SGDDModel, # with statistics
     q:Questions, # to learn from
@@ -187,7 +199,6 @@ def fit_length(
         F.cross_entropy(model.length(model.vector(q.z[rows].float())), sizes[rows]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.length.requires_grad_(False)
 
 # %% ../../nbs/bench/49_questions.ipynb #e7fab092
 class Batches:
@@ -244,7 +255,7 @@ def loss_of(
     return F.cross_entropy(F.linear(h, d.embed(some), d.bias[some]).float(),
                            torch.searchsorted(some, wanted))
 
-# %% ../../nbs/bench/49_questions.ipynb #c8760dc2
+# %% ../../nbs/bench/49_questions.ipynb #ea4f6659
 class Training:
     "Hold what a training must keep to go on: weights, their average, optimizer, clock."
     def __init__(self,
@@ -265,21 +276,23 @@ class Training:
         left = 1 - self.spent/self.o['seconds']
         return self.o['learning_rate']*min(1, (self.step + 1)/40)*min(1, max(.02, left/.4))
 
-    def update(self,
-        batch:tuple, # of `Batches`
-    )->float: # loss, nats
-        "Make one update."
-        for group in self.optimizer.param_groups: group['lr'] = self.rate()
-        with torch.autocast('cpu', torch.bfloat16):
-            loss = loss_of(self.model, batch, self.spent < .7*self.o['seconds'])
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.live, 1.)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step, self.seen = self.step + 1, self.seen + len(batch[0])
-        keep = min(.998, (self.step + 1)/(self.step + 10))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.live], 1 - keep)
-        return loss.item()
+# %% ../../nbs/bench/49_questions.ipynb #cf21af0a
+@patch
+def update(self:Training,
+    batch:tuple, # of `Batches`
+)->float: # loss, nats
+    "Make one update."
+    for group in self.optimizer.param_groups: group['lr'] = self.rate()
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = loss_of(self.model, batch, self.spent < .7*self.o['seconds'])
+    loss.backward()
+    nn.utils.clip_grad_norm_(self.live, 1.)
+    self.optimizer.step()
+    self.optimizer.zero_grad()
+    self.step, self.seen = self.step + 1, self.seen + len(batch[0])
+    keep = min(.998, (self.step + 1)/(self.step + 10))
+    torch._foreach_lerp_(self.average, [p.detach() for p in self.live], 1 - keep)
+    return loss.item()
 
 # %% ../../nbs/bench/49_questions.ipynb #696671ad
 @patch
@@ -438,23 +451,26 @@ def score_questions(
         length_right=(model.lengths(z)[:, 0] == sizes).float().mean().item())
     return {f'{part}_{k}': v for k, v in found.items()}
 
-# %% ../../nbs/bench/49_questions.ipynb #fc377d01
+# %% ../../nbs/bench/49_questions.ipynb #3e3bd792
 def prepare(
     o:dict, # FULL, with changes
+    kept:Path|None=None, # what a training was stopped with; `None`: it begins
 )->tuple[Questions,Training]: # data; a model that is ready to train
     "Read, encode, build."
     q = read_questions(o['data'], o['num_vectors'], o['most'], o['extra'])
     model = new_reader(q, o)
-    fit_length(model, q)
-    return q, Training(model, o)
+    if kept is None: fit_length(model, q)
+    model.length.requires_grad_(False)
+    training = Training(model, o)
+    if kept is not None: training.load(kept)
+    return q, training
 
 def train_reader(
     run:Run, # new, or unfinished
 )->Run: # finished, with a checkpoint; the test part is not read
     "Train what is left, save the averaged weights, and score validation questions."
-    q, training = prepare(run.config)
     kept = run.path/'training.pt'
-    if kept.is_file(): training.load(kept)
+    q, training = prepare(run.config, kept if kept.is_file() else None)
     train_for(run, q, training)
     training.swap()
     model = training.model.eval()
@@ -478,7 +494,7 @@ def read_test(
     model = SGDDModel.from_pretrained(trained.checkpoint)
     return finish_run(run, score_questions(run, q, model))
 
-# %% ../../nbs/bench/49_questions.ipynb #c80b7fa6
+# %% ../../nbs/bench/49_questions.ipynb #1218dd2b
 def main(
     arguments:list[str]=(), # of the command line
 ):
@@ -487,6 +503,7 @@ def main(
     parser.add_argument('--data', default=FULL['data'], help='folder or file of question pairs')
     parser.add_argument('--num-vectors', type=int, default=4, help='coefficients of the pooling')
     parser.add_argument('--seconds', type=float, default=FULL['seconds'], help='of CPU time')
+    parser.add_argument('--base', default='', help='start from the weights of this run')
     parser.add_argument('--small', action='store_true', help='few questions, to see that it works')
     parser.add_argument('--resume', default='', help='go on with an unfinished run')
     parser.add_argument('--test', default='', help='read the test questions with this run')
@@ -495,7 +512,7 @@ def main(
     if given.resume and find_run(given.resume).finished:
         raise FileExistsError(
             f"a run is written once, and {given.resume} is finished; start another")
-    own = dict(data=given.data, num_vectors=given.num_vectors)
+    own = dict(data=given.data, num_vectors=given.num_vectors, base=given.base)
     config = dict(SMALL, **own) if given.small else dict(FULL, **own, seconds=given.seconds)
     if given.test: run = read_test(find_run(given.test))
     else: run = train_reader(find_run(given.resume) if given.resume
@@ -532,7 +549,7 @@ def table(
                 'cosine': f'{s("cosine"):.3f}'})
     return pd.DataFrame(rows).style.hide(axis='index')
 
-# %% ../../nbs/bench/49_questions.ipynb #02ea2f4a
+# %% ../../nbs/bench/49_questions.ipynb #c2d68084
 def facts(
     found:dict, # of `records`
 ): # a styled DataFrame: a line for each width
@@ -542,7 +559,7 @@ def facts(
     for K, (trained, tested) in sorted(found.items(), reverse=True):
         m = trained.metrics
         part, t = ('test', tested.metrics) if tested else ('val', m)
-        row = {'K': K, 'parameters, thousands': round(m['parameters']/1000),
+        row = {'K': K, 'begun from': 'K = 4' if trained.config.get('base') else 'the encoder\'s words', 'parameters, thousands': round(m['parameters']/1000),
             'CPU minutes': f'{m["train_cpu_s"]/60:.0f}', 'updates': m['updates'],
             'questions seen, thousands': round(m['sentences_seen']/1000),
             'of known pieces, %': f'{100*t[f"{part}_known_share"]:.0f}',

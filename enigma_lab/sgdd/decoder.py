@@ -269,11 +269,10 @@ class DiffusionDecoder(nn.Module):
     ):
         super().__init__()
         check_decoder(dim, num_heads, cond_dim, conditioning, positions, norm, num_vectors)
-        self.dim, self.max_len = dim, max_len
-        self.conditioning, self.num_memory = conditioning, num_memory
+        self.dim, self.max_len, self.conditioning = dim, max_len, conditioning
         self._embed(vocab_size, positions, num_heads, time)
         self._stack(num_layers, num_heads, ffn_dim or 4*dim, norm, dropout, adaln or {})
-        self._listen(cond_dim, num_vectors, specials, adaln or {})
+        self._listen(cond_dim, num_memory, num_vectors, specials, adaln or {})
         self._draw_tables()
 
     def forward(self, x_t, z, u=None, content=None)->Tensor: # (B, T, V), arguments of `hidden`
@@ -305,10 +304,10 @@ def _stack(self:DiffusionDecoder, num_layers, num_heads, ffn_dim, norm, dropout,
     self.modulation = zero_linear(width, 2*self.dim) if final else None
 
 @patch
-def _listen(self:DiffusionDecoder, cond_dim, num_vectors, specials, adaln):
+def _listen(self:DiffusionDecoder, cond_dim, num_memory, num_vectors, specials, adaln):
     by_place = dict(zip(('before', 'after'), specials), num_vectors=num_vectors,
                     max_len=self.max_len)
-    self.condition = make_condition(self.conditioning, cond_dim, self.dim, self.num_memory,
+    self.condition = make_condition(self.conditioning, cond_dim, self.dim, num_memory,
                                     adaln.get('silu', True), adaln.get('width', 0), by_place)
 
 # %% ../../nbs/sgdd/30_decoder.ipynb #61a98481
