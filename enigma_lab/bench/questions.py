@@ -9,7 +9,7 @@ __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 
            'train_for', 'score_loop', 'score_questions', 'prepare', 'train_reader', 'read_test', 'main', 'records',
            'table', 'facts', 'examples', 'plot_curves', 'answer']
 
-# %% ../../nbs/bench/49_questions.ipynb #f1669333
+# %% ../../nbs/bench/49_questions.ipynb #7c59aeed
 import argparse, json, random, sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from ..lab.stats import bootstrap
 from ..sgdd.encoder import SemanticEncoder
 from ..sgdd.metrics import (
     compute_bleu, nearest_texts, semantic_cosine, token_accuracy)
-from ..sgdd.model import SGDDConfig, SGDDModel, make_tokenizer
+from ..sgdd.model import SGDDConfig, SGDDModel, make_tokenizer, unpack_int8
 from ..sgdd.reconstruct import reconstruct
 from ..sgdd.sampling import maskgit_sample
 
@@ -154,7 +154,7 @@ def floor_statistics(
     model.z_std.clamp_(min=least*model.z_std.median())
     model.decoder.condition.scale.copy_(model.z_std/model.z_std.median())
 
-# %% ../../nbs/bench/49_questions.ipynb #ddf9c25e
+# %% ../../nbs/bench/49_questions.ipynb #6c87bad4
 def new_reader(
     q:Questions, # to learn from
     o:dict, # FULL, with changes
@@ -178,7 +178,8 @@ def take_weights(
     base:Run, # trained on another width of the vector
 ):
     "Start from the weights of another decoder, but for what belongs to its vector."
-    kept, own = load_file(base.checkpoint/'model.safetensors'), model.state_dict()
+    kept = unpack_int8(load_file(base.checkpoint/'model.safetensors'))
+    own = model.state_dict()
     same = {name: w for name, w in kept.items()
             if not name.startswith('length') and w.shape == own[name].shape}
     model.load_state_dict(own | same)
@@ -451,7 +452,7 @@ def score_questions(
         length_right=(model.lengths(z)[:, 0] == sizes).float().mean().item())
     return {f'{part}_{k}': v for k, v in found.items()}
 
-# %% ../../nbs/bench/49_questions.ipynb #3e3bd792
+# %% ../../nbs/bench/49_questions.ipynb #0cb34a7f
 def prepare(
     o:dict, # FULL, with changes
     kept:Path|None=None, # what a training was stopped with; `None`: it begins
@@ -474,7 +475,7 @@ def train_reader(
     train_for(run, q, training)
     training.swap()
     model = training.model.eval()
-    if not run.checkpoint.is_dir(): model.save_pretrained(run.checkpoint)
+    if not run.checkpoint.is_dir(): model.save_pretrained(run.checkpoint, int8=True)
     finish_run(run, dict(score_questions(run, q, model, 'val'), **q.corpus.card(),
         train_cpu_s=training.spent, updates=training.step, sentences_seen=training.seen,
         learned_from=q.real, noised=len(q.tokens) - q.real, vocabulary=len(q.tokenizer),

@@ -434,7 +434,8 @@ def unpack_int8(
     weights:dict[str,Tensor], # of `pack_int8`, or of a model as it is
 )->dict[str,Tensor]: # by name
     "Turn rounded matrices into floats again."
-    return {name: w*weights[f'{name}:scale'] if f'{name}:scale' in weights else w
+    scaled = {name for name in weights if f'{name}:scale' in weights}
+    return {name: w.float()*weights[f'{name}:scale'].float() if name in scaled else w
             for name, w in weights.items() if not name.endswith(':scale')}
 
 # %% ../../nbs/sgdd/40_model.ipynb #384424d4
