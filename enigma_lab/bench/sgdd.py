@@ -64,7 +64,8 @@ def sides_of(
     torch.manual_seed(0)
     large = SGDDModel(SGDDConfig.preset(config['large'], vocab_size=config['vocabulary'], mask_id=3,
                                         pad_id=1))
-    little = SGDDModel(SGDDConfig.preset('small', vocab_size=300, mask_id=2, pad_id=0))
+    little = SGDDModel(SGDDConfig.preset('small', vocab_size=300, mask_id=2, pad_id=0,
+                                         conditioning='adaln'))
     one = dict(sentences=1, length=config['length'], guidance=2.)
     many = dict(sentences=config['batch'], length=13)
     return {('one sentence', 'every place'): writer(large, **one, every_place=True),

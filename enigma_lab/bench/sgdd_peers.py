@@ -45,7 +45,7 @@ def prepare(
     torch.manual_seed(config.seed)
     peer = CausalDecoder(peer_config(parts.model.config), parts.model.encoder,
                          parts.model.tokenizer)
-    peer.fit_statistics(parts.z)
+    peer.fit_statistics(parts.z, (parts.train.labels != -100).sum(1))
     if config.svd: peer.init_embedding()
     return replace(parts, model=peer)
 
@@ -113,7 +113,9 @@ def reader(
 )->Run: # finished
     "Train and score one reader."
     looks = max(1, max_steps//5) if max_steps else 100
-    config = make_sgdd_config('cpu', **dict(num_vectors=4) | recipe, learning_rate=learning_rate,
+    # what the records of this page were made with
+    recipe = dict(num_vectors=4, shape=dict(conditioning='adaln')) | recipe
+    config = make_sgdd_config('cpu', **recipe, learning_rate=learning_rate,
         seed=seed, max_steps=max_steps, minutes=minutes, eval_steps=looks, save_steps=looks)
     parts = prepare(kind, config)
     run = start_run('reader', dict(asdict(config), kind=kind, split=split, sentences=sentences))
