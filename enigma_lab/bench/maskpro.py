@@ -420,12 +420,13 @@ HEADERS = {'loss': 'loss', 'gap': 'gap won back', 'from': '95 % from', 'to': '95
 def whole_models(
     name:str|tuple, # of sweeps
     task:str='mask_trial', # whose records count
-    rows:tuple=ROWS, # that a model must have
+    rows:tuple=(), # that a model must have; none: all that any model has
 )->tuple: # dense models
     "List the models whose rows are all on record."
     found = losses_of(records(name, task))
     models = sorted(found.get('dense', {}))
-    return tuple(model for model in models if all(model in found.get(row, {}) for row in rows))
+    must = [found.get(row, {}) for row in rows or found]
+    return tuple(model for model in models if all(model in have for have in must))
 
 # %% ../../nbs/bench/50_maskpro.ipynb #b5848fc9
 def show_table(
