@@ -135,7 +135,8 @@ def minilm_table(
         of = lambda key: [run.metrics[key] for run in mine]
         table[row] = {'1 - cosine': losses.mean(), 'from': low, 'to': high,
                       'Spearman': np.mean(of('spearman')), 'forwards': max(of('forwards')),
-                      'CPU seconds': np.median(of('train_cpu_s')), 'draws × sentences': f'{D} × {N}'}
+                      'CPU seconds': np.median(of('train_cpu_s')),
+                      'draws × sentences': f'{D} × {N}'}
     return pd.DataFrame.from_dict(table, orient='index')
 
 # %% ../../nbs/bench/54_maskpro_minilm.ipynb #92dd5888
