@@ -163,7 +163,7 @@ def vector(self:SGDDModel,
     return self.projection((z.to(self.device) - self.z_mean)/floor_deviation(self.z_std))
 
 @patch
-def as_in_training(self:SGDDModel,
+def as_trained(self:SGDDModel,
     z:Tensor, # (B, d) vectors as they come: of any float type, any length, cut or whole
 )->tuple[Tensor,bool]: # (B, encoder_dim) float32; True if only the direction of a vector is known
     "Bring vectors into the form of the training set's."
@@ -381,7 +381,7 @@ def generate(self:SGDDModel,
     "Write a sentence for each vector."
     from enigma_lab.sgdd.sampling import maskgit_sample
     if not isinstance(z, Tensor): z = self.encoder.encode(list(z))
-    trajectory = maskgit_sample(self, self.as_in_training(z)[0], **how)
+    trajectory = maskgit_sample(self, self.as_trained(z)[0], **how)
     return self.read(trajectory.tokens, trajectory.content)
 
 @patch

@@ -36,7 +36,7 @@ def moves(
     return [rest[:q] + [draft[p]] + rest[q:] for p, rest in enumerate(omissions(draft))
             for q in range(len(draft)) if abs(p - q) > 1]
 
-# %% ../../nbs/sgdd/54_proposals.ipynb #97914355
+# %% ../../nbs/sgdd/54_proposals.ipynb #df96893a
 def likeliest(
     model:SGDDModel, # trained
     z:Tensor, # (encoder_dim,) vector
@@ -49,6 +49,7 @@ def likeliest(
     logs = model.log_probs(x, c, hidden=x == model.config.mask_id)
     return logs.topk(min(n, logs.shape[1] - 1)).indices.tolist()
 
+# %% ../../nbs/sgdd/54_proposals.ipynb #847364e6
 def substitutions(
     model:SGDDModel, # trained
     z:Tensor, # (encoder_dim,) vector

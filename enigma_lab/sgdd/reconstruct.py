@@ -8,7 +8,6 @@ __all__ = ['EXACT', 'SOURCES', 'Verdict', 'Search', 'candidates', 'occlusion', '
            'check_reconstruct', 'offer_known', 'reconstruct']
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #41ec69a0
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +90,7 @@ def judge(self:Search,
             self.evidence[i] = Evidence(reached, exact=EXACT[self.kind])
             self.tokens[i], self.best_round[i] = ids, round
 
-# %% ../../nbs/sgdd/55_reconstruct.ipynb #c4f544b6
+# %% ../../nbs/sgdd/55_reconstruct.ipynb #a23dbfab
 @patch
 def encode(self:Search,
     rows:list[int], # numbers of the vectors that the drafts are for
@@ -111,6 +110,7 @@ def encode(self:Search,
     return {i: {text: (ids, vector[text]) for text, ids in part.items()}
             for i, part in fresh.items()}
 
+# %% ../../nbs/sgdd/55_reconstruct.ipynb #4aff6770
 @patch
 def offer(self:Search,
     rows:list[int], # numbers of the vectors that the drafts are for
@@ -311,7 +311,7 @@ def begin_search(
     if not (noise == 'auto' or isinstance(noise, (int, float)) and noise >= 0):
         raise ValueError(f"noise must be 'auto' or a level of at least 0, got {noise!r}")
     if not isinstance(z, Tensor): z = model.encoder.encode(list(z))
-    whole, by_direction = model.as_in_training(z.cpu())
+    whole, by_direction = model.as_trained(z.cpu())
     return Search(model, whole, z.cpu().float(), by_direction, rounding_kind(z),
                   None if noise == 'auto' else float(noise), budget)
 
@@ -346,7 +346,7 @@ def verdicts(self:Search)->list[Verdict]: # for each vector
     return [Verdict(read(ids), e.distance, e.verdict, len(tried), round, e) for ids, e, tried, round
             in zip(self.tokens, self.evidence, self.tried, self.best_round)]
 
-# %% ../../nbs/sgdd/55_reconstruct.ipynb #a678a85b
+# %% ../../nbs/sgdd/55_reconstruct.ipynb #c3dc5ab0
 def offer_known(
     search:Search, # search that takes the drafts
     rows:list[int], # numbers of the vectors
@@ -358,6 +358,7 @@ def offer_known(
     drafts = [search.model.tokenizer(known[0][k])['input_ids'] for row in nearest for k in row]
     search.offer([i for i, row in zip(rows, nearest) for _ in row], drafts, 0)
 
+# %% ../../nbs/sgdd/55_reconstruct.ipynb #dc07fddd
 @torch.no_grad()
 def reconstruct(
     model:SGDDModel, # trained, with its encoder
@@ -376,14 +377,12 @@ def reconstruct(
     check_reconstruct(drafts, rounds, redrafts, sources, beam, budget)
     search = begin_search(model, z, noise, budget)
     generator = torch.Generator().manual_seed(seed)
-    candidates(search, list(range(len(search.z))), 1, generator)
-    # most first drafts are right: a few neighbours tell
+    candidates(search, [*range(len(search.z))], 1, generator)
     if rounds: neighbours(search, search.with_drafts(), ('few',), 1, 0)
-    if drafts > 1 and search.open: candidates(search, search.open, drafts, generator)
-    if known and search.open: offer_known(search, search.open, known)
+    if drafts > 1 and (rows := search.open): candidates(search, rows, drafts, generator)
+    if known and (rows := search.open): offer_known(search, rows, known)
     for round in range(1, rounds + 1):
         neighbours(search, search.with_drafts(), sources, beam, round)
         if rows := search.with_drafts(): redraft(search, rows, redrafts, round, generator)
-    # the last drafts have a verdict, too
     if rounds: neighbours(search, search.with_drafts(), ('few',), 1, rounds)
     return search.verdicts()
