@@ -126,7 +126,7 @@ def main(
     finish_run(run, summary(run))
     print(table(run).to_string(index=False))
 
-# %% ../../nbs/bench/48_sgdd_noise.ipynb #ff82bda9
+# %% ../../nbs/bench/48_sgdd_noise.ipynb #026e17ea
 def table(
     run:Run, # a record
 ): # a DataFrame: a line for each change
@@ -145,6 +145,7 @@ def table(
             'texts encoded': round(row['encoded'])})
     return pd.DataFrame(lines)
 
+# %% ../../nbs/bench/48_sgdd_noise.ipynb #45c0a10c
 def summary(
     run:Run, # a record
 )->dict: # ready for metrics.json

@@ -263,7 +263,7 @@ def gradient_edits(
 
 SOURCES = dict(few=few_edits, thoughts=second_thoughts, edits=all_edits, gradient=gradient_edits)
 
-# %% ../../nbs/sgdd/55_reconstruct.ipynb #b04a0c88
+# %% ../../nbs/sgdd/55_reconstruct.ipynb #2e3d56cc
 @patch
 def to_expand(self:Search,
     i:int, # number of the vector
@@ -273,6 +273,7 @@ def to_expand(self:Search,
     nearest = sorted(self.tried[i], key=lambda text: self.tried[i][text][1])[:beam]
     return [text for text in nearest if text not in self.expanded[i]]
 
+# %% ../../nbs/sgdd/55_reconstruct.ipynb #2eee07ee
 def neighbours(
     search:Search, # with drafts
     rows:list[int], # numbers of the vectors
