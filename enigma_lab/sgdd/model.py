@@ -169,7 +169,7 @@ def vector(self:SGDDModel,
     return self.projection((z.to(self.device) - self.z_mean)/floor_deviation(self.z_std))
 
 @patch
-def as_in_training(self:SGDDModel,
+def as_trained(self:SGDDModel,
     z:Tensor, # (B, d) vectors as they come: of any float type, any length, cut or whole
 )->tuple[Tensor,bool]: # (B, encoder_dim) float32; True if only the direction of a vector is known
     "Bring vectors into the form of the training set's."
@@ -445,7 +445,7 @@ def generate(self:SGDDModel,
 )->list[str]: # texts
     "Write a sentence for each vector."
     from enigma_lab.sgdd.sampling import maskgit_sample
-    trajectory = maskgit_sample(self, self.as_in_training(self.take_vectors(z))[0], **how)
+    trajectory = maskgit_sample(self, self.as_trained(self.take_vectors(z))[0], **how)
     return self.read(trajectory.tokens, trajectory.content)
 
 @patch
@@ -467,7 +467,7 @@ def infill(self:SGDDModel,
                          f"tokens, got {len(ids)}; shorten it")
     if len(z := self.take_vectors(z)) != 1:
         raise ValueError(f"a text is filled in by one vector, got {len(z)}; give one of them")
-    ids, z = torch.tensor([ids], device=self.device), self.as_in_training(z)[0].to(self.device)
+    ids, z = torch.tensor([ids], device=self.device), self.as_trained(z)[0].to(self.device)
     filled = unmask(self, z, ids, torch.ones_like(ids, dtype=torch.bool), **how)
     return self.read(filled.tokens)[0]
 

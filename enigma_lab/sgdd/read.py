@@ -22,7 +22,7 @@ from torch import Tensor
 from ..lab.runs import read_json, write_json
 from .encoder import SemanticEncoder, fingerprint
 from .model import SGDDModel
-from .reconstruct import Search, Verdict, reconstruct
+from .reconstruct import Verdict, begin_search, reconstruct
 from .sampling import check_unmask, maskgit_sample
 
 # %% ../../nbs/sgdd/57_read.ipynb #af22230a
@@ -222,10 +222,10 @@ def judged_drafts(
 )->list[Verdict]: # 'unchecked' without an encoder
     "Write a text for each vector by the sampler, and judge it."
     source = torch.Generator(model.device).manual_seed(seed)
-    t = maskgit_sample(model, z, generator=source, **how)
+    t = maskgit_sample(model, model.as_trained(z)[0], generator=source, **how)
     if model.encoder is None:
         return [Verdict(text, None, 'unchecked', 0, 0) for text in model.read(t.tokens, t.content)]
-    search = Search(model, z.cpu())
+    search = begin_search(model, z)
     tokens = [row[keep].tolist() for row, keep in zip(t.tokens, t.content)]
     search.offer([*range(len(z))], tokens, 0)
     return search.verdicts()
@@ -270,7 +270,7 @@ def read_batches(
     if check: check_origin(model, stored.origin)
     for start in range(first, len(rows), batch_size):
         z = model.take_vectors(rows[start:start + batch_size], start)
-        if check: check_scale(model, z)
+        if check: check_scale(model, model.as_trained(z)[0])
         yield start, read_batch(model, z, loop, seed, how, **search)
 
 # %% ../../nbs/sgdd/57_read.ipynb #c4d4cd5c
