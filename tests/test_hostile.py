@@ -68,8 +68,8 @@ REFUSED = {
     'complex numbers': (lambda g: read_vectors(g.model, g.z.to(torch.complex64)),
                         'vectors must be real numbers'),
     'texts and numbers': (lambda g: read_vectors(g.model, ['a text', 3]), 'must be real numbers'),
-    'vectors of norm 1': (lambda g: read_vectors(g.model, g.z/g.z.norm()),
-                          'were they scaled, normalised, or made by another encoder?'),
+    'a vector of nobody, of norm 1': (lambda g: read_vectors(g.model, torch.ones(20, 1536)/39),
+                          'made by another encoder?'),
     'vectors of nobody': (lambda g: read_vectors(g.model, torch.randn(20, 1536)),
                           'made by another encoder?'),
     'a file of another encoder': (

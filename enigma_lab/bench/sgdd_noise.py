@@ -55,7 +55,7 @@ def right_at_once(
     wanted:list[str], # their texts
 )->list[bool]: # for each text
     "Write each text in one call of the decoder."
-    parts = [model.generate(part, steps=1) for part in z.split(256)]
+    parts = [model.generate(model.as_trained(part)[0], steps=1) for part in z.split(256)]
     return [a == b for a, b in zip(sum(parts, []), wanted)]
 
 def verdict_scores(

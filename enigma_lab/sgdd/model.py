@@ -523,6 +523,20 @@ def save_pretrained(self:SGDDModel,
     (path/'config.json').write_text(json.dumps(stored, indent=1))
     if self.tokenizer is not None: self.tokenizer.save_pretrained(path)
 
+# %% ../../nbs/sgdd/40_model.ipynb #e550e8b2
+def _encoder_of(config, given, origin):
+    if given == 'none' or given is None and origin is None: return None
+    if origin is None:
+        raise ValueError("a model that was saved without an encoder cannot make sure of one; "
+                         "read vectors with encoder='none'")
+    try: found = given or SemanticEncoder(config.encoder, config.num_vectors,
+                                          pooling=config.pooling or 'auto',
+                                          normalise=config.normalise)
+    except (FileNotFoundError, ModuleNotFoundError) as e:
+        raise type(e)(f"{e}; without it vectors are read by encoder='none'") from None
+    check_encoder(found, origin)
+    return found
+
 # %% ../../nbs/sgdd/40_model.ipynb #26f0823f
 @patch(cls_method=True)
 def from_pretrained(cls:SGDDModel,
@@ -577,17 +591,3 @@ def load_best_model(
 )->SGDDModel: # in eval mode
     "Load the model that was kept."
     return SGDDModel.from_pretrained(path, encoder)
-
-# %% ../../nbs/sgdd/40_model.ipynb #e550e8b2
-def _encoder_of(config, given, origin):
-    if given == 'none' or given is None and origin is None: return None
-    if origin is None:
-        raise ValueError("a model that was saved without an encoder cannot make sure of one; "
-                         "read vectors with encoder='none'")
-    try: found = given or SemanticEncoder(config.encoder, config.num_vectors,
-                                          pooling=config.pooling or 'auto',
-                                          normalise=config.normalise)
-    except (FileNotFoundError, ModuleNotFoundError) as e:
-        raise type(e)(f"{e}; without it vectors are read by encoder='none'") from None
-    check_encoder(found, origin)
-    return found
