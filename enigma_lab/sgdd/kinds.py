@@ -21,7 +21,8 @@ WHO = 'the baker', 'Dr. Zoë', 'a well-known nurse', '“the clerk”', "J. K. O
 FORMS = (
     'Why did {} sell {} pianos in {}?', '{} paid ${},50 on {}-05-17; nobody knew!',
     'is it true that {} has {} cats , and since {} ?', "{} didn't say \"{}\" (in {})...",
-    'what do {} and {} others do n\'t like about {} ?', '{} wrote [MASK] and </s> {} times: {} <pad>')
+    'what do {} and {} others do n\'t like about {} ?',
+    '{} wrote [MASK] and </s> {} times: {} <pad>')
 ODD_TEXTS = [form.format(who, n, 1900 + 7*n) for form in FORMS for who in WHO for n in range(2, 6)]
 
 # %% ../../nbs/sgdd/57_kinds.ipynb #10d7bcf5
@@ -82,6 +83,7 @@ def store_roberta(
     return store(folder, made, model, bos_token='<s>', eos_token='</s>', unk_token='<unk>',
                  pad_token='<pad>', mask_token='<mask>')
 
+# %% ../../nbs/sgdd/57_kinds.ipynb #b5ba0ffc
 def store_gpt2(
     folder:str|Path, # a new folder
 )->str: # the folder
@@ -114,7 +116,7 @@ def store_library(
     return str(folder)
 
 class FunctionEncoder:
-    "Stand for a reader's function of texts that brings its own tokenizer."
+    "Encode texts as a reader's function does that brings its own tokenizer."
     def __init__(self,
         folder:str|Path, # a new folder
     ):
