@@ -69,6 +69,7 @@ def word_tokenizer(
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return made
 
+# %% ../../nbs/sgdd/15_tokens.ipynb #a76cda8c
 def piece_tokenizer(
     texts:list[str], # training texts
     tokenizer, # with WordPiece, of transformers
@@ -87,7 +88,8 @@ def piece_tokenizer(
     if re.search(CHINESE, ''.join(seen)):
         close = dict(type='Replace', pattern=dict(Regex=f'(?<={CHINESE}) | (?={CHINESE})'),
                      content='')
-        spec['decoder'] = dict(type='Sequence', decoders=[spec['decoder'], dict(type='Fuse'), close])
+        spec['decoder'] = dict(type='Sequence',
+                               decoders=[spec['decoder'], dict(type='Fuse'), close])
     return Tokenizer.from_str(json.dumps(spec))
 
 # %% ../../nbs/sgdd/15_tokens.ipynb #a56c995b

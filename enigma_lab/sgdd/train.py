@@ -252,7 +252,8 @@ def evaluate_sgdd(
         scores = _evaluate_part(run, parts, name, rows, loop and name == list(judged)[-1])
         found |= {f'{name}_{k}': v for k, v in scores.items()}
     return dict(found, **parts.corpus.card(),
-        train_too_long=len(parts.corpus.train) - len(parts.train), val_denoising_nats=best_val_loss(run),
+        train_too_long=len(parts.corpus.train) - len(parts.train),
+        val_denoising_nats=best_val_loss(run),
         **training_report(run),
         **{f'parameters_{k}': v for k, v in model.parameter_card().items()},
         vocabulary=model.config.vocab_size, **parts.base)
@@ -280,6 +281,7 @@ def loop_scores(
         scores.update(zip((name, f'{name}_from', f'{name}_to'), bootstrap(values)))
     return scores
 
+# %% ../../nbs/sgdd/70_train.ipynb #dc573bae
 def paraphrase_scores(
     written:list[str], # by a model
     sources:list[str], # of the paraphrase grammar
