@@ -177,7 +177,8 @@ def test_results_go_to_the_tracker(own_runs, tmp_path, monkeypatch):
     monkeypatch.setenv('ENIGMA_CACHE', str(tmp_path/'cache'))
     with pytest.raises(FileNotFoundError, match='phase 2 begins from a finished run of phase 1'):
         find_base('train_sgdd')
-    few = dict(max_steps=2, max_sentences=40, test_sentences=8, eval_windows=8, tracker='tensorboard')
+    few = dict(max_steps=2, max_sentences=40, test_sentences=8, eval_windows=8,
+               tracker='tensorboard')
     run = train_sgdd(make_sgdd_config('smoke', **few), loop=False, test=False)
     path = evaluate_run(run, num_samples=4, steps=2)
     found = EventAccumulator(str(run.path/'tensorboard')).Reload()
