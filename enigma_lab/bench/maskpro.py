@@ -522,7 +522,9 @@ def plot_pareto(
     return ax
 
 # %% ../../nbs/bench/50_maskpro.ipynb #4909e24e
-CHANGED = 'sparsegpt', 'finetune', *COMBINED # rows that change the weights
+# rows that change the weights
+CHANGED = ('sparsegpt', 'finetune', *(row for row, parts in COMBINED.items()
+                                      if {*parts} & {'sparsegpt', 'finetune'}))
 
 def best_rows(
     table, # of `leaderboard`
