@@ -93,7 +93,7 @@ def seeds(): # a DataFrame: a line for each way
     rows = []
     for way, shape in ways.items():
         wanted = dict(data='hard', num_vectors=4, phase=1, shape=shape)
-        runs = [run for run in list_runs('train_sgdd') if run.finished
+        runs = [run for run in list_runs('train_sgdd') if run.finished and run.config['max_steps']
                 and all(run.config.get(k) == v for k, v in wanted.items())]
         if not runs: continue
         row = {'way': way, 'seeds': len(runs), 'updates': runs[0].metrics['train_steps']}
