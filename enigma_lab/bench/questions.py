@@ -53,11 +53,11 @@ def seen_twice(
     count = Counter(piece for row in rows for piece in set(row))
     return sorted(piece for piece, n in count.items() if n > 1 and piece != unknown)
 
-# %% ../../nbs/bench/49_questions.ipynb #4fa8d916
+# %% ../../nbs/bench/49_questions.ipynb #8b326f14
 def noised(
     rows:list[tuple], # questions
     pieces:list[int], # that may stand in their place, each as likely
-    share:float=.2, # of the pieces is changed, one at least; of the questions two pieces change places
+    share:float=.2, # of pieces that are changed, and of questions in which two change places
     seed:int=1, # of the draw
 )->list[tuple]: # as many rows
     "Draw other pieces for some of each question: rare ones become as frequent as common ones."
@@ -91,7 +91,7 @@ def vectors_of_pieces(
                 z[part] = encoder(ids, torch.ones_like(ids)).half()
     return z
 
-# %% ../../nbs/bench/49_questions.ipynb #2d6acd9a
+# %% ../../nbs/bench/49_questions.ipynb #6a4f5540
 @dataclass
 class Questions:
     "Hold what is learned from: rows of the decoder's tokens, and their vectors."
@@ -107,7 +107,8 @@ def cached_vectors(
     rows:list[tuple], # its pieces
 )->Tensor: # (N, K·384) float16
     "Load the vectors of rows from the cache, or compute and store them."
-    path = cache_dir()/f'questions-{digest(json.dumps([encoder.num_vectors, rows]))[:24]}.safetensors'
+    key = digest(json.dumps([encoder.num_vectors, rows]))[:24]
+    path = cache_dir()/f'questions-{key}.safetensors'
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(z=vectors_of_pieces(encoder, rows)), path.with_suffix('.part'))
@@ -483,24 +484,26 @@ def train_reader(
     kept.unlink(missing_ok=True)
     return run
 
-# %% ../../nbs/bench/49_questions.ipynb #db6baf60
+# %% ../../nbs/bench/49_questions.ipynb #cc9cc8a6
 def read_test(
     trained:Run, # finished
 )->Run: # finished
     "Score the test questions, in a record of their own; they are read once for a model."
     if any(run.config.get('trained') == trained.name for run in list_runs('bench_questions')):
-        raise FileExistsError(f"the test part is read once for a model, and it was for {trained.name}")
+        raise FileExistsError(
+            f"the test part is read once for a model, and it was for {trained.name}")
     run = start_run('bench_questions', dict(trained.config, trained=trained.name), note='test')
     q = read_questions(*(run.config[k] for k in ('data', 'num_vectors', 'most', 'extra')))
     model = SGDDModel.from_pretrained(trained.checkpoint)
     return finish_run(run, score_questions(run, q, model))
 
-# %% ../../nbs/bench/49_questions.ipynb #1218dd2b
+# %% ../../nbs/bench/49_questions.ipynb #c4d7edcc
 def main(
     arguments:list[str]=(), # of the command line
 ):
     "Train a reader of questions on one thread, or read the test questions with it."
-    parser = argparse.ArgumentParser('python -m enigma_lab.bench.questions', description=main.__doc__)
+    parser = argparse.ArgumentParser('python -m enigma_lab.bench.questions',
+                                     description=main.__doc__)
     parser.add_argument('--data', default=FULL['data'], help='folder or file of question pairs')
     parser.add_argument('--num-vectors', type=int, default=4, help='coefficients of the pooling')
     parser.add_argument('--seconds', type=float, default=FULL['seconds'], help='of CPU time')
@@ -520,7 +523,7 @@ def main(
                              else start_run('bench_questions', config))
     print(json.dumps(run.metrics, indent=1))
 
-# %% ../../nbs/bench/49_questions.ipynb #f9b9a836
+# %% ../../nbs/bench/49_questions.ipynb #2667e5d9
 def records()->dict: # K -> trained run, and the run that read the test questions or `None`
     "Find the newest finished records of both widths of the vector."
     runs = [run for run in list_runs('bench_questions') if run.finished and not run.config['most']]
@@ -528,8 +531,8 @@ def records()->dict: # K -> trained run, and the run that read the test question
     return {run.config['num_vectors']: (run, tests.get(run.name)) for run in runs
             if 'trained' not in run.config}
 
-WAYS = {'calls_1': 'one call', 'calls_8': '8 calls', 'calls_16': '16 calls', 'loop': 'with the loop',
-        'nearest': 'nearest training question'}
+WAYS = {'calls_1': 'one call', 'calls_8': '8 calls', 'calls_16': '16 calls',
+        'loop': 'with the loop', 'nearest': 'nearest training question'}
 
 def table(
     found:dict, # of `records`
@@ -544,13 +547,13 @@ def table(
             s = lambda name: m[f'{part}_{way}_{name}']
             n = m[f'{part}_loop_questions' if way == 'loop' else f'{part}_questions']
             rows.append({'K': K, 'part': part, 'way': words, 'questions': n,
-                'exact, %': f'{100*s("exact_match"):.1f}',
-                '95 % interval': f'{100*s("exact_match_from"):.1f} to {100*s("exact_match_to"):.1f}',
+                'exact, %': f'{100*s("exact_match"):.1f}', '95 % interval':
+                f'{100*s("exact_match_from"):.1f} to {100*s("exact_match_to"):.1f}',
                 'tokens, %': f'{100*s("token_accuracy"):.1f}', 'BLEU': f'{100*s("bleu"):.1f}',
                 'cosine': f'{s("cosine"):.3f}'})
     return pd.DataFrame(rows).style.hide(axis='index')
 
-# %% ../../nbs/bench/49_questions.ipynb #c2d68084
+# %% ../../nbs/bench/49_questions.ipynb #cc3f9ef7
 def facts(
     found:dict, # of `records`
 ): # a styled DataFrame: a line for each width
@@ -560,7 +563,8 @@ def facts(
     for K, (trained, tested) in sorted(found.items(), reverse=True):
         m = trained.metrics
         part, t = ('test', tested.metrics) if tested else ('val', m)
-        row = {'K': K, 'begun from': 'K = 4' if trained.config.get('base') else 'the encoder\'s words', 'parameters, thousands': round(m['parameters']/1000),
+        begun = 'K = 4' if trained.config.get('base') else 'the words of the encoder'
+        row = {'K': K, 'begun from': begun, 'parameters, thousands': round(m['parameters']/1000),
             'CPU minutes': f'{m["train_cpu_s"]/60:.0f}', 'updates': m['updates'],
             'questions seen, thousands': round(m['sentences_seen']/1000),
             'of known pieces, %': f'{100*t[f"{part}_known_share"]:.0f}',
