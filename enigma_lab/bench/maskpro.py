@@ -537,6 +537,7 @@ def best_rows(
     rows = rows.sort_values('gap', ascending=False)
     return [row for row in rows.index if rows.to[row] >= rows['from'].iloc[0]]
 
+# %% ../../nbs/bench/50_maskpro.ipynb #62ac32b3
 def advice(
     table, # of `leaderboard`
     budgets:tuple=(8, 1500), # forward-equivalents at most

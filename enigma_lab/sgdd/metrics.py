@@ -210,8 +210,7 @@ def evaluate_generation(
     "Write, compare, and put the baselines beside it."
     check_pairs(texts if sources is None else sources, texts)
     z = model.encoder.encode(sources or texts)
-    tokens, wanted = normal_form(model, texts)
-    unknown = unknown_counts(model.tokenizer, texts)
+    (tokens, wanted), unknown = normal_form(model, texts), unknown_counts(model.tokenizer, texts)
     trajectories = [maskgit_sample(model, part, **how) for part in z.split(batch_size)]
     written = [text for t in trajectories for text in model.read(t.tokens, t.content)]
     # a text with an unknown piece was never written whole

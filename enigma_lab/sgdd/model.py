@@ -448,6 +448,7 @@ def generate(self:SGDDModel,
     trajectory = maskgit_sample(self, self.as_trained(self.take_vectors(z))[0], **how)
     return self.read(trajectory.tokens, trajectory.content)
 
+# %% ../../nbs/sgdd/40_model.ipynb #3808d770
 @patch
 def infill(self:SGDDModel,
     text:str, # a sentence with [MASK] for each token that is to be written
