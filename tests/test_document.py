@@ -55,7 +55,9 @@ MODEL = { # field: (value, what is looked at, what is seen)
     'num_vectors': (2, lambda m: m.config.encoder_dim, 768),
     'size': ('base', lambda m: len(m.decoder.layers), 6)}
 
-MORE = dict(conditioning=dict(proj_dim=32), norm=dict(conditioning='memory')) # go with them
+# go with them: by place the coefficients stay as they are, and the length must be known
+MORE = dict(conditioning=dict(proj_dim=32), norm=dict(conditioning='memory'),
+            proj_dim=dict(conditioning='adaln'), length_head=dict(conditioning='adaln'))
 
 @pytest.fixture(scope='module')
 def plain(): return made()
