@@ -590,7 +590,7 @@ def examples(
     shown = pd.DataFrame(rows).style.hide(axis='index')
     return shown.set_properties(**{'text-align': 'left', 'vertical-align': 'top'})
 
-# %% ../../nbs/bench/49_questions.ipynb #c88d7b90
+# %% ../../nbs/bench/49_questions.ipynb #350d96d7
 def plot_curves(
     found:dict, # of `records`
 ): # matplotlib axes
@@ -607,7 +607,7 @@ def plot_curves(
                         label=f'K = {K}, {steps} call{"s"*(steps > 1)}')
     for ax, name in zip(axes, ('exact, %', 'tokens right, %')):
         ax.set(xlabel='CPU minutes of training', ylabel=name, ylim=(0, 100))
-    axes[0].legend()
+    if found: axes[0].legend()
     return axes
 
 # %% ../../nbs/bench/49_questions.ipynb #abcac8f4
