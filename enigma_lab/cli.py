@@ -7,7 +7,8 @@ __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_argum
            'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train',
            'tokenizer', 'showcase', 'data', 'load_model', 'given_prompts', 'stop_strings', 'continue_text',
            'check_continuations', 'print_continuation', 'generate', 'evaluate', 'publish', 'compress', 'decompress',
-           'questions', 'chat', 'decoder_scores', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'prune_folder',
+           'questions', 'chat', 'decoder_scores', 'is_vector_file', 'sampling_given', 'read_stored', 'read_texts',
+           'find_decoder', 'read_vectors_of', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'prune_folder',
            'take_step', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names',
            'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs', 'bench_names', 'bench']
 
@@ -389,12 +390,19 @@ def evaluate(
     print(f"{found['bits_per_char']:.4f} bits per character of {found['characters']:,}, "
           f"perplexity {found['perplexity']:.2f} of {found['tokens']:,} tokens")
 
+# %% ../nbs/cli.ipynb #463f79ca
 @command('lm')
 def publish(
-    run:str, # of a language model or a tuning, or a folder
+    run:str, # of any model, or its folder
     folder:str, # a new one
+    *,
+    apart:bool=False, # of a tuning: the adapter alone, not added into its base
 ):
-    "Write a model with its tokenizer, its code and a card, to be loaded elsewhere."
+    "Write a model with what belongs to it and a card, to be loaded elsewhere."
+    from enigma_lab.lab.publish import CARDS, model_kind, publish_folder
+    from enigma_lab.lab.runs import find_model
+    kind = model_kind(find_model(run))
+    if kind in CARDS and (apart or kind != 'adapter'): return print(publish_folder(run, folder))
     from enigma_lab.lm.publish import publish_run
     print(publish_run(run, folder))
 
@@ -485,38 +493,118 @@ def decoder_scores(
     dataset:str, # as on the command line
     num_samples:int, # sentences at most
     loop:bool, # with the encoder in the loop
+    **how # settings of the sampler that differ from the run's
 )->str: # one line
     "Evaluate a sentence decoder, and write down its scores."
     from enigma_lab.sgdd.train import evaluate_run
-    path = evaluate_run(run, dataset, num_samples, loop)
+    path = evaluate_run(run, dataset, num_samples, loop, **how)
     scores = read_json(path)['metrics']
     return (f"{path}: {scores['sentences']} sentences, exact match {scores['exact_match']:.3f}, "
             f"perplexity {scores['perplexity']:.2f}")
 
+# %% ../nbs/cli.ipynb #4f1a5bf2
+def is_vector_file(
+    word:str, # as typed
+)->bool: # whether it names a file of vectors, or standard input
+    "Tell a file of vectors from a text."
+    stored = word.endswith(('.npy', '.npz', '.jsonl', '.parquet'))
+    return word == '-' or stored and (' ' not in word or Path(word).is_file())
+
+def sampling_given(
+    steps:int, # 0: not said
+    guidance:float, # below 0: not said
+    temperature:float, # below 0: not said
+    **words # settings of the sampler that are words; empty: not said
+)->dict: # those that were said
+    "Collect the settings of the sampler that were typed."
+    numbers = dict(steps=steps or None, guidance=guidance if guidance != -1 else None,
+                   temperature=temperature if temperature != -1 else None)
+    return {k: v for k, v in {**numbers, **words}.items() if v not in (None, '')}
+
 # %% ../nbs/cli.ipynb #3d708427
-@command('sgdd')
-def sgdd(
-    action:str, # 'evaluate' | 'read'
-    run:str, # of train_sgdd, or - for the newest, else the showcase's
-    *texts:str, # to read: sentences
-    dataset:str='', # small, hard, paraphrase, docs, a file, a hub id; empty: as in training
-    num_samples:int=1000, # to evaluate on, at most
-    loop:bool=False, # with the encoder in the loop
+def read_stored(
+    model, # a trained decoder
+    run, # where it comes from
+    file:str, # of vectors; -: standard input
+    out:str, # a new file; empty: standard output
+    column:str, # of a table; empty: the usual ones
+    **how # of `sgdd.read.read_file`
 ):
-    "Evaluate a sentence decoder, or read sentences from their vectors."
-    if action not in ('evaluate', 'read'):
-        raise ValueError(f"action must be 'evaluate' or 'read', got {action!r}")
+    "Read stored vectors into a file, saying how far it is."
+    from enigma_lab.sgdd.read import ReadingLine, load_vectors, read_file
+    counts = read_file(model, load_vectors(file, column), out, show=ReadingLine(), run=run.name,
+                       **how)
+    if not counts: print(f'{out} is complete, nothing is left to read', file=sys.stderr)
+
+def read_texts(
+    model, # a trained decoder, with its encoder
+    texts:list[str], # whose vectors are read
+    **how # of `sgdd.read.read_vectors`
+):
+    "Send texts to their vectors and back, and print what comes."
+    from enigma_lab.sgdd.read import read_vectors
+    for v in read_vectors(model, texts, check=False, **how):
+        print(f'{v.text}   {v.verdict} (distance {v.distance:.2g})')
+
+# %% ../nbs/cli.ipynb #3af2cf0b
+def find_decoder(
+    run:str, # as on the command line
+): # a `lab.runs.Run` with a sentence decoder
+    "Find the run of a sentence decoder, and keep its loading quiet."
     from enigma_lab.lab.runs import find_model
     found = find_model(run, 'train_sgdd', 'sgdd')
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
-    if action == 'evaluate': return print(decoder_scores(found, dataset, num_samples, loop))
-    if not texts: raise ValueError("to read needs sentences, got none")
-    from enigma_lab.sgdd.reconstruct import reconstruct
+    return found
+
+# %% ../nbs/cli.ipynb #50e3c2a0
+def read_vectors_of(
+    run:str, # of train_sgdd, or a file of vectors
+    texts:list[str], # sentences, or one file of vectors
+    read:dict, # settings of `read_texts`
+    stored:dict, # more settings of `read_stored`
+):
+    "Read what was typed: a file of vectors, or the vectors of sentences."
+    if not texts and run != '-' and is_vector_file(run): run, texts = '-', [run]
+    found = find_decoder(run)
+    if not texts: raise ValueError("to read needs sentences or a file of vectors, got none")
+    files = [word for word in texts if is_vector_file(word)]
+    if files and len(texts) > 1: raise ValueError(
+        f"one file of vectors is read at a time, got {len(texts)} words; give the file alone")
     from enigma_lab.sgdd.model import SGDDModel
     model = SGDDModel.from_pretrained(found.checkpoint)
-    for v in reconstruct(model, list(texts), *(() if loop else (1, 0))):
-        print(f'{v.text}   {v.verdict} (distance {v.distance:.2g})')
+    if files: read_stored(model, found, files[0], **stored, **read)
+    else: read_texts(model, texts, **read)
+
+# %% ../nbs/cli.ipynb #9ee75461
+@command('sgdd')
+def sgdd(
+    action:str, # 'evaluate' | 'read'
+    run:str, # of train_sgdd, or - for the newest, else the showcase's; or a file of vectors
+    *texts:str, # to read: sentences, or one file of vectors (.npy .npz .jsonl .parquet; -: stdin)
+    dataset:str='', # small, hard, paraphrase, docs, a file, a hub id; empty: as in training
+    num_samples:int=1000, # to evaluate on, at most
+    loop:bool=False, # with the encoder in the loop
+    steps:int=0, # calls of the sampler; 0: to read the loop's draft, to evaluate as in training
+    guidance:float=-1, # weight w; -1: as for steps
+    temperature:float=-1, # of the tokens; -1: as for steps
+    order:str='', # confidence, random, threshold, remask; empty: as for steps
+    formula:str='', # of guidance: log, prob; empty: as for steps
+    out:str='', # of stored vectors: a new file of JSON lines; empty: standard output
+    column:str='', # of stored vectors: where they stand in a table
+    resume:bool=False, # of stored vectors: go on with the file of --out
+    unchecked:bool=False, # of stored vectors: read them even if another encoder made them
+    batch_size:int=256, # of stored vectors: at a time
+    seed:int=0, # of drafts
+):
+    "Evaluate a sentence decoder, or read sentences from vectors, stored or of texts."
+    if action not in ('evaluate', 'read'):
+        raise ValueError(f"action must be 'evaluate' or 'read', got {action!r}")
+    how = sampling_given(steps, guidance, temperature, order=order, formula=formula)
+    if action == 'read': return read_vectors_of(
+        run, list(texts), dict(loop=loop, batch_size=batch_size, seed=seed, how=how),
+        dict(out=out, column=column, resume=resume, check=not unchecked))
+    print(decoder_scores(find_decoder(run), dataset, num_samples, loop, **how))
 
 # %% ../nbs/cli.ipynb #3082f6cb
 MaskAction = Literal['masks', 'baseline', 'learn', 'evaluate', 'prune', 'quick', 'standard',
@@ -613,7 +701,7 @@ def maskpro(
     no_fid:bool=False, # of 'evaluate': compare losses alone
     validation:bool=False, # of 'evaluate' and modes: leave the test images unread
     rounds:int=0, # of 'monitor': tables; 0: until nothing is running
-    method:str='sparsegpt', # of 'prune': sparsegpt, simple, pge, wanda or magnitude
+    method:str='sparsegpt', # of 'prune': sparsegpt, layerwise, simple, pge, wanda or magnitude
     nm:str='2:4', # of 'prune': weights kept of so many
     data:str='', # of 'prune': images, a text, or sentences, one a line
     loss:str='', # of 'prune': a Python file with loss(model, batch) and batches(data)

@@ -17,6 +17,7 @@ from ..lab.runs import find_run
 from ..sgdd.reconstruct import reconstruct
 from ..sgdd.model import SGDDModel
 from ..sgdd.sampling import ORDERS, Trajectory, maskgit_sample
+from ..sgdd.tokens import target_tokens
 
 # %% ../../nbs/apps/20_sampler.ipynb #d62db297
 def load_decoder(
@@ -34,7 +35,8 @@ def toy_decoder()->SGDDModel: # untrained model of a few words, in eval mode
     "Build something to look at where nothing is trained."
     from enigma_lab.data.sentences import draw_sentences, hard
     from enigma_lab.sgdd.encoder import SemanticEncoder
-    from enigma_lab.sgdd.model import SGDDConfig, make_tokenizer
+    from enigma_lab.sgdd.model import SGDDConfig
+    from enigma_lab.sgdd.tokens import make_tokenizer
     encoder = SemanticEncoder()
     tokenizer = make_tokenizer(draw_sentences(hard, 'train', 400), encoder)
     mask, pad = tokenizer.mask_token_id, tokenizer.pad_token_id
@@ -85,7 +87,7 @@ def write_one(
         z, noise = model.encoder.encode([text]), torch.Generator().manual_seed(seed)
         trajectory = maskgit_sample(model, z, generator=noise, **how)
         written = model.read(trajectory.tokens, trajectory.content)[0]
-        wanted = model.tokenizer.decode(model.tokenizer(text)['input_ids'])
+        wanted = model.tokenizer.decode(target_tokens(model.tokenizer, [text])[0])
         same = 'the same' if written == wanted else 'not the same'
         said = f'<b>{html.escape(written)}</b> &nbsp; {same}, {trajectory.evaluations} evaluations'
         if loop: said += f'<br>{verdict(model, z, seed)}'

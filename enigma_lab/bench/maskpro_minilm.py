@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS_OF_ROWS', 'KEEPS_WEIGHTS', 'LEARNING_START', 'qqp_sentences', 'test_vectors', 'rank_correlation',
-           'minilm_trial', 'apply_row', 'minilm_table', 'plot_costs', 'read_options', 'main']
+           'minilm_trial', 'apply_row', 'minilm_table', 'plot_costs', 'answer', 'read_options', 'main']
 
 # %% ../../nbs/bench/54_maskpro_minilm.ipynb #376e9858
 import argparse, sys, time
@@ -135,8 +135,9 @@ def minilm_table(
         of = lambda key: [run.metrics[key] for run in mine]
         table[row] = {'1 - cosine': losses.mean(), 'from': low, 'to': high,
                       'Spearman': np.mean(of('spearman')), 'forwards': max(of('forwards')),
-                      'CPU seconds': np.median(of('train_cpu_s')), 'draws': D}
-    return pd.DataFrame(table).T.astype(dict(forwards=int, draws=int))
+                      'CPU seconds': np.median(of('train_cpu_s')),
+                      'draws × sentences': f'{D} × {N}'}
+    return pd.DataFrame.from_dict(table, orient='index')
 
 # %% ../../nbs/bench/54_maskpro_minilm.ipynb #92dd5888
 def plot_costs(
@@ -155,6 +156,23 @@ def plot_costs(
     ax.set(xscale='log', xlabel='CPU seconds', ylabel='1 - cosine', xlim=(None, 8*longest),
            ylim=(0, 1.12*table['to'].max()))
     return ax
+
+# %% ../../nbs/bench/54_maskpro_minilm.ipynb #c3326794
+def answer(
+    table, # of `minilm_table`, with all rows
+)->str: # Markdown
+    "Answer the page's question from its table."
+    loss, rank, spent = table['1 - cosine'], table['Spearman'], table['CPU seconds']
+    frozen = loss[list(KEEPS_WEIGHTS)].idxmin()
+    tuned = 'sparsegpt + tuning'
+    return (
+        f"Answer: change the weights. SparseGPT leaves {loss['sparsegpt']/loss['magnitude']:.0%} "
+        f"of what the mask by magnitude loses, in {spent['sparsegpt']:.0f} CPU seconds; tuning "
+        f"the weights that are left, {spent[tuned]:.0f} CPU seconds in all, brings 1 − cosine "
+        f"from {loss['magnitude']:.3f} to {loss[tuned]:.3f} and the rank correlation to "
+        f"{rank[tuned]:.2f}. With frozen weights the best mask is that of {frozen}, which keeps "
+        f"{loss[frozen]:.3f} and {rank[frozen]:.2f} after {spent[frozen]:.0f} CPU seconds: "
+        f"{loss[frozen]/loss[tuned]:.1f} times as much is lost.")
 
 # %% ../../nbs/bench/54_maskpro_minilm.ipynb #9008f027
 LEARNING_START = 'sparsegpt' # what 'simple' begins with

@@ -205,18 +205,21 @@ GRAMMARS = dict(small=small, hard=hard, paraphrase=paraphrase)
 SIZES = dict(small=(6000, 500, 500), hard=(24_000, 500, 1000), paraphrase=(24_000, 500, 1000))
 
 def load_sentences(
-    data='hard', # a grammar, 'docs' (of Python), or any source of texts that `load_text` reads
+    data='hard', # a grammar, 'docs' (of Python), or a source that `read_texts` reads
     max_sentences:int=0, # of training; 0: all
     words:tuple=(3, 12), # how many a sentence of natural text has, least and most
 ): # a `Corpus` of sentences
     "Load the sentences of one source in three parts."
+    from enigma_lab.data.segment import as_sentences, read_texts
     from enigma_lab.data.text import Corpus, load_text
     if isinstance(data, str) and data in GRAMMARS:
         train, validation, test = SIZES[data]
         sizes = dict(zip(SPLITS, (min(train, max_sentences or train), validation, test)))
         parts = [draw_sentences(GRAMMARS[data], split, n) for split, n in sizes.items()]
         return Corpus(data, *parts)
-    corpus = load_text('auto' if isinstance(data, str) and data == 'docs' else data)
+    if not isinstance(data, str) or data not in ('docs', 'auto'):
+        return as_sentences(read_texts(data), words, max_sentences)
+    corpus = load_text('auto')
     parts = corpus.train, corpus.validation, corpus._test
     train, validation, test = (prose(part, words) for part in parts)
     held = {*validation, *test}
@@ -225,8 +228,7 @@ def load_sentences(
     if not (train and validation and test):
         raise ValueError(f"data must hold sentences of {words[0]} to {words[1]} words for each "
                          f"part, got {len(train)}, {len(validation)}, {len(test)} from {data!r}")
-    name = 'docs' if corpus.source == 'auto' else corpus.source
-    return Corpus(name, train, validation, test, corpus.duplicates, rows=corpus.rows)
+    return Corpus('docs', train, validation, test, corpus.duplicates, rows=corpus.rows)
 
 # %% ../../nbs/data/35_sentences.ipynb #ddf459f6
 FROZEN = dict(small='05b4e5b7a589717e', hard='3947e12bd42824b5', paraphrase='75e2719c7d3fd73c')

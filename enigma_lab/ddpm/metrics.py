@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DigitFeatures', 'train_features', 'accuracy', 'image_features', 'frechet_distance', 'kernel_distance',
-           'InceptionFeatures', 'wasserstein_1d', 'sliced_wasserstein', 'compare_samples', 'warn_of_few',
-           'distance_report']
+           'InceptionFeatures', 'choose_features', 'wasserstein_1d', 'sliced_wasserstein', 'compare_samples',
+           'warn_of_few', 'distance_report']
 
 # %% ../../nbs/ddpm/30_metrics.ipynb #89d0310d
 import warnings
@@ -141,8 +141,7 @@ class InceptionFeatures(nn.Module):
         weights:str='', # file of weights; empty: where torch-fidelity keeps it
     ):
         super().__init__()
-        usual = Path(torch.hub.get_dir())/'checkpoints'
-        path = Path(weights or usual/'weights-inception-2015-12-05-6726825d.pth')
+        path = Path(weights or self.usual())
         if not path.is_file():
             raise FileNotFoundError(
                 f"Inception needs its weights, got no file {path}; fetch them once with "
@@ -157,9 +156,28 @@ class InceptionFeatures(nn.Module):
                                           feature_extractor_weights_path=str(path))
         self.net = net.eval().requires_grad_(False)
 
+    @staticmethod
+    def usual()->Path: # a file that may be there
+        "Return where torch-fidelity keeps its weights."
+        return Path(torch.hub.get_dir())/'checkpoints'/'weights-inception-2015-12-05-6726825d.pth'
+
     def forward(self, x:Tensor)->Tensor: # (N, C, H, W) in [-1, 1] -> (N, 2048)
         pixels = x.clamp(-1, 1).add(1).mul(127.5).round().byte()
         return self.net(pixels.expand(-1, 3, -1, -1) if x.shape[1] == 1 else pixels)[0]
+
+# %% ../../nbs/ddpm/30_metrics.ipynb #2bd09163
+def choose_features(
+    images:Images, # that a model learned from
+)->nn.Module|None: # `None`: there are neither labels nor weights
+    "Choose the features by which images are compared."
+    photographs = images.shape[0] == 3 and min(images.shape[1:]) >= 32
+    if (photographs or images.labels is None) and InceptionFeatures.usual().is_file():
+        return InceptionFeatures()
+    if images.labels is not None: return train_features(images)
+    warnings.warn(
+        f"the Fréchet distance needs labels or Inception's weights, and {images.source!r} has no "
+        f"labels and {InceptionFeatures.usual()} is missing; only the sliced Wasserstein distance "
+        "is measured", stacklevel=2)
 
 # %% ../../nbs/ddpm/30_metrics.ipynb #c25aaae1
 def wasserstein_1d(
@@ -227,21 +245,24 @@ def distance_report(
     scheduler, # of diffusers
     real:Tensor, # (N, C, H, W) that the model learned from
     held_out:Tensor, # (M, C, H, W) others, for the floor
-    features:nn.Module, # of `train_features`, or any
+    features:nn.Module|None, # of `choose_features`, or any; `None`: the sliced distance alone
     steps:int=25, # of the sampler
     seed:int=7, # of its noise
     num:int=0, # images drawn from each model; 0: M
-)->tuple[dict,dict]: # '<name>_frechet', '_kernel', '_sliced' -> distance; name -> samples
+)->tuple[dict,dict]: # 'features', '<name>_frechet', '_kernel', '_sliced'; name -> samples
     "Measure how far generated images are from real ones, beside the floor of real ones."
     num = num or len(held_out)
     held_out = held_out[:num]
-    warn_of_few(min(num, len(held_out)), features)
+    if features is not None: warn_of_few(min(num, len(held_out)), features)
     samples = {name: sample_images(model, scheduler, num, steps, seed)
                for name, model in models.items()}
-    known, found = image_features(features, real), {}
-    for name, x in dict(floor=held_out, **samples).items():
+    judged = dict(floor=held_out, **samples)
+    found = dict(features=type(features).__name__ if features else 'none')
+    for name, x in judged.items(): found[f'{name}_sliced'] = sliced_wasserstein(real, x)
+    if features is None: return found, samples
+    known = image_features(features, real)
+    for name, x in judged.items():
         seen = image_features(features, x)
         found |= {f'{name}_frechet': frechet_distance(known, seen),
-                  f'{name}_kernel': kernel_distance(known, seen),
-                  f'{name}_sliced': sliced_wasserstein(real, x)}
+                  f'{name}_kernel': kernel_distance(known, seen)}
     return found, samples

@@ -92,7 +92,7 @@ class Sealer(TrainerCallback):
         write_json(folder/END, dict(ended=control.should_training_stop))
         flush_files(folder)
         write_json(folder/DIGESTS, file_digests(folder))
-        rotate_checkpoints(args.output_dir, save_total_limit=2,
+        rotate_checkpoints(args.output_dir, save_total_limit=args.save_total_limit or 2,
                            best_model_checkpoint=state.best_model_checkpoint)
 
 # %% ../../nbs/lab/29_checkpoint.ipynb #edb682a7

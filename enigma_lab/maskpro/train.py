@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.images import Images, load_images
-from ..ddpm.metrics import (
-    InceptionFeatures, compare_samples, distance_report, train_features)
+from ..ddpm.metrics import choose_features, compare_samples, distance_report
 from ..ddpm.model import (
     DenoisingLoss, Noised, check_denoiser, draw_batch, fixed_batches)
 from ..ddpm.train import find_pipeline, load_pipeline
@@ -582,9 +581,8 @@ def evaluate(
     found = dict(found, split='test' if test else 'validation')
     samples = c.num_samples if num_samples is None else num_samples
     if (c.compute_fid if compute_fid is None else compute_fid) and samples > 3:
-        features = train_features(task.images) if task.images.labels else InceptionFeatures()
-        distances, drawn = distance_report(
-            models, task.scheduler, task.images.train, held_out, features, num=samples)
+        distances, drawn = distance_report(models, task.scheduler, task.images.train, held_out,
+                                           choose_features(task.images), num=samples)
         found |= dict(distances, generated=samples, floor_images=min(samples, len(held_out)))
         run.figure('samples', compare_samples(drawn))
     write_json(run.path/'evaluation_results.json', found)
