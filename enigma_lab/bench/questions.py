@@ -7,9 +7,9 @@ __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 
            'cached_vectors', 'read_questions', 'floor_statistics', 'new_reader', 'take_weights', 'fit_length',
            'Batches', 'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch',
            'train_for', 'score_loop', 'score_questions', 'prepare', 'train_reader', 'read_test', 'main', 'records',
-           'table', 'facts', 'examples', 'plot_curves', 'answer']
+           'spent', 'looks_of', 'table', 'facts', 'examples', 'plot_curves', 'answer']
 
-# %% ../../nbs/bench/49_questions.ipynb #7c59aeed
+# %% ../../nbs/bench/49_questions.ipynb #97a84668
 import argparse, json, random, sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..data.pairs import both_sides, load_pairs
 from ..data.text import Corpus, digest
 from ..data.windows import cache_dir
-from ..lab.runs import Run, find_run, finish_run, list_runs, start_run
+from ..lab.runs import Run, find_run, finish_run, list_runs, named_run, start_run
 from ..lab.stats import bootstrap
 from ..sgdd.encoder import SemanticEncoder
 from ..sgdd.metrics import (
@@ -523,7 +523,7 @@ def main(
                              else start_run('bench_questions', config))
     print(json.dumps(run.metrics, indent=1))
 
-# %% ../../nbs/bench/49_questions.ipynb #2667e5d9
+# %% ../../nbs/bench/49_questions.ipynb #2f1cb53b
 def records()->dict: # K -> trained run, and the run that read the test questions or `None`
     "Find the newest finished records of both widths of the vector."
     runs = [run for run in list_runs('bench_questions') if run.finished and not run.config['most']]
@@ -531,9 +531,27 @@ def records()->dict: # K -> trained run, and the run that read the test question
     return {run.config['num_vectors']: (run, tests.get(run.name)) for run in runs
             if 'trained' not in run.config}
 
+def spent(
+    run:Run, # trained
+)->float: # CPU seconds
+    "Add up the time of a training and of those that it begins from."
+    base = run.config.get('base')
+    return run.metrics['train_cpu_s'] + (spent(named_run(base)) if base else 0.)
+
+def looks_of(
+    run:Run, # trained
+)->list[dict]: # rows of the history, after those of the training that it begins from
+    "Collect the looks at validation questions of one width of the vector."
+    base = run.config.get('base') and named_run(run.config['base'])
+    before = spent(base) if base else 0.
+    same = base and base.config['num_vectors'] == run.config['num_vectors']
+    return (looks_of(base) if same else []) + [
+        row | dict(cpu_s=row['cpu_s'] + before) for row in run.history if 'cpu_s' in row]
+
 WAYS = {'calls_1': 'one call', 'calls_8': '8 calls', 'calls_16': '16 calls',
         'loop': 'with the loop', 'nearest': 'nearest training question'}
 
+# %% ../../nbs/bench/49_questions.ipynb #a8f4ea58
 def table(
     found:dict, # of `records`
 ): # a styled DataFrame: a line for each width and way
@@ -553,7 +571,7 @@ def table(
                 'cosine': f'{s("cosine"):.3f}'})
     return pd.DataFrame(rows).style.hide(axis='index')
 
-# %% ../../nbs/bench/49_questions.ipynb #cc3f9ef7
+# %% ../../nbs/bench/49_questions.ipynb #dea0a34a
 def facts(
     found:dict, # of `records`
 ): # a styled DataFrame: a line for each width
@@ -563,9 +581,9 @@ def facts(
     for K, (trained, tested) in sorted(found.items(), reverse=True):
         m = trained.metrics
         part, t = ('test', tested.metrics) if tested else ('val', m)
-        begun = 'K = 4' if trained.config.get('base') else 'the words of the encoder'
-        row = {'K': K, 'begun from': begun, 'parameters, thousands': round(m['parameters']/1000),
-            'CPU minutes': f'{m["train_cpu_s"]/60:.0f}', 'updates': m['updates'],
+        row = {'K': K, 'parameters, thousands': round(m['parameters']/1000),
+            'CPU minutes': f'{spent(trained)/60:.0f}', 'of them in the last piece':
+            f'{m["train_cpu_s"]/60:.0f}', 'updates of it': m['updates'],
             'questions seen, thousands': round(m['sentences_seen']/1000),
             'of known pieces, %': f'{100*t[f"{part}_known_share"]:.0f}',
             'length right, %': f'{100*t[f"{part}_length_right"]:.0f}'}
@@ -590,7 +608,7 @@ def examples(
     shown = pd.DataFrame(rows).style.hide(axis='index')
     return shown.set_properties(**{'text-align': 'left', 'vertical-align': 'top'})
 
-# %% ../../nbs/bench/49_questions.ipynb #350d96d7
+# %% ../../nbs/bench/49_questions.ipynb #669b76a8
 def plot_curves(
     found:dict, # of `records`
 ): # matplotlib axes
@@ -598,7 +616,7 @@ def plot_curves(
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True)
     for K, (trained, _) in sorted(found.items(), reverse=True):
-        looks = [row for row in trained.history if 'cpu_s' in row]
+        looks = looks_of(trained)
         minutes = [row['cpu_s']/60 for row in looks]
         for steps, style in ((8, '-'), (1, '--')):
             for ax, name in zip(axes, ('exact_match', 'token_accuracy')):
@@ -610,7 +628,7 @@ def plot_curves(
     if found: axes[0].legend()
     return axes
 
-# %% ../../nbs/bench/49_questions.ipynb #abcac8f4
+# %% ../../nbs/bench/49_questions.ipynb #65af4b25
 def answer(
     found:dict, # of `records`
 )->str: # Markdown
@@ -621,7 +639,7 @@ def answer(
         words = 'test' if tested else 'validation'
         loop = (f', and with the encoder in the loop {100*m["test_loop_exact_match"]:.0f} % and '
                 f'{100*m["test_loop_token_accuracy"]:.0f} %' if tested else '')
-        lines.append(f'**K = {K}**: after {trained.metrics["train_cpu_s"]/60:.0f} CPU minutes the '
+        lines.append(f'**K = {K}**: after {spent(trained)/60:.0f} CPU minutes the '
             f'decoder writes {100*m[f"{part}_calls_8_exact_match"]:.0f} % of {words} questions '
             f'exactly in eight calls, and {100*m[f"{part}_calls_8_token_accuracy"]:.0f} % of their '
             f'pieces in their place{loop}. The nearest training question is right for '
