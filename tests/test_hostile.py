@@ -78,7 +78,8 @@ REFUSED = {
         "made by 'ConstantEncoder' with 1 × 384"),
     'an empty text': (lambda g: g.model.generate(['']), 'a text must hold a word at least'),
     'spaces': (lambda g: reconstruct(g.model, ['   \n']), 'a text must hold a word at least'),
-    '500 words': (lambda g: g.model.generate(['word '*500]), 'at most max_tokens=128 tokens, got 502'),
+    '500 words': (lambda g: g.model.generate(['word '*500]),
+                  'at most max_tokens=128 tokens, got 502'),
     'no text': (lambda g: g.model.generate([]), 'there must be one vector at least'),
     'texts without an encoder': (
         lambda g: SGDDModel(SGDDConfig(9, 8, 0)).generate(['a text']), 'texts need the encoder'),
