@@ -497,7 +497,7 @@ def read_test(
     model = SGDDModel.from_pretrained(trained.checkpoint)
     return finish_run(run, score_questions(run, q, model))
 
-# %% ../../nbs/bench/49_questions.ipynb #c4d7edcc
+# %% ../../nbs/bench/49_questions.ipynb #0278e982
 def main(
     arguments:list[str]=(), # of the command line
 ):
@@ -508,6 +508,8 @@ def main(
     parser.add_argument('--num-vectors', type=int, default=4, help='coefficients of the pooling')
     parser.add_argument('--seconds', type=float, default=FULL['seconds'], help='of CPU time')
     parser.add_argument('--base', default='', help='start from the weights of this run')
+    parser.add_argument('--extra', type=float, default=FULL['extra'],
+                        help='noised questions for each real one')
     parser.add_argument('--small', action='store_true', help='few questions, to see that it works')
     parser.add_argument('--resume', default='', help='go on with an unfinished run')
     parser.add_argument('--test', default='', help='read the test questions with this run')
@@ -516,7 +518,8 @@ def main(
     if given.resume and find_run(given.resume).finished:
         raise FileExistsError(
             f"a run is written once, and {given.resume} is finished; start another")
-    own = dict(data=given.data, num_vectors=given.num_vectors, base=given.base)
+    own = dict(data=given.data, num_vectors=given.num_vectors, base=given.base,
+               extra=given.extra)
     config = dict(SMALL, **own) if given.small else dict(FULL, **own, seconds=given.seconds)
     if given.test: run = read_test(find_run(given.test))
     else: run = train_reader(find_run(given.resume) if given.resume
