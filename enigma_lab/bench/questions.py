@@ -574,7 +574,7 @@ def table(
                 'cosine': f'{s("cosine"):.3f}'})
     return pd.DataFrame(rows).style.hide(axis='index')
 
-# %% ../../nbs/bench/49_questions.ipynb #dea0a34a
+# %% ../../nbs/bench/49_questions.ipynb #936f55f1
 def facts(
     found:dict, # of `records`
 ): # a styled DataFrame: a line for each width
@@ -591,9 +591,9 @@ def facts(
             'of known pieces, %': f'{100*t[f"{part}_known_share"]:.0f}',
             'length right, %': f'{100*t[f"{part}_length_right"]:.0f}'}
         if tested:
-            row |= {'texts encoded a question': round(t['test_loop_encoded']),
+            row |= {'texts encoded a question': f'{t["test_loop_encoded"]:.0f}',
                 'proved': f'{t["test_loop_proved"]} of {t["test_loop_questions"]}',
-                'of them right': t['test_loop_proved_right']}
+                'of them right': str(t['test_loop_proved_right'])}
         rows.append(row)
     return pd.DataFrame(rows).fillna('').style.hide(axis='index')
 
