@@ -38,11 +38,14 @@ def toy_decoder()->SGDDModel: # untrained model of a few words, in eval mode
     from enigma_lab.sgdd.model import SGDDConfig
     from enigma_lab.sgdd.tokens import make_tokenizer
     encoder = SemanticEncoder()
-    tokenizer = make_tokenizer(draw_sentences(hard, 'train', 400), encoder)
+    texts = draw_sentences(hard, 'train', 400)
+    tokenizer = make_tokenizer(texts, encoder)
     mask, pad = tokenizer.mask_token_id, tokenizer.pad_token_id
     config = SGDDConfig.preset('tiny', vocab_size=len(tokenizer), mask_id=mask, pad_id=pad)
     torch.manual_seed(0)
-    return SGDDModel(config, encoder, tokenizer).eval()
+    model = SGDDModel(config, encoder, tokenizer).eval()
+    model.fit_statistics(encoder.encode(texts[:64])) # vectors have the length they have
+    return model
 
 # %% ../../nbs/apps/20_sampler.ipynb #118c0e18
 def as_table(
