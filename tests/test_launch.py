@@ -284,6 +284,22 @@ def test_a_failing_rank_ends_the_run(data, train_from_shell):
     for words in ('of 2 failed', 'Traceback', 'must stay finite'): assert words in result.stderr
     assert not any(run.finished for run in list_runs())
 
+IN_CHILDREN = """
+import torch
+from enigma_lab.lab.launch import in_child
+torch.set_num_threads(4)
+torch.get_num_threads() # from here on only the threads of a pool look for it, all at once
+ones = torch.ones(40_000, 4)
+print(sum(in_child(lambda: (ones == 1).all(1).sum().item()) == 40_000 for _ in range(20)))
+"""
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system cannot fork')
+def test_forked_children_compute_with_several_threads():
+    "Without a thread that renews torch's pool alone, nearly every child dies of it."
+    result = subprocess.run([sys.executable, '-c', IN_CHILDREN], capture_output=True, text=True,
+                            timeout=120, env={**os.environ, 'OMP_NUM_THREADS': '4'})
+    assert result.stdout.split() == ['20'], result.stderr[-2000:]
+
 @pytest.mark.proof('lab.launch', seeds=(0,))
 def test_a_killed_rank_ends_the_run():
     with pytest.raises(

@@ -350,6 +350,8 @@ def in_child(
     fork = multiprocessing.get_context('fork')
     receiver, sender = fork.Pipe(duplex=False)
     def work():
+        # one thread renews torch's pool here; several, in the first operation, would race for it
+        torch.set_num_threads(torch.get_num_threads())
         try: sender.send((fn(*args), None))
         except Exception: sender.send((None, traceback.format_exc()))
     child = fork.Process(target=work)
