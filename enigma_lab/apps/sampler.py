@@ -38,14 +38,11 @@ def toy_decoder()->SGDDModel: # untrained model of a few words, in eval mode
     from enigma_lab.sgdd.model import SGDDConfig
     from enigma_lab.sgdd.tokens import make_tokenizer
     encoder = SemanticEncoder()
-    texts = draw_sentences(hard, 'train', 400)
-    tokenizer = make_tokenizer(texts, encoder)
+    tokenizer = make_tokenizer(draw_sentences(hard, 'train', 400), encoder)
     mask, pad = tokenizer.mask_token_id, tokenizer.pad_token_id
     config = SGDDConfig.preset('tiny', vocab_size=len(tokenizer), mask_id=mask, pad_id=pad)
     torch.manual_seed(0)
-    model = SGDDModel(config, encoder, tokenizer).eval()
-    model.fit_statistics(encoder.encode(texts[:64])) # vectors have the length they have
-    return model
+    return SGDDModel(config, encoder, tokenizer).eval()
 
 # %% ../../nbs/apps/20_sampler.ipynb #118c0e18
 def as_table(

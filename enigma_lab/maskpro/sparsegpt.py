@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_matrix', 'input_columns', 'sample_weights', 'weighted_products', 'input_hessians', 'check_hessians',
            'inverse_factor', 'prune_columns', 'keep_share', 'call_order', 'pruning_rounds', 'output_change',
-           'prune_layer', 'check_pruning', 'all_or_nothing', 'sparsegpt']
+           'prune_layer', 'check_followed', 'check_pruning', 'all_or_nothing', 'sparsegpt']
 
 # %% ../../nbs/maskpro/35_sparsegpt.ipynb #04803327
 from collections.abc import Callable, Iterable
@@ -226,6 +226,20 @@ def prune_layer(
     return shaped(moved), shaped(mask).float(), row
 
 # %% ../../nbs/maskpro/35_sparsegpt.ipynb #1b774f2f
+def check_followed(
+    masks:Masks, # of a model
+    method:str, # that follows inputs and outputs of layers
+):
+    "Refuse a model whose layers' inputs cannot be followed."
+    if masks.groups != 'in_channels':
+        raise ValueError(f"{method} needs groups along the input channels, 'in_channels', got "
+            f"{masks.groups!r}")
+    check_inputs(masks.layers, method)
+    turned = [layer.name for layer in masks.layers if isinstance(layer.module, TRANSPOSED)]
+    if turned: raise ValueError(
+        f"{method} is not written for transposed convolutions, got {turned[:3]}; add the names "
+        "to protect, or choose another method")
+
 def check_pruning(
     masks:Masks, # of a model
     damp:float, # as in `sparsegpt`
@@ -234,14 +248,7 @@ def check_pruning(
     share:float|None, # as in `sparsegpt`
 ):
     "Refuse settings with which nothing can be pruned."
-    if masks.groups != 'in_channels':
-        raise ValueError("SparseGPT needs groups along the input channels, 'in_channels', got "
-            f"{masks.groups!r}")
-    check_inputs(masks.layers, 'SparseGPT')
-    turned = [layer.name for layer in masks.layers if isinstance(layer.module, TRANSPOSED)]
-    if turned: raise ValueError(
-        f"SparseGPT is not written for transposed convolutions, got {turned[:3]}; add the names "
-        "to protect, or choose another method")
+    check_followed(masks, 'SparseGPT')
     if not damp > 0: raise ValueError(f"damp must be above 0, got {damp}")
     if block < 1 or block % masks.m:
         raise ValueError(f"block must be a multiple of M = {masks.m} columns, got {block}")

@@ -168,12 +168,17 @@ def vector(self:SGDDModel,
             f"{z.shape[-1]}")
     return self.projection((z.to(self.device) - self.z_mean)/floor_deviation(self.z_std))
 
+@patch(as_prop=True)
+def fitted(self:SGDDModel)->bool: # True: mean and deviation of the training's vectors are known
+    "Tell whether `fit_statistics` was called."
+    return self.config.standardise and bool(self.z_mean.any())
+
 @patch
 def as_trained(self:SGDDModel,
     z:Tensor, # (B, d) vectors as they come: of any float type, any length, cut or whole
 )->tuple[Tensor,bool]: # (B, encoder_dim) float32; True if only the direction of a vector is known
     "Bring vectors into the form of the training set's."
-    if not self.config.standardise: return z.float(), False
+    if not self.fitted: return z.float(), False
     return as_in_training(z, self.z_mean.to(z.device), self.z_std.to(z.device))
 
 # %% ../../nbs/sgdd/40_model.ipynb #c3f5bca7

@@ -204,7 +204,7 @@ def check_scale(
     z:Tensor, # (B, encoder_dim) vectors
 ):
     "Refuse vectors that lie where the encoder puts none."
-    if not model.config.standardise: return
+    if not model.fitted: return
     low, high = PLAUSIBLE if len(z) >= 16 else PLAUSIBLE_FEW
     q, norm = mean_square(model, z).median().item(), z.norm(dim=1).median().item()
     usual = (model.z_mean.square().sum() + model.z_std.square().sum()).sqrt().item()

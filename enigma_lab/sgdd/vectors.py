@@ -68,9 +68,6 @@ def completed(
 )->Tensor: # (B, dim)
     "Fill up vectors that were cut, by the mean."
     if z.shape[1] == len(mean): return z
-    if not 1 < z.shape[1] < len(mean): raise ValueError(
-        f"a vector must have {len(mean)} numbers, as the encoder's, or the first of them, got "
-        f"{z.shape[1]}")
     warnings.warn(f"the vectors have {z.shape[1]} numbers, and {len(mean)} in training: what is "
                   "missing is taken to be the mean", stacklevel=3)
     return torch.cat([z, mean[z.shape[1]:].expand(len(z), -1)], 1)
@@ -83,6 +80,8 @@ def as_in_training(
 )->tuple[Tensor,bool]: # (B, dim) float32; True if only the direction of a vector is known
     "Bring vectors into the form that a decoder has learned from."
     d = z.shape[1]
+    if not 1 < d <= len(mean): raise ValueError(
+        f"a vector must have {len(mean)} numbers, as the encoder's, or the first of them, got {d}")
     z, by_direction = rescaled(z.float(), mean[:d], std[:d])
     return completed(z, mean), by_direction
 
