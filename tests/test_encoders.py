@@ -3,10 +3,13 @@ import json, subprocess, sys
 
 import pytest, torch, yaml
 
+from enigma_lab.data.sentences import draw_sentences, hard
 from enigma_lab.sgdd.encoder import SemanticEncoder
 from enigma_lab.sgdd.kinds import KINDS, ODD_TEXTS, check_targets, make_kind
-from enigma_lab.sgdd.model import SGDDModel
+from enigma_lab.sgdd.model import SGDDConfig, SGDDModel
+from enigma_lab.sgdd.proposals import by_gradient, encoder_pieces, marks_around, slopes
 from enigma_lab.sgdd.reconstruct import distance, reconstruct
+from enigma_lab.sgdd.tokens import make_tokenizer, target_tokens
 from enigma_lab.sgdd.train import make_sgdd_config, prepare_sgdd
 
 @pytest.fixture(scope='module')
@@ -31,6 +34,55 @@ def test_the_right_tokens_are_proved(encoders, kind):
     assert found['proved'] == 120 - found['with_unknown_pieces']
     assert found['with_special_tokens'] == found['unknown_but_same'] == 0
     assert found['largest_distance'] <= 1e-5
+
+@pytest.mark.parametrize('known', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_an_untrained_decoder_reads_and_proves_nothing_false(encoders, kind, known):
+    "The whole loop runs: drafts of any kind, the encoder's gradient, sentences to start from."
+    encoder, texts = encoders[kind], draw_sentences(hard, 'train', 60)
+    tokenizer, z = make_tokenizer(texts, encoder), encoder.encode(texts)
+    torch.manual_seed(0)
+    model = SGDDModel(SGDDConfig.preset(
+        'tiny', vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id,
+        pad_id=tokenizer.pad_token_id, encoder_dim=z.shape[1], max_len=64), encoder, tokenizer)
+    model.eval().fit_statistics(z)
+    found = reconstruct(model, z[:2], drafts=2, rounds=1, redrafts=1,
+                        known=(texts, z) if known else None)
+    for text, verdict in zip(texts, found):
+        assert verdict.num_encoded and (verdict.verdict == 'proved') == (verdict.text == text)
+        # the piece of a letter that T5's tokenizer never saw may be any letter
+        assert not known or verdict.verdict == (
+            'probable' if kind.startswith('T5') else 'proved')
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_gradient_is_that_of_the_distance(encoders, kind):
+    "Whatever the pooling: by finite differences of the embedding of one token."
+    encoder, texts = encoders[kind], draw_sentences(hard, 'train', 20)
+    tokenizer, z = make_tokenizer(texts, encoder), encoder.encode(texts)
+    model = SGDDModel(SGDDConfig.preset(
+        'tiny', vocab_size=len(tokenizer), mask_id=tokenizer.mask_token_id,
+        pad_id=tokenizer.pad_token_id, encoder_dim=z.shape[1], max_len=64), encoder, tokenizer)
+    draft = target_tokens(tokenizer, texts[:1])[0]
+    if encoder.model is None:
+        assert by_gradient(model, z[1], draft) == []
+        return
+    pieces = encoder_pieces(model)
+    slope = slopes(model, z[1], draft, pieces)
+    assert slope.isinf().all(0).tolist() == (pieces < 0).tolist()
+    table = encoder.model.get_input_embeddings().weight
+    ids = torch.tensor(encoder.tokens(texts[:1]))
+    place = len(marks_around(encoder)[0])
+    assert ids[0, place:place + len(draft)].tolist() == pieces[draft].tolist()
+    def far(p, w, share):
+        x = table[ids].clone()
+        x[0, place + p] += share*(table[pieces[w]] - x[0, place + p])
+        mask = torch.ones(1, x.shape[1])
+        with torch.no_grad(): states = encoder.model(inputs_embeds=x, attention_mask=mask)
+        return (encoder.pool(states.last_hidden_state, mask)[0] - z[1]).norm().item()
+    words = [w for w in range(len(pieces)) if pieces[w] >= 0][-3:]
+    for p, w in zip((0, 2, len(draft) - 1), words):
+        wanted = (far(p, w, 1e-2) - far(p, w, -1e-2))/2e-2
+        assert slope[p, w].item() == pytest.approx(wanted, rel=.05, abs=2e-3)
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_padding_and_order_do_not_count(encoders, kind):

@@ -6,8 +6,9 @@
 __all__ = ['VERBS', 'LONG_CELLS', 'CSS', 'Definition', 'read_definitions', 'module_definitions', 'find_definitions',
            'read_sidebar', 'check_sidebar', 'SymbolCard', 'public_methods', 'Complaint', 'check_api', 'public_symbols',
            'process_notebooks', 'read_modules', 'check_title', 'check_imports', 'count_lines', 'find_long_cells',
-           'card_label', 'Links', 'card_text', 'card_name', 'in_order', 'front_matter', 'translate', 'sphinx_config',
-           'toctrees', 'write_source', 'loose_ends', 'build_docs', 'readme_text', 'write_readme', 'main']
+           'find_refused_pages', 'card_label', 'Links', 'card_text', 'card_name', 'in_order', 'front_matter',
+           'translate', 'sphinx_config', 'toctrees', 'write_source', 'loose_ends', 'build_docs', 'readme_text',
+           'write_readme', 'main']
 
 # %% ../../nbs/dev/10_docs.ipynb #b6e88a36
 import ast, inspect, json, pkgutil, posixpath, re, shutil, subprocess, sys
@@ -358,7 +359,9 @@ def public_symbols(
     for qualified, definition in module_definitions(module.__name__).items():
         outer, _, name = qualified.rpartition('.')
         patched = _patched(definition.node) and name[0] != '_'
-        if patched: found.append(getattr(getattr(module, outer), name))
+        if patched:
+            made = getattr(getattr(module, outer), name)
+            found.append(made.fget if isinstance(made, property) else made)
     return found
 
 def _complaints(module, sym):
@@ -488,6 +491,21 @@ def find_long_cells(
                          'split it')
     return found + [f'{place}: this cell is not too long; take it out of LONG_CELLS'
                     for place in needless]
+
+# %% ../../nbs/dev/10_docs.ipynb #9fcac56a
+def find_refused_pages(
+    nbs:Path, # the folder of notebooks
+)->list[str]: # a sentence for each page that the build would refuse
+    "Find the pages that `build_docs` refuses, without building."
+    found = []
+    for path in sorted(nbs.rglob('*.ipynb')):
+        page = path.relative_to(nbs)
+        if any(part.startswith(('.', '_')) for part in page.parts): continue
+        nb = json.loads(path.read_text(encoding='utf-8'))
+        for check in (check_title, check_imports):
+            try: check(nb, page.as_posix())
+            except ValueError as error: found.append(str(error))
+    return found
 
 # %% ../../nbs/dev/10_docs.ipynb #a7b4d93a
 def card_label(
@@ -757,10 +775,7 @@ def build_docs(
     quarto = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
     sections = read_sidebar(quarto)
     check_sidebar(sections, root/'nbs')
-    for name in (name for _, names in sections for name in names):
-        nb = json.loads((root/'nbs'/name).read_text(encoding='utf-8'))
-        check_title(nb, name)
-        check_imports(nb, name)
+    if refused := find_refused_pages(root/'nbs'): raise ValueError('\n'.join(refused))
     process = 'from enigma_lab.dev.docs import process_notebooks; process_notebooks()'
     _run('nbdev must process every notebook', '-c', process, cwd=root)
     out = Path(out or root/'_docs').resolve()
@@ -829,9 +844,9 @@ def main():
         print(*complaints, sep='\n')
         sys.exit(bool(complaints))
     if '--cells' in sys.argv:
-        long = find_long_cells(_checkout()/'nbs')
-        print(*long, sep='\n')
-        sys.exit(bool(long))
+        complaints = find_long_cells(_checkout()/'nbs') + find_refused_pages(_checkout()/'nbs')
+        print(*complaints, sep='\n')
+        sys.exit(bool(complaints))
     if '--quarto' in sys.argv:
         if not shutil.which('quarto'):
             sys.exit("--quarto needs Quarto on the PATH; without the flag Sphinx builds the site")

@@ -240,6 +240,7 @@ def check_followed(
         f"{method} is not written for transposed convolutions, got {turned[:3]}; add the names "
         "to protect, or choose another method")
 
+# %% ../../nbs/maskpro/35_sparsegpt.ipynb #4bec7537
 def check_pruning(
     masks:Masks, # of a model
     damp:float, # as in `sparsegpt`

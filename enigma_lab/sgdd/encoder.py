@@ -62,12 +62,21 @@ class SemanticEncoder(nn.Module):
     )->Tensor: # (B, dim)
         "Compute the vectors of texts that are tokens already."
         states = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
-        z = (dct_pool(states, attention_mask, self.num_vectors) if self.pooling == 'mean'
-             else pool_states(states, attention_mask, self.pooling))
-        return F.normalize(z, dim=-1) if self.normalise else z
+        return self.pool(states, attention_mask)
 
     forward = encode_from_tokens
 
+
+# %% ../../nbs/sgdd/10_encoder.ipynb #48eec59c
+@patch
+def pool(self:SemanticEncoder,
+    states:Tensor, # (B, T, width) of the model's last layer
+    attention_mask:Tensor, # (B, T), 1 where there is a token
+)->Tensor: # (B, dim)
+    "Compute vectors from the states of their tokens, as the folder says."
+    z = (dct_pool(states, attention_mask, self.num_vectors) if self.pooling == 'mean'
+         else pool_states(states, attention_mask, self.pooling))
+    return F.normalize(z, dim=-1) if self.normalise else z
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #de496d1d
 @patch
@@ -110,12 +119,25 @@ def train(self:SemanticEncoder,
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #ffa00843
 @patch
+def _ids(self:SemanticEncoder, texts):
+    texts = [text.lower() for text in texts] if self.lower else texts
+    return self.tokenizer(texts, split_special_tokens=True, verbose=False)['input_ids']
+
+@patch
+def fits(self:SemanticEncoder,
+    texts:list[str], # any texts
+)->list[bool]: # True where `encode` reads the whole text; always, of a function without tokenizer
+    "Tell which texts are neither empty nor too long."
+    if self.tokenizer is None or not texts: return [bool(text.strip()) for text in texts]
+    return [bool(text.strip()) and 1 <= len(ids) <= self.max_tokens
+            for text, ids in zip(texts, self._ids(texts))]
+
+@patch
 def tokens(self:SemanticEncoder,
     texts:list[str], # texts, none of them empty
 )->list[list[int]]: # of the encoder, with the marks it needs; a mark in a text is text
     "Encode texts as the encoder's tokens, and refuse what it cannot read whole."
-    texts = [text.lower() for text in texts] if self.lower else texts
-    ids = self.tokenizer(texts, split_special_tokens=True, verbose=False)['input_ids']
+    ids = self._ids(texts)
     if wrong := [i for i, row in enumerate(ids) if not 1 <= len(row) <= self.max_tokens]:
         raise ValueError(
             f"a text must have at least 1 and at most max_tokens={self.max_tokens} tokens, got "

@@ -10,7 +10,7 @@ __all__ = ['omissions', 'exchanges', 'moves', 'likeliest', 'substitutions', 'ins
 import torch
 from torch import Tensor
 
-from .encoder import SemanticEncoder, dct_pool
+from .encoder import SemanticEncoder
 from .model import SGDDModel
 
 # %% ../../nbs/sgdd/54_proposals.ipynb #98444be5
@@ -92,10 +92,11 @@ def one_edit(
 # %% ../../nbs/sgdd/54_proposals.ipynb #92f87b4a
 def encoder_pieces(
     model:SGDDModel, # with an encoder that is a transformer
-)->Tensor: # (V,) ids of the encoder
+)->Tensor: # (V,) ids of the encoder; -1 of what it has not: [MASK] beside GPT-2
     "Translate the decoder's tokens to the encoder's."
+    theirs = model.encoder.tokenizer.get_vocab()
     names = model.tokenizer.convert_ids_to_tokens(range(model.config.vocab_size))
-    return torch.tensor(model.encoder.tokenizer.convert_tokens_to_ids(names))
+    return torch.tensor([theirs.get(name, -1) for name in names])
 
 def marks_around(
     encoder:SemanticEncoder, # encoder that is a transformer
@@ -111,8 +112,8 @@ def slopes(
     model:SGDDModel, # with an encoder that is a transformer
     z:Tensor, # (encoder_dim,) vector
     draft:list[int], # T tokens
-    pieces:Tensor, # (V,) of `encoder_pieces`
-)->Tensor: # (T, V) first-order change of the distance from z for each token at each place
+    pieces:Tensor, # (V,) of `encoder_pieces`; the draft's own are known
+)->Tensor: # (T, V) first-order change of the distance from z by each token; inf of an unknown one
     "Ask the encoder's gradient what a substitution would change (HotFlip, arXiv:1712.06751)."
     encoder, table = model.encoder, model.encoder.model.get_input_embeddings().weight.detach()
     before, after = marks_around(encoder)
@@ -120,10 +121,11 @@ def slopes(
     seen = torch.ones_like(ids)[None].to(table.device)
     x = table[ids.to(table.device)][None].requires_grad_()
     states = encoder.model(inputs_embeds=x, attention_mask=seen).last_hidden_state
-    far = (dct_pool(states, seen, encoder.num_vectors)[0] - z.to(table.device)).norm()
+    far = (encoder.pool(states, seen)[0] - z.to(table.device)).norm()
     slope = torch.autograd.grad(far, x)[0][0, start:start + len(draft)]
     words = table[pieces.to(table.device)]
-    return (slope @ words.T - (slope*words[draft]).sum(1, keepdim=True)).cpu()
+    change = (slope @ words.T - (slope*words[draft]).sum(1, keepdim=True)).cpu()
+    return change.masked_fill(pieces < 0, torch.inf)
 
 # %% ../../nbs/sgdd/54_proposals.ipynb #2abe84aa
 def by_gradient(
@@ -134,14 +136,17 @@ def by_gradient(
     pieces:Tensor|None=None, # (V,) of `encoder_pieces`; `None`: found here
 )->list[list[int]]: # texts of T tokens; none if the encoder is no transformer
     "List the substitutions that the encoder's own gradient asks for."
-    if model.encoder.tokenizer is None: return []
-    slope = slopes(model, z, draft, encoder_pieces(model) if pieces is None else pieces)
+    if model.encoder.model is None: return []
+    pieces = encoder_pieces(model) if pieces is None else pieces
+    if (pieces[draft] < 0).any(): return []
+    slope = slopes(model, z, draft, pieces)
     # no marks, and not what stands there
     never = [i for i in (model.config.mask_id, model.config.pad_id) if i < slope.shape[1]]
     slope[:, never] = torch.inf
     slope[torch.arange(len(draft)), draft] = torch.inf
-    best = slope.topk(min(n, slope.shape[1] - 3), largest=False).indices.tolist()
-    return [draft[:p] + [w] + draft[p + 1:] for p, words in enumerate(best) for w in words]
+    best = slope.topk(min(n, slope.shape[1]), largest=False)
+    return [draft[:p] + [w] + draft[p + 1:] for p, row in enumerate(best.indices.tolist())
+            for w, change in zip(row, best.values[p].tolist()) if change < torch.inf]
 
 # %% ../../nbs/sgdd/54_proposals.ipynb #93377377
 def nearest_rows(

@@ -8,7 +8,8 @@ __all__ = ['EXACT', 'SOURCES', 'Verdict', 'Search', 'candidates', 'occlusion', '
            'check_reconstruct', 'offer_known', 'reconstruct']
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #41ec69a0
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from fastcore.basics import patch
@@ -18,7 +19,7 @@ from .encoder import SemanticEncoder
 from .model import SGDDModel
 from .proposals import by_gradient, encoder_pieces, nearest_rows, one_edit
 from .sampling import empty_canvas, unmask
-from .tokens import target_tokens
+from .tokens import target_tokens, unknown_counts
 from .vectors import rounding_kind
 from .verdict import PROVED, Evidence, distance, weigh
 
@@ -32,6 +33,7 @@ class Verdict:
     num_encoded:int # different texts that were encoded
     best_round:int # the round in which it was found; 0: the first draft
     evidence:Evidence|None=None # what the verdict rests on
+    num_skipped:int=0 # texts that are too long for the encoder
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #4b47f1af
 # relative distances that the right text stays below; of 16 bits a few numbers lie on a border
@@ -54,6 +56,7 @@ class Search:
         self.evidence = [Evidence(float('inf'))]*len(z)
         self.tried, self.expanded = [{} for _ in z], [set() for _ in z]
         self.best_round, self.spent = [0]*len(z), [0]*len(z)
+        self.skipped = [set() for _ in z] # texts too long for the encoder
 
     @property
     def distances(self): # of the nearest texts, relative
@@ -98,18 +101,21 @@ def encode(self:Search,
     tokens:list[list[int]], # drafts
     again:bool=False, # texts that were tried, too
 )->dict: # number -> text -> its tokens and its vector
-    "Encode drafts, each text once."
+    "Encode drafts, each text once; skip those that are too long for the encoder."
     fresh = {}
     for i, ids in zip(rows, tokens):
         text = self.model.tokenizer.decode(ids)
         if text.strip() and (again or text not in self.tried[i]):
             fresh.setdefault(i, {})[text] = ids
-    if not fresh: return {}
-    for i, texts in fresh.items(): self.spent[i] += len(texts)
-    texts = list(dict.fromkeys(text for part in fresh.values() for text in part))
-    vector = dict(zip(texts, self.model.encoder.encode(texts).cpu()))
-    return {i: {text: (ids, vector[text]) for text, ids in part.items()}
-            for i, part in fresh.items()}
+    texts, encoder = list(dict.fromkeys(chain.from_iterable(fresh.values()))), self.model.encoder
+    texts = [text for text, fits in zip(texts, encoder.fits(texts)) if fits]
+    vector = dict(zip(texts, encoder.encode(texts).cpu())) if texts else {}
+    for i, part in fresh.items():
+        self.skipped[i] |= part.keys() - vector.keys()
+        self.spent[i] += len(part.keys() & vector.keys())
+    known = {i: {text: (ids, vector[text]) for text, ids in part.items() if text in vector}
+             for i, part in fresh.items()}
+    return {i: part for i, part in known.items() if part}
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #4aff6770
 @patch
@@ -160,14 +166,12 @@ def occlusion_scores(
     rows:list[int], # numbers of the vectors
 )->list[Tensor]: # for each, (T,) suspicion
     "Score the words of many drafts by occlusion, in one pass of the encoder."
-    tokenizer, texts, owners = search.model.tokenizer, [], []
+    tokenizer, encoder, texts = search.model.tokenizer, search.model.encoder, []
     for i in rows:
         ids = search.tokens[i]
-        for k in range(len(ids)):
-            text = tokenizer.decode(ids[:k] + ids[k + 1:])
-            texts.append(text if text.strip() else '.')
-            owners.append(i)
-    found = search.model.encoder.encode(texts).cpu().split([len(search.tokens[i]) for i in rows])
+        texts += [tokenizer.decode(ids[:k] + ids[k + 1:]) for k in range(len(ids))]
+    texts = [text if fits else '.' for text, fits in zip(texts, encoder.fits(texts))]
+    found = encoder.encode(texts).cpu().split([len(search.tokens[i]) for i in rows])
     without = [search.rests(i, v) for i, v in zip(rows, found)]
     for i in rows: search.spent[i] += len(search.tokens[i])
     return [search.distances[i] - distance(v, z[None]) for i, (z, v) in zip(rows, without)]
@@ -258,7 +262,7 @@ def gradient_edits(
     draft:list[int], # T tokens
 )->list[list[int]]: # changed drafts
     "List the substitutions that the encoder's gradient asks for."
-    if not hasattr(search, 'pieces') and search.model.encoder.tokenizer is not None:
+    if not hasattr(search, 'pieces') and search.model.encoder.model is not None:
         search.pieces = encoder_pieces(search.model)
     return by_gradient(search.model, search.z[i], draft, 8, getattr(search, 'pieces', None))
 
@@ -345,9 +349,13 @@ def with_drafts(self:Search)->list[int]: # numbers of vectors
 @patch
 def verdicts(self:Search)->list[Verdict]: # for each vector
     "Say what was found."
-    read = lambda ids: self.model.tokenizer.decode(ids) if ids else ''
-    return [Verdict(read(ids), e.distance, e.verdict, len(tried), round, e) for ids, e, tried, round
-            in zip(self.tokens, self.evidence, self.tried, self.best_round)]
+    encoder = self.model.encoder
+    texts = [self.model.tokenizer.decode(ids) if ids else '' for ids in self.tokens]
+    counts = unknown_counts(encoder.tokenizer, texts) if encoder.tokenizer else [0]*len(texts)
+    found = [replace(e, unknown=n > 0) for e, n in zip(self.evidence, counts)]
+    return [Verdict(text, e.distance, e.verdict, len(tried), round, e, len(skipped))
+            for text, e, tried, round, skipped in
+            zip(texts, found, self.tried, self.best_round, self.skipped)]
 
 # %% ../../nbs/sgdd/55_reconstruct.ipynb #c3dc5ab0
 def offer_known(

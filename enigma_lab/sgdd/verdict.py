@@ -60,13 +60,15 @@ class Evidence:
     share:float=0. # probability among the texts around it, 0 … 1
     noise:float=0. # level of the noise that is seen, relative
     exact:float=PROVED # distance below which there is nothing to explain
+    unknown:bool=False # the encoder reads a piece of the text as unknown: other texts look alike
 
     @property
     def verdict(self)->str: # 'proved', 'probable' or 'failed'
         "Judge the text."
-        if self.distance < self.exact: return 'proved'
-        return next((name for name, (white, share) in LIMITS.items()
-                     if self.white >= white and self.share >= share), 'failed')
+        found = 'proved' if self.distance < self.exact else next(
+            (name for name, (white, share) in LIMITS.items()
+             if self.white >= white and self.share >= share), 'failed')
+        return 'probable' if found == 'proved' and self.unknown else found
 
 def verdict_of(
     relative_distance:float, # distance, relative, of a text's vector
