@@ -27,6 +27,7 @@ GONE = { # without a successor: why
     'lab.launch.same_signals': 'the launcher works in a thread, which touches no handler',
     'machine.reversible.check_traceable': 'a compiler is told by what a function draws',
     'machine.reversible.weights': 'a step lists what it reads',
+    'sgdd.loop.PROBABLE': 'a text is probable by two limits, sgdd.verdict.LIMITS',
     'lm.train.replace_resume': 'every setting goes through one function'}
 
 def room(name): return name.removeprefix('enigma_lab.').partition('.')[0]

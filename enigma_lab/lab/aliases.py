@@ -31,7 +31,7 @@ MOVED = { # module as it was -> modules that hold its names now
     'maskpro.evaluate': 'lab.stats ddpm.metrics', 'maskpro.export': 'maskpro.sparse',
     'maskpro.masked': 'maskpro.masks',
     'maskpro.steps': 'maskpro.config maskpro.presets maskpro.train maskpro.modes',
-    'sgdd.briefs': 'dev.migrate_sgdd', 'sgdd.loop': 'sgdd.reconstruct',
+    'sgdd.briefs': 'dev.migrate_sgdd', 'sgdd.loop': 'sgdd.reconstruct sgdd.verdict',
     'sgdd.metrics': 'lab.stats'}
 
 # %% ../../nbs/lab/02_aliases.ipynb #b3fa5b68
@@ -67,7 +67,7 @@ RENAMED = { # module as it is -> {name as it was: name as it is}
         judge='evaluate_layer', judge_layers='evaluate_layers', obstacles='why_not_sparse'),
     'maskpro.train': dict(Workshop='MaskTask', judge='evaluate', open_workshop='load_task'),
     'sgdd.model': dict(PRESETS='presets'), 'sgdd.peers': dict(CausalReader='CausalDecoder'),
-    'sgdd.reconstruct': dict(second_thoughts='local_search', suspects='occlusion_scores'),
+    'sgdd.reconstruct': dict(suspects='occlusion_scores'),
     'sgdd.sampling': dict(again='remask', both='cat_unconditional', check_fill='check_unmask',
         fill='unmask'),
     'sgdd.train': dict(SGDDParts='SGDDTaskData', job='task', judge_sgdd='evaluate_sgdd',
