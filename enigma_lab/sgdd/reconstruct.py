@@ -341,6 +341,7 @@ def check_reconstruct(
     if unknown := sorted({*sources} - {*SOURCES}):
         raise ValueError(f"sources must be of {sorted(SOURCES)}, got {unknown}")
 
+# %% ../../nbs/sgdd/55_reconstruct.ipynb #feff9f48
 @patch
 def with_drafts(self:Search)->list[int]: # numbers of vectors
     "List the vectors that are not proved, and have a draft."
