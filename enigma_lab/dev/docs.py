@@ -6,15 +6,15 @@
 __all__ = ['VERBS', 'LONG_CELLS', 'CSS', 'Definition', 'read_definitions', 'module_definitions', 'find_definitions',
            'read_sidebar', 'check_sidebar', 'SymbolCard', 'public_methods', 'Complaint', 'check_api', 'public_symbols',
            'process_notebooks', 'read_modules', 'check_title', 'check_imports', 'count_lines', 'find_long_cells',
-           'find_refused_pages', 'card_label', 'Links', 'card_text', 'card_name', 'in_order', 'front_matter',
-           'translate', 'sphinx_config', 'toctrees', 'write_source', 'loose_ends', 'build_docs', 'readme_text',
-           'write_readme', 'main']
+           'check_links', 'find_refused_pages', 'card_label', 'Links', 'card_text', 'card_name', 'in_order',
+           'front_matter', 'translate', 'sphinx_config', 'toctrees', 'write_source', 'loose_ends', 'build_docs',
+           'readme_text', 'write_readme', 'main']
 
 # %% ../../nbs/dev/10_docs.ipynb #b6e88a36
 import ast, inspect, json, pkgutil, posixpath, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import Parameter, formatannotation, isclass
@@ -493,16 +493,29 @@ def find_long_cells(
                     for place in needless]
 
 # %% ../../nbs/dev/10_docs.ipynb #9fcac56a
+def check_links(
+    nb:dict, # a notebook, before processing
+    page:str, # its path, for the message
+    nbs:Path, # the folder of notebooks
+):
+    "Refuse a link to a notebook that is not there, in the text or in an output."
+    texts = [''.join(cell['source']) for cell in nb['cells'] if cell['cell_type'] == 'markdown']
+    texts += [''.join(output.get('data', {}).get('text/markdown', ''))
+              for cell in nb['cells'] for output in cell.get('outputs', ())]
+    links = {link for text in texts for link in re.findall(r'\]\(([^)#:]+\.ipynb)', text)}
+    lost = sorted(link for link in links if not ((nbs/page).parent/link).is_file())
+    if lost: raise ValueError(f"a link must lead to a notebook, got {lost} in {page}")
+
 def find_refused_pages(
     nbs:Path, # the folder of notebooks
 )->list[str]: # a sentence for each page that the build would refuse
     "Find the pages that `build_docs` refuses, without building."
-    found = []
+    found, checks = [], (check_title, check_imports, partial(check_links, nbs=nbs))
     for path in sorted(nbs.rglob('*.ipynb')):
         page = path.relative_to(nbs)
         if any(part.startswith(('.', '_')) for part in page.parts): continue
         nb = json.loads(path.read_text(encoding='utf-8'))
-        for check in (check_title, check_imports):
+        for check in checks:
             try: check(nb, page.as_posix())
             except ValueError as error: found.append(str(error))
     return found
