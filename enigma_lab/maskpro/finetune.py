@@ -126,6 +126,8 @@ class BestWeights:
         run = self.run
         if not len(self.validation): return
         loss = look_at(run.masks, self.loss_fn, self.validation)
+        if not run.steps and not math.isfinite(loss):
+            raise ValueError(f"validation must have a finite loss at the start, got {loss}")
         if loss < run.best_loss:
             run.best_loss, run.best_step = loss, run.steps
             self.state = copy.deepcopy(run.masks.model.state_dict())
@@ -157,15 +159,15 @@ def finetune(
     masks, training = run.masks, run.masks.model.training
     how = make_finetuner(masks, steps, learning_rate, weight_decay)
     batch = batches if callable(batches) else lambda k: batches[k % len(batches)]
-    best = BestWeights(run, loss_fn, validation, log)
-    best.look()
+    (best := BestWeights(run, loss_fn, validation, log)).look()
     masks.model.train()
     try:
         while run.steps < steps and not (run.steps and stop()):
             row = finetune_step(masks, loss_fn, batch(run.steps), *how, weight_decay)
             run.steps, run.forwards = run.steps + 1, run.forwards + 3
             best.enter(row)
-            if run.steps % eval_steps == 0 or run.steps == steps: best.look()
+            if run.steps % eval_steps == 0: best.look()
+        if run.steps % eval_steps: best.look() # the end, whoever said stop
     finally: masks.model.train(training)
     best.restore()
     return run

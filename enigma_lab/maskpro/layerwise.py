@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['input_moments', 'output_error', 'change_costs', 'descend', 'SideBySide', 'choose_layer', 'back_on_error',
-           'layerwise_mask']
+           'kept_tensors', 'stateless', 'layerwise_mask']
 
 # %% ../../nbs/maskpro/37_layerwise.ipynb #62ad7c18
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -34,7 +34,10 @@ def input_moments(
         for i, (a, b) in enumerate(((x, x), (x, y), (y, y))):
             sums[i] = sums[i] + (a.mT @ b).double()
         count += x.shape[1]
-    return tuple(total/count for total in sums)
+    moments = tuple(total/count for total in sums)
+    if not all(x.isfinite().all() for x in moments):
+        raise ValueError(f"inputs must be finite numbers, got others in front of {layer.name!r}")
+    return moments
 
 def output_error(
     W:Tensor, # (P, R, K)
@@ -95,6 +98,8 @@ class SideBySide:
     ):
         self.layers, self.meet = {layer.name: layer for layer in layers}, meet
         self.here, self.local = [None]*count, threading.local()
+        self.casts = [(device, torch.get_autocast_dtype(device)) for device in ('cpu', 'cuda')
+                      if torch.is_autocast_enabled(device)] # a thread begins without
         self.barrier, self.errors = threading.Barrier(count, self.choose), []
 
     def choose(self):
@@ -136,7 +141,9 @@ def work(self:SideBySide,
     "Take one batch through the model."
     self.local.batch, self.local.seen = k, set()
     try:
-        with torch.no_grad(): run()
+        with torch.no_grad(), ExitStack() as around:
+            for cast in self.casts: around.enter_context(torch.autocast(*cast))
+            run()
         self.arrive(None)
     except BaseException as error:
         self.errors.append(error)
@@ -189,6 +196,32 @@ def back_on_error(
         raise
     finally: masks.model.train(training)
 
+# %% ../../nbs/maskpro/37_layerwise.ipynb #1ab996e2
+def kept_tensors(
+    model:torch.nn.Module, # any
+)->list: # (module, attribute, tensor), no parameter and no buffer
+    "List the tensors that modules keep as plain attributes."
+    return [(module, key, value) for module in model.modules()
+            for key, value in vars(module).items() if isinstance(value, Tensor)]
+
+@contextmanager
+def stateless(
+    model:torch.nn.Module, # through which batches go side by side
+    count:int, # of batches; one meets no other
+):
+    "Refuse, at the end, a model that writes what it keeps anew for each batch."
+    kept = kept_tensors(model)
+    copies = [value.clone() for *_, value in kept]
+    for (module, key, _), copy in zip(kept, copies): vars(module)[key] = copy
+    yield
+    written = [f'{key} of {type(module).__name__}' for (module, key, _), copy in zip(kept, copies)
+               if vars(module).get(key) is not copy]
+    for (module, key, value), copy in zip(kept, copies):
+        if vars(module).get(key) is copy: vars(module)[key] = value
+    if count > 1 and written:
+        raise ValueError("a layerwise mask needs a model that keeps nothing of a batch, for its "
+            f"batches run at the same time, got {written[:3]}; choose another method")
+
 # %% ../../nbs/maskpro/37_layerwise.ipynb #7297d62c
 @torch.no_grad()
 def layerwise_mask(
@@ -212,7 +245,9 @@ def layerwise_mask(
     with back_on_error(masks):
         with unmasked(masks): SideBySide(masks.layers, len(runs), keep).run(runs)
         check_seen(dense, masks.layers, 'a layerwise mask')
-        if follow: SideBySide(masks.layers, len(runs), prune).run(runs)
+        if follow:
+            with stateless(masks.model, len(runs)):
+                SideBySide(masks.layers, len(runs), prune).run(runs)
         else:
             for layer in masks.layers: prune(layer, dense[layer.name])
     return masks.values(), pd.DataFrame(report).set_index('layer')

@@ -38,8 +38,10 @@ def input_columns(
         return x.reshape(1, len(x) if x.ndim > 1 else 1, -1, x.shape[-1])
     kernel, parts = module.kernel_size, module.groups
     if x.ndim == len(kernel) + 1: x = x[None]
-    mode = 'constant' if module.padding_mode == 'zeros' else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode)
+    zeros, sides = module.padding_mode == 'zeros', module._reversed_padding_repeated_twice
+    if zeros and not isinstance(module.padding, str): # what torch pads with now
+        sides = [p for p in reversed(module.padding) for _ in range(2)]
+    x = F.pad(x, sides, 'constant' if zeros else module.padding_mode)
     for i, k in enumerate(kernel):
         stride, gap = module.stride[i], module.dilation[i]
         x = x.unfold(2 + i, (k - 1)*gap + 1, stride)[..., ::gap]
@@ -87,6 +89,7 @@ def input_hessians(
     def listen(layer):
         def add(module, args, kwargs):
             x = next(iter((*args, *kwargs.values()))).detach()
+            if not x.numel(): return # an expert without tokens
             H, total = weighted_products(input_columns(module, x), weights, layer.name)
             sums[layer.name] = sums.get(layer.name, 0) + H
             totals[layer.name] = totals.get(layer.name, 0) + total
