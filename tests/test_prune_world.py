@@ -5,7 +5,8 @@ import pytest, torch
 from torch import nn
 
 from enigma_lab.maskpro.finetune import finetune
-from enigma_lab.maskpro.folders import CosineLoss, PruneTask, kind_of_folder, pooling_of, stored_dtype
+from enigma_lab.maskpro.folders import (
+    CosineLoss, PruneTask, kind_of_folder, pooling_of, stored_dtype)
 from enigma_lab.maskpro.layerwise import SideBySide, layerwise_mask
 from enigma_lab.maskpro.masks import apply_masks, find_masks
 from enigma_lab.maskpro.prune import (
@@ -20,7 +21,9 @@ class Block(nn.Module):
 
 class Two(nn.Module):
     "A model with an unused layer that is called as others are."
-    def __init__(self): super().__init__(); self.a, self.b, self.fc = Block(), Block(), nn.Linear(8, 8)
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = Block(), Block(), nn.Linear(8, 8)
     def forward(self, x): return self.b(self.a(x))
 
 def task_of(model, loss=square, count=12):
@@ -141,7 +144,8 @@ def test_threads_compute_as_the_caller_does():
     def run(): masks.model(torch.randn(9, 8))
     for kind in (torch.bfloat16, torch.float32):
         with torch.autocast('cpu', torch.bfloat16, enabled=kind == torch.bfloat16):
-            SideBySide(masks.layers, 2, lambda layer, x: seen.update({layer.name: x[0]})).run([run]*2)
+            keep = lambda layer, x: seen.update({layer.name: x[0]})
+            SideBySide(masks.layers, 2, keep).run([run]*2)
         assert seen['a.out'].dtype == kind
 
 def test_what_is_never_called_has_no_error():

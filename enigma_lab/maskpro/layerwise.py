@@ -211,13 +211,13 @@ def stateless(
 ):
     "Refuse, at the end, a model that writes what it keeps anew for each batch."
     kept = kept_tensors(model)
-    copies = [value.clone() for *_, value in kept]
-    for (module, key, _), copy in zip(kept, copies): vars(module)[key] = copy
+    twins = [value.clone() for *_, value in kept]
+    for (module, key, _), twin in zip(kept, twins): vars(module)[key] = twin
     yield
-    written = [f'{key} of {type(module).__name__}' for (module, key, _), copy in zip(kept, copies)
-               if vars(module).get(key) is not copy]
-    for (module, key, value), copy in zip(kept, copies):
-        if vars(module).get(key) is copy: vars(module)[key] = value
+    written = [f'{key} of {type(module).__name__}' for (module, key, _), twin in zip(kept, twins)
+               if vars(module).get(key) is not twin]
+    for (module, key, value), twin in zip(kept, twins):
+        if vars(module).get(key) is twin: vars(module)[key] = value
     if count > 1 and written:
         raise ValueError("a layerwise mask needs a model that keeps nothing of a batch, for its "
             f"batches run at the same time, got {written[:3]}; choose another method")
