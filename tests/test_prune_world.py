@@ -6,7 +6,7 @@ from torch import nn
 
 from enigma_lab.maskpro.finetune import finetune
 from enigma_lab.maskpro.folders import (
-    CosineLoss, PruneTask, kind_of_folder, pooling_of, stored_dtype)
+    PruneTask, encoder_task, kind_of_folder, sentence_task, stored_dtype)
 from enigma_lab.maskpro.layerwise import SideBySide, layerwise_mask
 from enigma_lab.maskpro.masks import apply_masks, find_masks
 from enigma_lab.maskpro.prune import (
@@ -69,7 +69,7 @@ def test_any_number_of_columns():
         n, m = map(int, nm.split(':'))
         assert ((model[0].weight != 0).view(30, -1, m).sum(-1) == n).all()
 
-@pytest.mark.parametrize('mode', ['mean', 'cls', 'lasttoken'])
+@pytest.mark.parametrize('mode', ['mean', 'cls', 'max', 'lasttoken'])
 def test_pooling_as_sentence_transformers_writes_it(tmp_path, mode):
     "The file is that library's own, and so is the vector."
     from sentence_transformers import SentenceTransformer, models
@@ -83,14 +83,47 @@ def test_pooling_as_sentence_transformers_writes_it(tmp_path, mode):
         models.Transformer(str(tmp_path/'bert')), models.Pooling(16, mode)])
     theirs.save(str(tmp_path/'st'))
     assert kind_of_folder(tmp_path/'st') == 'sentences'
-    if mode == 'lasttoken':
-        with pytest.raises(ValueError, match='lasttoken'): pooling_of(tmp_path/'st')
-        return
-    texts = ['a shy baker', 'sold the old piano in april']
-    batch = theirs.tokenizer(texts, padding=True, return_tensors='pt')
-    states = BertModel.from_pretrained(tmp_path/'bert').eval()(**batch).last_hidden_state
-    ours = CosineLoss(pooling_of(tmp_path/'st')).pool(states, batch['attention_mask'])
-    assert torch.allclose(ours, theirs.encode(texts, convert_to_tensor=True), atol=1e-5)
+    texts = [f'{a} shy baker {b}' for a in ('a', 'the old') for b in ('', 'sold a piano in april')]
+    task = encoder_task(tmp_path/'st', dict(train=texts, validation=texts, test=texts))
+    batch = task.test[0]
+    order = theirs.tokenizer.batch_decode(batch.ids, skip_special_tokens=True)
+    ours = task.loss.pool(task.model(batch.ids, batch.mask).last_hidden_state, batch.mask)
+    assert torch.allclose(ours, theirs.encode(order, convert_to_tensor=True), atol=1e-5)
+
+def test_an_encoder_is_opened_as_its_folder_says(tmp_path):
+    "Its length, its case, its place in the folder; what is behind the pooling is refused."
+    from transformers import BertConfig, BertModel, T5Config, T5EncoderModel, T5Model
+    from enigma_lab.sgdd.encoder import SemanticEncoder
+    place, settings = tmp_path/'0_Transformer', tmp_path/'modules.json'
+    tokenizer = SemanticEncoder().tokenizer
+    tokenizer.save_pretrained(place)
+    BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                         intermediate_size=32, max_position_embeddings=12)).save_pretrained(place)
+    (place/'sentence_bert_config.json').write_text('{"max_seq_length": 9, "do_lower_case": true}')
+    (tmp_path/'1_Pooling').mkdir()
+    (tmp_path/'1_Pooling'/'config.json').write_text('{"pooling_mode_cls_token": true}')
+    kinds = [dict(type='models.Transformer', path='0_Transformer'),
+             dict(type='models.Pooling', path='1_Pooling')]
+    settings.write_text(json.dumps(kinds))
+    lines = tmp_path/'lines.txt'
+    lines.write_text('\n'.join(f'One long line of MANY words, number {i}, ' + 'and on'*i
+                               for i in range(30)))
+    task = sentence_task(tmp_path, str(lines))
+    assert (task.place, task.loss.pooling) == ('0_Transformer', 'cls')
+    assert max(batch.ids.shape[1] for batch in task.test) == 9
+    thin = tmp_path.parent/'thin'
+    prune(tmp_path, thin, data=str(lines), method='magnitude', say=silent)
+    assert (thin/'1_Pooling'/'config.json').is_file()
+    kept = BertModel.from_pretrained(thin/'0_Transformer').encoder.layer[0].output.dense.weight
+    assert ((kept != 0).view(-1, 4).sum(1) == 2).all()
+    settings.write_text(json.dumps([*kinds, dict(type='models.Dense', path='2_Dense')]))
+    with pytest.raises(ValueError, match='Dense'): sentence_task(tmp_path, str(lines))
+    whole, alone = T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1,
+                            num_heads=2, decoder_start_token_id=0), tmp_path.parent/'t5'
+    T5Model(whole).save_pretrained(alone), tokenizer.save_pretrained(alone)
+    with pytest.raises(ValueError, match='stand alone'): sentence_task(alone, str(lines))
+    T5EncoderModel.from_pretrained(alone).save_pretrained(alone)
+    prune(alone, tmp_path.parent/'thin-t5', data=str(lines), method='sparsegpt', say=silent)
 
 def test_the_precision_of_what_is_loaded(tmp_path):
     from safetensors.torch import save_file

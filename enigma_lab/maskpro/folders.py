@@ -6,8 +6,8 @@
 __all__ = ['KINDS_OF_MODELS', 'STORED', 'kind_of_folder', 'PruneTask', 'seeded', 'TestReads', 'Corrupted', 'SampleLoss',
            'DenoiserLoss', 'schedule_of', 'open_part', 'place_of', 'num_classes_of', 'check_images', 'encode_images',
            'held_out_images', 'diffusion_task', 'NextTokenLoss', 'token_windows', 'language_task', 'SentenceBatch',
-           'CosineLoss', 'pooling_of', 'read_sentences', 'SentenceBatches', 'encoder_task', 'sentence_task',
-           'load_file', 'open_any', 'OwnLoss', 'own_task', 'stored_types', 'stored_dtype', 'open_task', 'try_loss']
+           'CosineLoss', 'read_sentences', 'SentenceBatches', 'encoder_task', 'sentence_task', 'load_file', 'open_any',
+           'OwnLoss', 'own_task', 'stored_types', 'stored_dtype', 'open_task', 'try_loss']
 
 # %% ../../nbs/maskpro/74_folders.ipynb #585d5a56
 import importlib.util, re
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..data.encoders import EncoderFormat, open_encoder, pool_states, read_format
 from ..data.images import load_images
 from ..data.tables import plain_suffix
 from ..data.text import drop_duplicates, load_text, split_documents
@@ -293,7 +294,7 @@ class SentenceBatch(NamedTuple):
 class CosineLoss(SampleLoss):
     "Measure 1 - cosine between a model's vectors and the dense model's."
     def __init__(self,
-        pooling:str='mean', # 'mean' | 'cls'
+        pooling:str='mean', # one of `POOLINGS`
     ):
         self.pooling = pooling
 
@@ -302,9 +303,7 @@ class CosineLoss(SampleLoss):
         mask:Tensor, # (B, T)
     )->Tensor: # (B, C)
         "Pool the states of each sentence."
-        if self.pooling == 'cls': return states[:, 0]
-        weights = mask[..., None].to(states.dtype)
-        return (states*weights).sum(1)/weights.sum(1)
+        return pool_states(states, mask, self.pooling)
 
     def each(self,
         model:nn.Module, # encoder of transformers
@@ -328,20 +327,6 @@ def distil(self:CosineLoss,
     weights = batch.mask[..., None].to(states.dtype)
     error = ((states - batch.states).square()*weights).sum()
     return turned.mean() + error/(batch.states.square()*weights).sum()
-
-def pooling_of(
-    folder:Path, # of an encoder
-)->str: # 'mean' | 'cls'
-    "Read how a sentence encoder pools; the mean where the folder does not say."
-    said = read_json(folder/'1_Pooling'/'config.json')
-    modes = said.get('pooling_mode') or [k.removeprefix('pooling_mode_') for k, v in said.items()
-                                         if k.startswith('pooling_mode_') and v is True]
-    modes = [modes] if isinstance(modes, str) else modes
-    known = dict(cls_token='cls', cls='cls', mean_tokens='mean', mean='mean')
-    if modes and (len(modes) > 1 or modes[0] not in known):
-        raise ValueError("a sentence encoder must pool by the mean or the first token, got "
-                         f"{modes} in {folder}; give --loss, a Python file with its loss")
-    return known[modes[0]] if modes else 'mean'
 
 # %% ../../nbs/maskpro/74_folders.ipynb #b1aea781
 def read_sentences(
@@ -371,26 +356,36 @@ class SentenceBatches:
         tokenizer, # its tokenizer
         texts:list[str], # sentences; those of like length come side by side
         batch_size:int=32, # sentences
-        max_tokens:int=128, # of a sentence; the rest is cut
+        form:EncoderFormat=EncoderFormat(), # how the encoder is stored
+        max_tokens:int=128, # of a sentence at most; the rest is cut
     ):
-        rows = tokenizer(texts, truncation=True, max_length=max_tokens)['input_ids']
+        texts = [text.lower() for text in texts] if form.lower else texts
+        places = getattr(model.config, 'max_position_embeddings', None), form.max_tokens
+        most = min(max_tokens, tokenizer.model_max_length, *filter(None, places))
+        if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
+        rows = tokenizer(texts, truncation=True, max_length=most)['input_ids']
         rows = sorted(rows, key=len)
         self.model, self.known = model, {}
-        self.inputs = [tokenizer.pad({'input_ids': rows[i:i + batch_size]}, return_tensors='pt')
+        self.inputs = [tokenizer.pad({'input_ids': rows[i:i + batch_size]}, padding_side='right',
+                                       return_tensors='pt')
                        for i in range(0, len(rows), batch_size)]
 
-    def __len__(self): return len(self.inputs)
+# %% ../../nbs/maskpro/74_folders.ipynb #b0c2eb82
+@patch
+def __len__(self:SentenceBatches): return len(self.inputs)
 
-    @torch.no_grad()
-    def __getitem__(self,
-        i:int, # number of a batch
-    )->SentenceBatch: # with the dense model's states
-        if not 0 <= i < len(self): raise IndexError(i)
-        if i not in self.known:
-            ids, mask = self.inputs[i]['input_ids'], self.inputs[i]['attention_mask']
-            states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            self.known[i] = SentenceBatch(ids, mask, states)
-        return self.known[i]
+@patch
+@torch.no_grad()
+def __getitem__(self:SentenceBatches,
+    i:int, # number of a batch
+)->SentenceBatch: # with the dense model's states
+    "Return a batch; the dense model answers the first time."
+    if not 0 <= i < len(self): raise IndexError(i)
+    if i not in self.known:
+        ids, mask = self.inputs[i]['input_ids'], self.inputs[i]['attention_mask']
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        self.known[i] = SentenceBatch(ids, mask, states)
+    return self.known[i]
 
 # %% ../../nbs/maskpro/74_folders.ipynb #074b1b9c
 def encoder_task(
@@ -403,24 +398,23 @@ def encoder_task(
     **known # what is known of the data
 )->PruneTask: # opened
     "Open a sentence encoder with sentences in three parts."
-    from transformers import AutoModel, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token # behind the mask
-    load = lambda place: AutoModel.from_pretrained(place, dtype=torch.float32).eval()
-    model, g = load(folder), seeded(seed, 2**31 - 1)
+    form, g = read_format(str(folder)), seeded(seed, 2**31 - 1)
+    if read_json(folder/form.folder/'config.json').get('is_encoder_decoder'):
+        raise ValueError(f"an encoder must stand alone, got one with a decoder in {folder}; give "
+                         "--loss, a Python file with its loss")
+    tokenizer, model = open_encoder(str(folder), form.folder)
     train = [parts['train'][i] for i in torch.randperm(len(parts['train']), generator=g).tolist()]
     few = dict(train=train[:calibration], validation=parts['validation'][:400],
                test=parts['test'][:samples])
     dense = deepcopy(model)
-    places = getattr(model.config, 'max_position_embeddings', None) or 128
-    most = min(128, places, tokenizer.model_max_length)
-    made = {part: SentenceBatches(dense, tokenizer, texts, batch_size, most)
+    made = {part: SentenceBatches(dense, tokenizer, texts, batch_size, form)
             for part, texts in few.items()}
     order = torch.randperm(len(made['train']), generator=g).tolist()
-    return PruneTask('sentences', model, CosineLoss(pooling_of(folder)),
+    return PruneTask('sentences', model, CosineLoss(form.pooling),
         lambda k: made['train'][order[k % len(order)]], list(made['validation']),
         list(made['test']),
-        '1 - cosine to the dense vector', load=load,
+        '1 - cosine to the dense vector', place=form.folder,
+        load=lambda home: open_encoder(str(home), form.folder)[1],
         data=dict(known, **{f'{part}_used': len(texts) for part, texts in few.items()}))
 
 # %% ../../nbs/maskpro/74_folders.ipynb #22ea9ebe

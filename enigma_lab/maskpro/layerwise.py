@@ -213,11 +213,12 @@ def stateless(
     kept = kept_tensors(model)
     twins = [value.clone() for *_, value in kept]
     for (module, key, _), twin in zip(kept, twins): vars(module)[key] = twin
-    yield
-    written = [f'{key} of {type(module).__name__}' for (module, key, _), twin in zip(kept, twins)
-               if vars(module).get(key) is not twin]
-    for (module, key, value), twin in zip(kept, twins):
-        if vars(module).get(key) is twin: vars(module)[key] = value
+    written = []
+    try: yield
+    finally:
+        for (module, key, value), twin in zip(kept, twins):
+            if vars(module).get(key) is twin: vars(module)[key] = value
+            else: written.append(f'{key} of {type(module).__name__}')
     if count > 1 and written:
         raise ValueError("a layerwise mask needs a model that keeps nothing of a batch, for its "
             f"batches run at the same time, got {written[:3]}; choose another method")

@@ -254,8 +254,7 @@ def check_pruning(
     "Refuse settings with which nothing can be pruned."
     check_followed(masks, 'SparseGPT')
     if not damp > 0: raise ValueError(f"damp must be above 0, got {damp}")
-    if block < 1 or block % masks.m:
-        raise ValueError(f"block must be a multiple of M = {masks.m} columns, got {block}")
+    if block < 1: raise ValueError(f"block must be one column at least, got {block}")
     if not 1 <= rounds <= len(masks.layers):
         raise ValueError(
             f"rounds must lie in 1 … {len(masks.layers)}, the masked layers, got {rounds}")
@@ -285,7 +284,7 @@ def sparsegpt(
     loss_fn:Callable, # (model, batch) -> anything; it runs the model
     batches:Iterable, # what `loss_fn` takes; eight will do
     damp:float=.01, # added to the diagonal of the inputs' matrix, in units of its mean
-    block:int=128, # columns that are moved at once
+    block:int=128, # columns that are moved at once, rounded down to whole groups
     update:bool=True, # False: the mask alone; weights and masks stay as they are
     rounds:int=1, # passes, each behind the layers already pruned; 1: all inputs are dense
     share:float|None=None, # of each block that is cut, without a pattern; `None`: N:M
@@ -295,6 +294,7 @@ def sparsegpt(
     import pandas as pd
     check_pruning(masks, damp, block, rounds, share)
     batches, found, report = list(batches), {}, []
+    block = max(1, block//masks.m)*masks.m
     with all_or_nothing(masks):
         for layers in pruning_rounds(masks, loss_fn, batches, rounds):
             hessians = input_hessians(masks, loss_fn, batches, layers, weigh)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..data.text import digest
 from ..data.windows import cache_dir
-from .formats import POOLINGS, EncoderFormat, find_function
-from .formats import minilm_folder # noqa: F401
-from .formats import open_encoder, pool_states, read_format
+from ..data.encoders import POOLINGS, EncoderFormat, find_function
+from ..data.encoders import minilm_folder # noqa: F401
+from ..data.encoders import open_encoder, pool_states, read_format
 
 # %% ../../nbs/sgdd/10_encoder.ipynb #6abe1f1b
 def dct_pool(

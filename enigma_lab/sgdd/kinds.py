@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .encoder import SemanticEncoder
-from .formats import minilm_folder
+from ..data.encoders import minilm_folder
 from .reconstruct import distance
 from .tokens import make_tokenizer, target_tokens, unknown_counts
 

@@ -24,7 +24,7 @@ from .decoder import DiffusionDecoder, svd_embedding
 from .diffusion import CosineNoiseSchedule, DiscreteDiffusion, LinearNoiseSchedule
 from .diffusion import compute_masked_loss, even_times
 from .encoder import SemanticEncoder, check_encoder, fingerprint
-from .formats import POOLINGS
+from ..data.encoders import POOLINGS
 from .tokens import make_tokenizer, target_tokens # noqa: F401
 from .vectors import add_noise, as_in_training, floor_deviation
 

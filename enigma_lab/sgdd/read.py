@@ -299,6 +299,7 @@ def line_of(
     told = dict(row=number, text=verdict.text, verdict=verdict.verdict,
                 distance=far if far is not None and np.isfinite(far) else None,
                 tries=verdict.num_encoded)
+    if verdict.num_skipped: told['skipped'] = verdict.num_skipped # too long for the encoder
     if name is not None: told = dict(id=name, **told)
     return json.dumps(told, ensure_ascii=False, default=str)
 

@@ -352,7 +352,8 @@ def verdicts(self:Search)->list[Verdict]: # for each vector
     "Say what was found."
     encoder = self.model.encoder
     texts = [self.model.tokenizer.decode(ids) if ids else '' for ids in self.tokens]
-    counts = unknown_counts(encoder.tokenizer, texts) if encoder.tokenizer else [0]*len(texts)
+    seen = [text.lower() for text in texts] if encoder.lower else texts
+    counts = unknown_counts(encoder.tokenizer, seen) if encoder.tokenizer else [0]*len(texts)
     found = [replace(e, unknown=n > 0) for e, n in zip(self.evidence, counts)]
     return [Verdict(text, e.distance, e.verdict, len(tried), round, e, len(skipped))
             for text, e, tried, round, skipped in

@@ -19,8 +19,8 @@ def unknown_counts(
 )->list[int]: # unknown pieces of each text; 0: the tokens say all that the tokenizer reads
     "Count the pieces that a tokenizer does not know."
     unknown = tokenizer.unk_token_id
-    rows = target_tokens(tokenizer, texts)
-    return [0 if unknown is None else row.count(unknown) for row in rows]
+    if unknown is None: return [0]*len(texts)
+    return [row.count(unknown) for row in target_tokens(tokenizer, texts)]
 
 # %% ../../nbs/sgdd/15_tokens.ipynb #0d20238f
 CHINESE = '[\u3000-\u303f\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]' # with its punctuation
