@@ -59,15 +59,15 @@ def test_an_expert_of_another_batch_is_reached():
     assert unreached(Experts(), square, x, PruneConfig(), [-x]) == ['fc']
 
 def test_any_number_of_columns():
-    for nm in ('2:3', '3:6', '1:5'):
-        model = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 30))
+    for nm in ('2:3', '3:6', '1:5'): # a group lies across the 128th of 150 columns
+        model = nn.Sequential(nn.Linear(150, 150), nn.ReLU(), nn.Linear(150, 150))
         g = torch.Generator().manual_seed(0)
-        batches = [torch.randn(64, 30, generator=g) for _ in range(12)]
+        batches = [torch.randn(64, 150, generator=g) for _ in range(12)]
         task = PruneTask('own', model, square, lambda k: batches[k % 6], batches[6:9],
                          batches[9:], 'x')
         prune_model(task, PruneConfig(nm=nm), silent)
         n, m = map(int, nm.split(':'))
-        assert ((model[0].weight != 0).view(30, -1, m).sum(-1) == n).all()
+        assert ((model[0].weight != 0).view(150, -1, m).sum(-1) == n).all()
 
 @pytest.mark.parametrize('mode', ['mean', 'cls', 'max', 'lasttoken'])
 def test_pooling_as_sentence_transformers_writes_it(tmp_path, mode):
