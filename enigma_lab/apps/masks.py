@@ -287,8 +287,9 @@ def draw(self:MasksPage):
         raise ValueError("there must be models to draw, and none is loaded: name another run")
     k = self.parts
     how = (k[name].value for name in ('images', 'steps', 'seed'))
-    self.frames = denoise(self.models, self.scheduler, *how)
+    drawn, self.frames = denoise(self.models, self.scheduler, *how), {}
     k['after step'].max = k['after step'].value = k['steps'].value
+    self.frames = drawn # images come last: who sees them finds the slider ready
     self.show()
 
 @patch
