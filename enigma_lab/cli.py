@@ -923,3 +923,5 @@ def bench(
         raise ValueError(f"the benchmark {name} takes no options here, got {list(options)}; "
                          f"see python -m enigma_lab.bench.{name} --help")
     run(list(options))
+
+if __name__ == '__main__' and '__file__' in globals(): main() # as `enigma-lab` does

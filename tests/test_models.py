@@ -12,8 +12,8 @@ from enigma_lab.maskpro.roles import find_weights, plain_name
 from enigma_lab.maskpro.storage import load_masks, save_masks
 from enigma_lab.maskpro.subsets import subsets
 
-pytestmark = pytest.mark.proof('maskpro.roles', 'maskpro.models', 'maskpro.layer', 'maskpro.masks',
-                               'maskpro.storage', seeds=(0,))
+pytestmark = pytest.mark.proof('maskpro.roles', 'maskpro.forward', 'maskpro.models',
+                               'maskpro.layer', 'maskpro.masks', 'maskpro.storage', seeds=(0,))
 
 def run(model, name):
     "Return what a model of a family gives for its inputs."

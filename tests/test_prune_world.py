@@ -1,5 +1,5 @@
 "What the world brings to pruning: other libraries' files, names, precisions, models with a state."
-import copy, json
+import copy, json, subprocess, sys
 
 import pytest, torch
 from torch import nn
@@ -41,8 +41,42 @@ def test_an_unused_layer_protects_itself_alone():
 def test_names_to_protect_are_checked():
     masks = put_masks(Two(), PruneConfig(protect=' a.fc , b'))
     assert [layer.name for layer in masks.layers] == ['a.out', 'fc']
-    with pytest.raises(ValueError, match="nearest names are.*'a.fc'"):
+    with pytest.raises(ValueError, match="command line --protect. must.*nearest names are.*'a.fc'"):
         put_masks(Two(), PruneConfig(protect='a.fcc'))
+    with pytest.raises(ValueError, match="command line --targets. must.*nearest names are.*'a.fc'"):
+        put_masks(Two(), PruneConfig(targets='a.fcc'))
+
+class Attends(Two):
+    "A model that hides what its weights multiply."
+    def __init__(self): super().__init__(); self.a = nn.MultiheadAttention(8, 2, bias=False)
+    def forward(self, x): return self.b(self.a(x, x, x)[0])
+
+@pytest.mark.parametrize('option', ['method', 'start'])
+@pytest.mark.parametrize('kind', ['wanda', 'sparsegpt', 'layerwise'])
+def test_another_method_is_chosen_by_its_option(option, kind):
+    settings = dict(method=kind) if option == 'method' else dict(method='simple', start=kind)
+    with pytest.raises(ValueError, match=f'choose another score with {option}, .*--{option}, or'):
+        prune_model(task_of(Attends()), PruneConfig(**settings), silent)
+
+def test_the_module_of_commands_is_the_command(tmp_path):
+    "The oracle is the script that is installed."
+    (tmp_path/'model').mkdir()
+    torch.save(nn.Linear(8, 8).state_dict(), tmp_path/'model'/'w.pt')
+    (tmp_path/'loss.py').write_text("""
+import torch
+def load(folder): return torch.nn.Sequential(torch.nn.Linear(8, 8))
+def loss(model, x): return model(x).square().mean()
+def save(model, folder): pass
+batches = [torch.randn(16, 8, generator=torch.Generator().manual_seed(k)) for k in range(12)]
+""")
+    prune = ('maskpro', 'prune', 'model', 'out', '--loss', 'loss.py', '--protect', 'nobody')
+    for words, code, said in (((), 0, 'COMMAND'), (('nonsense',), 2, 'nonsense'),
+                              (prune, 2, '--protect) must name a layer')):
+        ours, theirs = (subprocess.run([*how, *words], capture_output=True, text=True, cwd=tmp_path)
+                        for how in ((sys.executable, '-m', 'enigma_lab.cli'), ('enigma-lab',)))
+        assert ours.returncode == theirs.returncode == code
+        assert (ours.stdout, ours.stderr) == (theirs.stdout, theirs.stderr)
+        assert said in ours.stdout + ours.stderr
 
 def test_a_part_that_runs_without_gradients_is_reached():
     class Frozen(Two):

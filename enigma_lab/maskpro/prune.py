@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRUNING', 'STARTS', 'PASSES', 'WEIGHT_FILES', 'PruneConfig', 'loss_without', 'unreached', 'names_of', 'put_masks',
-           'starting_point', 'choose_mask', 'tune_weights', 'layer_errors', 'prune_model', 'count_zeros', 'cast',
-           'judge_pruned', 'copy_rest', 'save_pruned', 'write_model', 'check_out', 'dense_digest', 'check_saved',
-           'prune', 'report_text', 'plot_layers']
+           'starting_point', 'option_named', 'choose_mask', 'tune_weights', 'layer_errors', 'prune_model',
+           'count_zeros', 'cast', 'judge_pruned', 'copy_rest', 'save_pruned', 'write_model', 'check_out',
+           'dense_digest', 'check_saved', 'prune', 'report_text', 'plot_layers']
 
 # %% ../../nbs/maskpro/75_prune.ipynb #15860347
 import json, math, os, re, shutil, time
 from collections.abc import Callable
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,7 +125,9 @@ def put_masks(
 )->Masks: # by magnitude
     "Put masks on the layers that the loss reaches."
     targets, more = names_of(config.targets), names_of(config.protect)
-    check_targets([*find_weights(model), *dict(model.named_modules())], more)
+    check_targets([*find_weights(model)], targets, 'targets (on the command line --targets)')
+    known = [*find_weights(model), *dict(model.named_modules())]
+    check_targets(known, more, 'protect (on the command line --protect)')
     masks = apply_masks(model, config.n, config.m, targets, protect=(*PROTECTED, *more))
     left = {layer.name: layer for layer in masks.layers if layer.name in idle}
     if len(left) == len(masks.layers):
@@ -144,6 +147,18 @@ def starting_point(
     if kind == 'sparsegpt': return sparsegpt(masks, task.loss, batches, update=False)[0]
     return initial_mask(masks, kind, task.loss, batches)
 
+# %% ../../nbs/maskpro/75_prune.ipynb #6ef9321b
+@contextmanager
+def option_named(
+    option:str, # 'method' or 'start'
+): # a context
+    "Name the option that chooses another method, where an error advises to do so."
+    try: yield
+    except ValueError as e:
+        how = f'with {option}, on the command line --{option}'
+        said = re.sub(r'choose another (score|method)\b', rf'\g<0> {how}', str(e))
+        raise ValueError(said) from e
+
 # %% ../../nbs/maskpro/75_prune.ipynb #5a5cbe47
 def choose_mask(
     task:PruneTask, # with masks on its model
@@ -153,10 +168,11 @@ def choose_mask(
 )->int: # forward-equivalents
     "Choose masks by a method, and with SparseGPT the weights, too."
     batches = [task.batch(2**30 + k) for k in range(config.calibration)]
-    if config.method == 'sparsegpt': sparsegpt(masks, task.loss, batches)
-    elif config.method in STARTS: masks.set(starting_point(task, masks, config.method, batches))
+    with option_named('method'):
+        if config.method == 'sparsegpt': sparsegpt(masks, task.loss, batches)
+        elif config.method in STARTS: masks.set(starting_point(task, masks, config.method, batches))
     if config.method in STARTS: return len(batches)*PASSES[config.method]
-    start = starting_point(task, masks, config.start, batches)
+    with option_named('start'): start = starting_point(task, masks, config.start, batches)
     many = lambda k: [task.batch(k)] # one part
     pool = [many(2**31 + k) for k in range(16)] if config.method == 'pge' else many
     found = learn_masks(task.model, task.loss, pool, config.method, config.budget, initial=start,

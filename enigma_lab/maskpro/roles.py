@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALONG_ROWS', 'TRANSPOSED', 'EMBEDDING', 'ROUTER', 'MODULATION', 'own_parameters', 'is_kind', 'weight_axes', 'Weight',
            'weight_name', 'find_weights', 'role_of_class', 'embeddings_of', 'routers_of', 'find_blocks', 'is_below',
-           'find_roles', 'role_of', 'plain_name', 'other_parameters']
+           'find_roles', 'role_of', 'packed_weights', 'plain_name', 'other_parameters']
 
 # %% ../../nbs/maskpro/15_roles.ipynb #20fba245
 import re
@@ -168,6 +168,16 @@ def role_of(
     "Look up the role of a parameter."
     return next((role for above, role in roles.items() if is_below(name, above)), '')
 
+# %% ../../nbs/maskpro/15_roles.ipynb #255e69cd
+def packed_weights(
+    model:nn.Module, # any
+)->dict[str,str]: # name -> why it stays dense
+    "List the layers whose quantised weight is no parameter."
+    return {name: f'not supported: {type(module).__name__} holds its weight packed; mask the model '
+            'before it is quantised'
+            for name, module in model.named_modules()
+            if callable(getattr(type(module), 'weight', None)) or 'qweight' in module._buffers}
+
 # %% ../../nbs/maskpro/15_roles.ipynb #5bb98659
 def plain_name(
     name:str, # of a parameter of a model
@@ -192,5 +202,7 @@ def other_parameters(
         elif isinstance(owner, nn.RNNBase):
             found[plain_name(name)] = f'not supported: {kind} keeps its weights in a list'
         elif name.endswith('bias'): found[plain_name(name)] = 'not supported: a bias'
+        elif own_parameters(owner).keys().isdisjoint(weight_axes(owner)) and weight_axes(owner):
+            found[plain_name(name)] = f'not supported: {kind} computes its weight from it'
         else: found[plain_name(name)] = f'not supported: {kind} does not tell its input axis'
-    return found
+    return found | packed_weights(model)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['encode_masks', 'decode_masks', 'pack_bits', 'unpack_bits', 'architecture', 'fingerprint', 'header_of',
-           'weights_digest', 'check_weights', 'save_masks', 'read_masks', 'load_masks']
+           'weights_digest', 'check_weights', 'save_masks', 'read_masks', 'layers_of', 'load_masks']
 
 # %% ../../nbs/maskpro/25_storage.ipynb #c532c279
 import hashlib, json, math, re, warnings
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import PARTS
-from .masks import Masks, attach, find_masks, has_masks
+from .masks import Masks, attach, find_masks, has_masks, owners, why_dense
 from .roles import find_weights
 
 # %% ../../nbs/maskpro/25_storage.ipynb #3eb2f715
@@ -94,6 +94,9 @@ def weights_digest(
     masked:bool=False, # True: of the weights with the masks multiplied in
 )->str: # 16 hexadecimal digits; of a model without masks the same in both cases
     "Hash the weights of a model, whichever device they are on."
+    if empty := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(f"weights must be in memory to be compared, got {len(empty)} on the meta "
+            f"device, such as {empty[:3]}; load them first, without offloading")
     values, h = {}, hashlib.sha256()
     for key, value in model.state_dict().items(): # a masked weight comes before its product
         part = PARTS.fullmatch(key)
@@ -169,6 +172,20 @@ def read_masks(
         f"a mask file must hold a number below {total} for each of its {count} groups, got other "
         f"contents in {path}")
 
+# %% ../../nbs/maskpro/25_storage.ipynb #ba6096d8
+def layers_of(
+    header:dict, # of a mask file
+    model:nn.Module, # with these layers, without masks
+)->dict: # name -> `Weight`
+    "Look up the layers that get masks, and refuse those that cannot have one."
+    found, owned = find_weights(model), owners(model)
+    layers = {name: found[name] for name, _ in header['layers']}
+    how = header['m'], header['groups'], owned
+    wrong = {k: why for k, w in layers.items() if (why := why_dense(k, w, *how))}
+    if wrong: raise ValueError(f"masks are put on layers that can have them, got {wrong} in "
+        f"{type(model).__name__}; undo that first, or make masks for the other layers alone")
+    return layers
+
 # %% ../../nbs/maskpro/25_storage.ipynb #0e5dc0d5
 def load_masks(
     path:str|Path, # of `save_masks`
@@ -190,8 +207,7 @@ def load_masks(
     if weights: check_weights(path, model)
     values = decode_masks(codes, n, m)
     if not has_masks(model):
-        names, found = [name for name, _ in header['layers']], find_weights(model)
-        return attach(model, {k: found[k] for k in names}, n, m, groups, values=values)
+        return attach(model, layers_of(header, model), n, m, groups, values=values)
     masks = find_masks(model)
     if header_of(masks) != header:
         raise ValueError("a model and the masks it loads must have the same pattern and layers, "

@@ -47,6 +47,7 @@ def link(
     "Let a product know where it comes from."
     found = product.as_subclass(MaskedWeight)
     found.weight, found.mask = weight, mask
+    found.held = weight.detach() # the memory that was read, should the weight get another
     return found
 
 def masked_weight(
