@@ -325,6 +325,16 @@ def load(self:Training,
     torch._foreach_copy_(self.average, kept['average'])
     self.step, self.spent, self.seen = kept['step'], kept['spent'], kept['seen']
 
+# %% ../../nbs/bench/49_questions.ipynb #09a52977
+@patch
+def finish(self:Training,
+    path:Path, # of the checkpoint
+)->SGDDModel: # in eval mode
+    "Take the averaged weights and save them."
+    self.swap()
+    if not path.is_dir(): self.model.save_pretrained(path, int8=True)
+    return self.model.eval()
+
 # %% ../../nbs/bench/49_questions.ipynb #a63d3831
 def held_out(
     texts:list[str], # of a part that is not trained on
@@ -390,13 +400,12 @@ def train_for(
     run:Run, # open record
     q:Questions, # to learn from
     training:Training, # new, or loaded
+    wanted:list[str], # validation questions to look at
+    z:Tensor, # (N, K·384) what they are written from
     show=print, # called with a line about each look
 ):
     "Train for so many CPU seconds; killed, it goes on where it last looked."
-    o, batches = run.config, Batches(q, run.config)
-    wanted, _ = held_out(q.corpus.validation, q, training.model.encoder)
-    wanted, losses = wanted[:o['watched']], []
-    z = training.model.encoder.encode(wanted)
+    o, batches, losses = run.config, Batches(q, run.config), []
     every = o['seconds']/o['looks']
     while training.spent < o['seconds']:
         begin = process_time()
@@ -473,10 +482,10 @@ def train_reader(
     "Train what is left, save the averaged weights, and score validation questions."
     kept = run.path/'training.pt'
     q, training = prepare(run.config, kept if kept.is_file() else None)
-    train_for(run, q, training)
-    training.swap()
-    model = training.model.eval()
-    if not run.checkpoint.is_dir(): model.save_pretrained(run.checkpoint, int8=True)
+    wanted, _ = held_out(q.corpus.validation, q, training.model.encoder)
+    wanted = wanted[:run.config['watched']]
+    train_for(run, q, training, wanted, training.model.encoder.encode(wanted))
+    model = training.finish(run.checkpoint)
     finish_run(run, dict(score_questions(run, q, model, 'val'), **q.corpus.card(),
         train_cpu_s=training.spent, updates=training.step, sentences_seen=training.seen,
         learned_from=q.real, noised=len(q.tokens) - q.real, vocabulary=len(q.tokenizer),
