@@ -6,8 +6,8 @@
 __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 'noised', 'vectors_of_pieces', 'Questions',
            'cached_vectors', 'read_questions', 'floor_statistics', 'new_reader', 'take_weights', 'fit_length',
            'Batches', 'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch',
-           'train_for', 'score_loop', 'score_questions', 'prepare', 'train_reader', 'read_test', 'main', 'records',
-           'spent', 'looks_of', 'table', 'facts', 'examples', 'plot_curves', 'answer']
+           'train_for', 'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader', 'read_test',
+           'main', 'records', 'spent', 'looks_of', 'table', 'facts', 'examples', 'plot_curves', 'answer']
 
 # %% ../../nbs/bench/49_questions.ipynb #97a84668
 import argparse, json, random, sys
@@ -143,9 +143,9 @@ def read_questions(
 # %% ../../nbs/bench/49_questions.ipynb #aafe8a25
 FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=.33, dim=192, layers=4, heads=6,
     length_dim=128, base='', seconds=600., learning_rate=2e-3, tokens=1152, negatives=1500,
-    all_hidden=.25, looks=12, seed=0, watched=200, judged=500, looped=100)
+    all_hidden=.25, looks=12, seed=0, watched=200, judged=500, looped=100, certified=2000)
 SMALL = dict(FULL, most=200, dim=32, layers=1, heads=4, seconds=2., looks=2, watched=20, judged=20,
-    looped=2)
+    looped=2, certified=20)
 
 def floor_statistics(
     model:SGDDModel, # after `fit_statistics`
@@ -325,6 +325,16 @@ def load(self:Training,
     torch._foreach_copy_(self.average, kept['average'])
     self.step, self.spent, self.seen = kept['step'], kept['spent'], kept['seen']
 
+# %% ../../nbs/bench/49_questions.ipynb #09a52977
+@patch
+def finish(self:Training,
+    path:Path, # of the checkpoint
+)->SGDDModel: # in eval mode
+    "Take the averaged weights and save them."
+    self.swap()
+    if not path.is_dir(): self.model.save_pretrained(path, int8=True)
+    return self.model.eval()
+
 # %% ../../nbs/bench/49_questions.ipynb #a63d3831
 def held_out(
     texts:list[str], # of a part that is not trained on
@@ -390,13 +400,12 @@ def train_for(
     run:Run, # open record
     q:Questions, # to learn from
     training:Training, # new, or loaded
+    wanted:list[str], # validation questions to look at
+    z:Tensor, # (N, K·384) what they are written from
     show=print, # called with a line about each look
 ):
     "Train for so many CPU seconds; killed, it goes on where it last looked."
-    o, batches = run.config, Batches(q, run.config)
-    wanted, _ = held_out(q.corpus.validation, q, training.model.encoder)
-    wanted, losses = wanted[:o['watched']], []
-    z = training.model.encoder.encode(wanted)
+    o, batches, losses = run.config, Batches(q, run.config), []
     every = o['seconds']/o['looks']
     while training.spent < o['seconds']:
         begin = process_time()
@@ -426,6 +435,21 @@ def score_loop(
         loop_proved=len(proved), loop_proved_right=sum(proved), loop_cpu_s=seconds,
         loop_encoded=sum(v.num_encoded for v in found)/len(found)), found
 
+# %% ../../nbs/bench/49_questions.ipynb #cdd08f03
+def score_verdicts(
+    model:SGDDModel, # trained, in eval mode
+    wanted:list[str], # references, many
+    z:Tensor, # (N, K·384) their vectors
+)->dict: # counts
+    "Count what is proved without a search, of a few drafts, and how often wrongly."
+    found = reconstruct(model, z, rounds=0)
+    right = [a.text == b for a, b in zip(found, wanted)]
+    proved = [v.verdict == 'proved' for v in found]
+    return dict(certified_questions=len(wanted), certified_right=sum(right),
+        certified_proved=sum(proved),
+        certified_falsely=sum(p and not r for p, r in zip(proved, right)),
+        certified_missed=sum(r and not p for p, r in zip(proved, right)))
+
 # %% ../../nbs/bench/49_questions.ipynb #982c0e7d
 def score_questions(
     run:Run, # open record; examples are written to its history
@@ -434,9 +458,11 @@ def score_questions(
     part:str='test', # 'val' or 'test'
 )->dict: # metrics
     "Score held-out questions: at once, by lookup, and with the encoder in the loop."
-    o, encoder = run.config, model.encoder
+    o, encoder = FULL | run.config, model.encoder
     texts = q.corpus.read_test(run) if part == 'test' else q.corpus.validation
     wanted, share = held_out(texts, q, encoder)
+    sure = wanted[:o['certified'] if part == 'test' else 1]
+    counts = score_verdicts(model, sure, encoder.encode(sure))
     wanted = wanted[:o['judged']]
     z = encoder.encode(wanted)
     ways = {f'calls_{n}': write_questions(model, z, n) for n in (1, 8, 16)}
@@ -449,7 +475,7 @@ def score_questions(
     for v, *texts in zip(verdicts[:40], wanted, ways['calls_8'], ways['nearest']):
         run.log(**dict(zip(('wanted', 'at_once', 'nearest'), texts)), loop=v.text,
                 verdict=v.verdict, distance=v.distance)
-    found |= loop | dict(known_share=share, questions=len(wanted),
+    found |= loop | counts | dict(known_share=share, questions=len(wanted),
         length_right=(model.lengths(z)[:, 0] == sizes).float().mean().item())
     return {f'{part}_{k}': v for k, v in found.items()}
 
@@ -473,10 +499,10 @@ def train_reader(
     "Train what is left, save the averaged weights, and score validation questions."
     kept = run.path/'training.pt'
     q, training = prepare(run.config, kept if kept.is_file() else None)
-    train_for(run, q, training)
-    training.swap()
-    model = training.model.eval()
-    if not run.checkpoint.is_dir(): model.save_pretrained(run.checkpoint, int8=True)
+    wanted, _ = held_out(q.corpus.validation, q, training.model.encoder)
+    wanted = wanted[:run.config['watched']]
+    train_for(run, q, training, wanted, training.model.encoder.encode(wanted))
+    model = training.finish(run.checkpoint)
     finish_run(run, dict(score_questions(run, q, model, 'val'), **q.corpus.card(),
         train_cpu_s=training.spent, updates=training.step, sentences_seen=training.seen,
         learned_from=q.real, noised=len(q.tokens) - q.real, vocabulary=len(q.tokenizer),
@@ -594,6 +620,10 @@ def facts(
             row |= {'texts encoded a question': f'{t["test_loop_encoded"]:.0f}',
                 'proved': f'{t["test_loop_proved"]} of {t["test_loop_questions"]}',
                 'of them right': str(t['test_loop_proved_right'])}
+        if 'test_certified_questions' in t:
+            c = lambda name: t[f'test_certified_{name}']
+            row |= {'proved by 8 drafts': f"{c('proved')} of {c('questions')}",
+                'of them wrong': str(c('falsely')), 'right, not proved': str(c('missed'))}
         rows.append(row)
     return pd.DataFrame(rows).fillna('').style.hide(axis='index')
 
