@@ -1,7 +1,9 @@
 "Package metadata, read from settings.ini: edit there, not here."
-import shlex
+import shlex, shutil
 from configparser import ConfigParser
+from pathlib import Path
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 config = ConfigParser(delimiters=['='])
 config.read('settings.ini', encoding='utf-8')
@@ -12,7 +14,17 @@ extras = {key.removesuffix('_requirements'): shlex.split(value)
 # bench: unmaintained peers, to measure against
 extras['all'] = sorted(set(sum((extras[key] for key in extras if key != 'bench'), [])))
 
+class BuildWithNotebooks(build_py):
+    "Put copies of the training notebooks into the wheel: an installation has no nbs/."
+    def run(self):
+        super().run()
+        to = Path(self.build_lib)/cfg['lib_name']/'notebooks'
+        if self.editable_mode: return
+        to.mkdir(parents=True, exist_ok=True)
+        for path in Path('nbs').glob('train_*.ipynb'): shutil.copy(path, to)
+
 setup(
+    cmdclass=dict(build_py=BuildWithNotebooks),
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
     author=cfg['author'], author_email=cfg['author_email'], keywords=cfg['keywords'],
     license='MIT', license_files=['LICENSE'], url=cfg['git_url'],

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_arguments', 'call', 'command', 'command_line',
-           'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train',
-           'tokenizer', 'showcase', 'data', 'load_model', 'given_prompts', 'stop_strings', 'continue_text',
+           'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train', 'new',
+           'app', 'tokenizer', 'showcase', 'data', 'load_model', 'given_prompts', 'stop_strings', 'continue_text',
            'check_continuations', 'print_continuation', 'generate', 'evaluate', 'publish', 'compress', 'decompress',
            'questions', 'chat', 'decoder_scores', 'is_vector_file', 'sampling_given', 'read_stored', 'read_texts',
            'find_decoder', 'read_vectors_of', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'prune_folder',
@@ -147,8 +147,9 @@ def find_notebook(
     for path in [Path(name), root/'nbs'/f'{name}.ipynb']:
         if checkout_of(path): return path
     known = sorted(path.stem for path in (root/'nbs').glob('train_*.ipynb'))
-    raise ValueError(f"a training is a notebook in the nbs/ of a checkout, got {name}; "
-                     f"there are [{', '.join(known)}]")
+    there = f'there are [{", ".join(known)}]' if known else (
+        'there is none here: `enigma-lab new FOLDER` writes a folder with them')
+    raise ValueError(f"a training is a notebook in the nbs/ of a checkout, got {name}; {there}")
 
 # %% ../nbs/cli.ipynb #5242fca1
 def papermill_options(
@@ -207,6 +208,32 @@ def train(
     # Windows only imitates the replacing: the prompt would return at once
     if os.name == 'nt': sys.exit(subprocess.call(words))
     os.execv(words[0], words)
+
+# %% ../nbs/cli.ipynb #8701e4dc
+@command('apps')
+def new(
+    folder:str, # new, or empty
+):
+    "Write a folder with the training notebooks and the apps."
+    from enigma_lab.lab.folder import new_folder
+    for path in new_folder(folder): print(path)
+    print(f'begin with: cd {folder}; enigma-lab train train_enigma preset=smoke')
+
+@command('apps')
+def app(
+    name:str, # lampboard, chat, complete, sampler or masks
+    *,
+    port:int=8866, # of this machine
+    no_browser:bool=False, # print the address only
+):
+    "Serve one app without JupyterLab; Ctrl-C ends it."
+    import tempfile
+    from enigma_lab.lab.folder import app_command
+    from enigma_lab.lab.runs import runs_root
+    with tempfile.TemporaryDirectory() as folder:
+        words = app_command(name, folder, port, not no_browser)
+        print(f'{name} is at http://127.0.0.1:{port}', flush=True)
+        sys.exit(subprocess.call(words, env=dict(os.environ, ENIGMA_RUNS=str(runs_root()))))
 
 # %% ../nbs/cli.ipynb #db3ac7d3
 @command('lm')
