@@ -30,7 +30,7 @@ from ..lab.stats import bootstrap
 from ..sgdd.encoder import SemanticEncoder
 from ..sgdd.metrics import (
     compute_bleu, nearest_texts, semantic_cosine, token_accuracy)
-from ..sgdd.model import SGDDConfig, SGDDModel, make_tokenizer, unpack_int8
+from ..sgdd.model import SGDDConfig, SGDDModel, make_tokenizer
 from ..sgdd.reconstruct import reconstruct
 from ..sgdd.sampling import maskgit_sample
 
@@ -176,14 +176,17 @@ def new_reader(
 
 def take_weights(
     model:SGDDModel, # new, with statistics
-    base:Run, # trained on another width of the vector
+    base:Run, # trained, may be on another width of the vector and other pieces
 ):
-    "Start from the weights of another decoder, but for what belongs to its vector."
-    kept = unpack_int8(load_file(base.checkpoint/'model.safetensors'))
+    "Start from another decoder, but for what belongs to its vector, and pieces that it lacks."
+    trained = SGDDModel.from_pretrained(base.checkpoint)
+    mine, theirs = (m.tokenizer.get_vocab() for m in (model, trained))
+    pieces = [piece for piece in mine if piece in theirs]
+    to, of = (torch.tensor([all[piece] for piece in pieces]) for all in (mine, theirs))
     own = model.state_dict()
-    same = {name: w for name, w in kept.items()
-            if not name.startswith('length') and w.shape == own[name].shape}
-    model.load_state_dict(own | same)
+    for name, w in trained.state_dict().items():
+        if name in ('decoder.embed.weight', 'decoder.bias'): own[name][to] = w[of]
+        elif not name.startswith('length') and w.shape == own[name].shape: own[name].copy_(w)
 
 # %% ../../nbs/bench/49_questions.ipynb #922e7091
 def fit_length(
