@@ -1,4 +1,4 @@
-"The chat page and the lampboard in a real JupyterLab, used as a person does."
+"The chat page in a real JupyterLab, used as a person does."
 import json, os, re, subprocess, sys
 
 import pytest
@@ -6,11 +6,10 @@ from playwright.sync_api import expect
 
 from enigma_lab.apps.chat import ChatApp, conversations, load_voices, open_conversation
 from enigma_lab.lm.generate import stream_reply
-from enigma_lab.machine.history import EnigmaMachine
 from jupyter_lab import (
-    WAIT, click_run_all, keys_stay, no_cell_failed, opened, set_knob, typed)
+    WAIT, click_run_all, keys_stay, no_cell_failed, opened, set_knob)
 
-pytestmark = pytest.mark.proof('apps.widget', 'apps.chat', 'apps.lampboard')
+pytestmark = pytest.mark.proof('apps.widget', 'apps.chat')
 
 pytest_plugins = 'jupyter_lab'
 
@@ -216,61 +215,3 @@ def test_an_interrupted_conversation_is_opened_by_its_name(tmp_path, monkeypatch
     assert len(conversations()) == 2
     with pytest.raises(ValueError, match='must be one of'):
         ChatApp(conversation='19991231-235959')
-
-
-# the lampboard
-
-@pytest.fixture(scope='module')
-def board(lab, browser):
-    with opened(lab, browser, '30_lampboard.ipynb', '.board-lamps') as page: yield page
-
-def test_keys_and_lamps(board):
-    app = board.locator('.jp-OutputArea', has=board.locator('.board-lamps')).last
-    for _ in range(3): app.get_by_role('button', name='A', exact=True).click()
-    lit = EnigmaMachine().encipher('AAA')
-    expect(board.locator('.board-paper b')).to_have_text(lit)
-    lamps = board.locator('.board-lamps span').evaluate_all(
-        'all => all.filter(s => s.style.background).map(s => s.textContent)')
-    assert lamps == [lit[-1]]
-
-def test_a_message_and_back(board):
-    app = board.locator('.jp-OutputArea', has=board.locator('.board-lamps')).last
-    app.get_by_role('button', name='Reset').click()
-    expect(board.locator('.board-paper b')).to_have_text('')
-    board.locator('.board-message textarea').fill('attack at dawn')
-    board.locator('.board-message textarea').blur()
-    board.locator('.board-go').click()
-    secret = EnigmaMachine().encipher('ATTACKATDAWN')
-    groups = f'{secret[:5]} {secret[5:10]} {secret[10:]}'
-    expect(board.locator('.board-paper b')).to_have_text(groups)
-    app.get_by_role('button', name='Neural Enigma').click()
-    expect(board.locator('.board-note')).to_contain_text('every bit came back')
-    assert no_cell_failed(board)
-
-def test_a_keyboard_presses_the_keys(board):
-    app = board.locator('.enigma-app').last
-    app.get_by_role('button', name='Reset').click()
-    expect(board.locator('.board-paper b')).to_have_text('')
-    board.locator('.board-lamps').click()
-    board.keyboard.type('dDx')
-    board.keyboard.press('Control+a') # not a letter
-    app.get_by_role('button', name='Q', exact=True).focus()
-    board.keyboard.type('d')
-    expect(board.locator('.board-paper')).to_contain_text('DDXD')
-    expect(board.locator('.board-paper b')).to_have_text(EnigmaMachine().encipher('DDXD'))
-    board.keyboard.press('Enter') # the browser's own: the key with the focus
-    expect(board.locator('.board-paper')).to_contain_text('DDXDQ')
-
-def test_keys_stay_on_the_board(board):
-    keys_stay(board, '.board-lamps')
-    assert no_cell_failed(board)
-
-def test_beside_the_app_a_cell_is_lost(board):
-    "The other way round, or the tests of the keys would prove nothing."
-    app, count = board.locator('.enigma-app').last, board.locator('.jp-Notebook .jp-Cell').count()
-    app.evaluate("""app => {
-        const button = document.createElement('button')
-        app.parentElement.append(button)
-        button.focus()
-    }""")
-    assert typed(board) != [count]*4
