@@ -10,7 +10,8 @@ __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_argum
            'questions', 'chat', 'decoder_scores', 'is_vector_file', 'sampling_given', 'read_stored', 'read_texts',
            'find_decoder', 'read_vectors_of', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'prune_folder',
            'take_step', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names',
-           'run_report', 'runs_table', 'run_json', 'print_runs', 'runs', 'docs', 'bench_names', 'bench']
+           'run_report', 'runs_table', 'run_json', 'print_runs', 'print_comparison', 'runs', 'monitor', 'stop', 'docs',
+           'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
@@ -221,7 +222,7 @@ def new(
 
 @command('apps')
 def app(
-    name:str, # lampboard, chat, complete, sampler or masks
+    name:str, # lampboard, chat, complete, sampler, masks or monitor
     *,
     port:int=8866, # of this machine
     no_browser:bool=False, # print the address only
@@ -897,18 +898,33 @@ def print_runs(
         print(f'{left} older runs are left out; -n 0 shows all', file=sys.stderr)
 
 # %% ../nbs/cli.ipynb #69c51a82
+def print_comparison(
+    names, # of runs and notebooks; an empty one: all
+    figure:str, # a file for the curves; empty: none
+):
+    "Print what differs between runs, and draw their curves."
+    from enigma_lab.lab.compare import comparison, draw_runs
+    from enigma_lab.lab.runs import list_runs
+    found = [runs_called(name) if name else list_runs() for name in names]
+    found = [run for runs in found for run in (runs if isinstance(runs, list) else [runs])]
+    print(comparison(found).to_string())
+    if figure: draw_runs(found).savefig(figure, dpi=100, bbox_inches='tight')
+
+# %% ../nbs/cli.ipynb #4aba77d8
 @command('lm')
 def runs(
-    *words:str, # a notebook or a run; or list, or compare, and a notebook
+    *words:str, # a notebook or a run; or list, or compare, and notebooks or runs
     columns:str='', # of the table, as a,b,c; keys of configs and metrics, too
     json:bool=False, # a line of JSON for each run
     n:int=20, # at most so many; 0: all
+    figure:str='', # of 'compare': a file for the curves, such as curves.png
 ):
     "List the recorded runs, the newest first; show one; or compare them."
-    from enigma_lab.lab.runs import compare_runs, list_runs, load_runs, runs_root
+    from enigma_lab.lab.runs import list_runs, runs_root
     if n < 0: raise ValueError(f"-n must be at least 0, got {n}")
     action, names = (words[0], words[1:]) if words[:1] else ('', ())
     if action not in ('list', 'compare'): action, names = 'show', words
+    if action == 'compare' and names: return print_comparison(names, figure)
     if len(names) > 1: raise ValueError(f"runs takes one name, got {list(names)}")
     found = runs_called(names[0]) if names else list_runs()
     if not found:
@@ -916,11 +932,32 @@ def runs(
     if not isinstance(found, list):
         if action == 'show' and not (json or columns): return print(run_report(found))
         found = [found]
-    if action == 'compare':
-        if len(found) < 2:
-            raise ValueError(f"comparing takes two runs, got one: {found[0].name}")
-        return print(compare_runs(load_runs(*names)).T.to_string())
+    if action == 'compare': return print_comparison([''], figure)
     print_runs(found, columns.replace(' ', '').split(',') if columns else [], json, n)
+
+# %% ../nbs/cli.ipynb #404a7bf3
+@command('apps')
+def monitor(
+    run:str='', # a run, the beginning of one, a notebook or a sweep; empty: all
+    *,
+    every:float=2., # seconds between two looks
+    patience:float=30., # seconds beyond its usual pace after which a silent run is stalled
+    once:bool=False, # print, and end
+):
+    "Show what runs are doing."
+    from enigma_lab.lab.terminal import watch_runs
+    watch_runs(run, every, once, patience)
+
+@command('lm')
+def stop(
+    run:str='', # a run, the beginning of one, a notebook or a sweep
+    *,
+    all:bool=False, # all that is at work on this machine
+    wait:float=60., # seconds for the checkpoints
+):
+    "End runs, each with a checkpoint to go on from."
+    from enigma_lab.lab.stop import stop_named
+    print('\n'.join(stop_named(run, all, wait)))
 
 # %% ../nbs/cli.ipynb #9554560c
 @command('docs')

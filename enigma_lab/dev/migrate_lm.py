@@ -95,8 +95,8 @@ RENAMED |= { # commands
 # %% ../../nbs/dev/20_migrate_lm.ipynb #c643979b
 RENAMED |= { # of later steps; tests/test_later.py asks of each row whether it is still true
     'enigma.jacobian_logdet': 'enigma_lab.flow.density',
-    'monitor.py': 'later: enigma-lab monitor; '
-        'today papermill prints the progress and nvidia-smi shows the GPUs',
+    'python monitor.py': 'enigma-lab monitor',
+    'monitor.py': 'enigma-lab monitor',
     'python scripts/benchmark.py': 'enigma-lab bench sequence',
     '--use_dynamic_conv1x1': '--rotor table',
     'scripts/benchmark.py': 'enigma_lab.bench.sequence'}

@@ -26,7 +26,8 @@ APPS = { # name -> module of enigma_lab.apps, its function, what it does
     'chat': ('chat', 'chat_app', 'A small model that was taught some tasks.'),
     'complete': ('complete', 'completion_app', 'A language model goes on with a text.'),
     'sampler': ('sampler', 'sampler_app', 'A sentence, its vector, and the sentence again.'),
-    'masks': ('masks', 'masks_app', 'Half of the weights removed: can you tell?')}
+    'masks': ('masks', 'masks_app', 'Half of the weights removed: can you tell?'),
+    'monitor': ('monitor', 'monitor_panel', 'What the runs are doing, and a button to stop one.')}
 
 def app_notebook(
     name:str, # of APPS
