@@ -15,6 +15,7 @@ from enigma_lab.lab.stop import stop_named
 from test_door import environment, wait_for
 
 pytestmark = pytest.mark.usefixtures('own_runs')
+proof = pytest.mark.proof('lab.monitor', 'lab.stop')
 
 def own_environment(): return dict(environment(), ENIGMA_RUNS=os.environ['ENIGMA_RUNS'])
 
@@ -47,6 +48,7 @@ def time_until(watcher, state):
         time.sleep(.1)
     return time.monotonic() - begin
 
+@proof
 def test_a_training_is_watched_halted_and_killed(toy_text):
     "A process that is halted, or gone, is said well within 30 seconds, though nobody waits for it."
     process, watcher = start_training(toy_text, 'max_steps=4000'), Watcher()
@@ -108,6 +110,7 @@ def test_a_run_of_another_machine_is_known_by_its_beat():
 
 def weights(run): return load_file(run.checkpoint/'model.safetensors')
 
+@proof
 def test_stop_leaves_a_checkpoint_that_comes_to_the_same_end(toy_text):
     words = 'max_steps=120', 'decay_share=0'
     assert start_training(toy_text, *words).wait(300) == 0
@@ -133,6 +136,7 @@ def piped_own(*command):
     return subprocess.run(command, env=own_environment(), capture_output=True, text=True,
                           timeout=120)
 
+@proof
 def test_stop_ends_the_cell_of_a_notebook(toy_text):
     "The kernel is interrupted, as by Jupyter's button; papermill keeps the notebook."
     command = ['papermill', str(ROOT/'nbs'/'train_enigma.ipynb'), '-p', 'preset', 'smoke', '-p',
@@ -148,6 +152,7 @@ def test_stop_ends_the_cell_of_a_notebook(toy_text):
     assert 'resume=auto goes on from' in said and run.env['stopped'] == 'SIGINT'
     assert 'stopped by SIGINT' in (run.path/'train_enigma.ipynb').read_text()
 
+@proof
 def test_stop_ends_a_sweep_and_its_trial(toy_text):
     code = (f"from enigma_lab.lab.sweep import sweep; "
             f"sweep('faults:train_enigma', dict(seed=[0, 1]), 'two', data={str(toy_text)!r}, "

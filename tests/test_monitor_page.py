@@ -7,6 +7,8 @@ from playwright.sync_api import expect
 from jupyter_lab import no_cell_failed, opened
 from test_door import environment
 
+pytestmark = pytest.mark.proof('apps.monitor')
+
 pytest_plugins = 'jupyter_lab'
 
 TRAINS = """

@@ -174,6 +174,7 @@ def new_reader(
     if o.get('base'): take_weights(model, find_run(o['base']))
     return model
 
+# %% ../../nbs/bench/49_questions.ipynb #7b55bb84
 def take_weights(
     model:SGDDModel, # new, with statistics
     base:Run, # trained, may be on another width of the vector and other pieces
