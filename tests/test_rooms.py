@@ -159,3 +159,13 @@ def test_a_table_of_names_says_what_is_there():
         text = (ROOT/'enigma_lab'/(module.replace('.', '/') + '.py')).read_text(encoding='utf-8')
         for old, new in names.items():
             assert f"'{new}'" in text, (module, old, new)
+
+def test_names_of_a_module_differ_by_more_than_case():
+    "The address of a card is its name in small letters: `Runs` and `runs` would share one."
+    for path in sorted((ROOT/'enigma_lab').rglob('*.py')):
+        names = [node.name for node in ast.parse(path.read_text(encoding='utf-8')).body
+                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != '_'
+                 and not any(map(ast.unparse, node.decorator_list))] # a method is patched in
+        names = sorted(set(names), key=str.lower)
+        same = [pair for pair in zip(names, names[1:]) if pair[0].lower() == pair[1].lower()]
+        assert not same, f'{path.name}: {same}'
