@@ -9,6 +9,8 @@ from test_door import environment
 
 pytestmark = pytest.mark.proof('apps.monitor')
 
+expect.set_options(timeout=30_000) # a busy machine is slow, and not wrong
+
 pytest_plugins = 'jupyter_lab'
 
 TRAINS = """
