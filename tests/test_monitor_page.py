@@ -68,7 +68,9 @@ def test_a_live_run_is_shown_and_stopped(lab, browser, training):
         assert training.poll() is None
         part('stop').focus()
         page.keyboard.press('Enter') # by the keyboard alone
+        expect(part('sure')).to_be_visible()
         part('sure').focus()
+        expect(part('sure')).to_be_focused()
         page.keyboard.press('Enter')
         expect(part('said')).to_contain_text('resume=auto goes on from checkpoint-')
         assert training.wait(30) == 0
