@@ -20,7 +20,6 @@ ASKED_FIRST = {
     ('lab.launch', 'os.setpgid'): 'hasattr: one group of processes',
     ('lab.papermill_plugin', 'signal.SIGHUP'): 'os.name is asked: no signal is passed on',
     ('lab.runs', 'os.getloadavg'): 'hasattr: the load is None',
-    ('lab.stop', 'signal.SIGCONT'): 'for a halted process: /proc says so, or nothing does',
     ('lab.system', 'fcntl'): 'ImportError: msvcrt locks',
     ('lab.system', 'fcntl.LOCK_EX'): 'the same',
     ('lab.system', 'fcntl.LOCK_NB'): 'the same',

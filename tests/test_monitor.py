@@ -245,8 +245,9 @@ def test_the_terminal_view_goes_on_until_ctrl_c(own_runs):
         write_record(own_runs, 2)
         wait_for(lambda: read(.3) or b'2 runs: 2 finished' in seen, 60)
         process.send_signal(signal.SIGINT)
-        read(1)
-        assert process.wait(30) == 0
+        # whose terminal is not read waits to write
+        wait_for(lambda: read(.3) or process.poll() is not None, 60)
+        assert process.returncode == 0
         read(1)
     finally: process.kill(); os.close(ours)
     left = seen.partition(b'\x1b[?1049l')[2] # what stays when the screen comes back

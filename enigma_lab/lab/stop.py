@@ -45,6 +45,7 @@ def ask_to_stop(
     sent:set, # processes that have the signal; gets this one
 )->bool: # False: it was asked before
     "Ask the process of a run to stop."
+    import psutil
     who = {key: env[key] for key in ('pid', 'pid_started')}
     before = read_json(run.path/ASKED) if (run.path/ASKED).is_file() else {}
     asked = all(before.get(key) == value for key, value in who.items())
@@ -52,7 +53,7 @@ def ask_to_stop(
     if asked or who['pid'] in sent: return not asked
     sent.add(who['pid'])
     os.kill(who['pid'], signal.SIGINT if is_kernel(who['pid']) else signal.SIGTERM)
-    if process_state(env) == 'halted': os.kill(who['pid'], signal.SIGCONT)
+    if process_state(env) == 'halted': psutil.Process(who['pid']).resume() # or it hears nothing
     return True
 
 # %% ../../nbs/lab/48_stop.ipynb #b755c84d
