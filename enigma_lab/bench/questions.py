@@ -141,7 +141,7 @@ def read_questions(
                      list(rows.values()), tokenizer, corpus)
 
 # %% ../../nbs/bench/49_questions.ipynb #aafe8a25
-FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=.33, dim=192, layers=4, heads=6,
+FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=1., dim=192, layers=4, heads=6,
     length_dim=128, base='', seconds=600., learning_rate=2e-3, tokens=1152, negatives=1500,
     all_hidden=.25, looks=12, seed=0, watched=200, judged=500, looped=100, certified=2000)
 SMALL = dict(FULL, most=200, dim=32, layers=1, heads=4, seconds=2., looks=2, watched=20, judged=20,
