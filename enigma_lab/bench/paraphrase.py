@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .questions import (
     FULL, MOST, Questions, Training, cached_vectors, fit_length, new_reader, pieces_of,
-    train_for, write_questions)
+    start_test, train_for, unfinished_run, write_questions)
 from ..data.pairs import PairCorpus, load_pairs
 from ..lab.runs import Run, find_run, finish_run, list_runs, start_run
 from ..sgdd.encoder import SemanticEncoder
@@ -147,10 +147,7 @@ def read_test(
     trained:Run, # finished
 )->Run: # finished
     "Score the test pairs, in a record of their own; they are read once for a model."
-    if any(run.config.get('trained') == trained.name for run in list_runs('bench_paraphrase')):
-        raise FileExistsError(
-            f"the test part is read once for a model, and it was for {trained.name}")
-    run = start_run('bench_paraphrase', dict(trained.config, trained=trained.name), note='test')
+    run = start_test('bench_paraphrase', trained)
     model = SGDDModel.from_pretrained(trained.checkpoint).eval()
     q = read_paraphrases(load_pairs(run.config['data']), model, run.config['most'])
     return finish_run(run, score_paraphrases(run, q, model))
@@ -169,12 +166,9 @@ def main(
     parser.add_argument('--test', default='', help='read the test pairs with this run')
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if given.resume and find_run(given.resume).finished:
-        raise FileExistsError(
-            f"a run is written once, and {given.resume} is finished; start another")
     config = dict(SETTINGS, data=given.data, base=given.base, seconds=given.seconds)
     if given.test: run = read_test(find_run(given.test))
-    else: run = train_paraphraser(find_run(given.resume) if given.resume
+    else: run = train_paraphraser(unfinished_run(given.resume) if given.resume
                                   else start_run('bench_paraphrase', config))
     print(json.dumps(run.metrics, indent=1))
 

@@ -6,8 +6,9 @@
 __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 'noised', 'vectors_of_pieces', 'Questions',
            'cached_vectors', 'read_questions', 'floor_statistics', 'new_reader', 'take_weights', 'fit_length',
            'Batches', 'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch',
-           'train_for', 'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader', 'read_test',
-           'main', 'records', 'spent', 'looks_of', 'table', 'facts', 'examples', 'plot_curves', 'answer']
+           'train_for', 'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader', 'start_test',
+           'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of', 'table', 'facts', 'examples',
+           'plot_curves', 'answer']
 
 # %% ../../nbs/bench/49_questions.ipynb #97a84668
 import argparse, json, random, sys
@@ -515,14 +516,30 @@ def train_reader(
     return run
 
 # %% ../../nbs/bench/49_questions.ipynb #cc9cc8a6
+def start_test(
+    task:str, # whose records are looked at, 'bench_questions'
+    trained:Run, # finished
+)->Run: # new
+    "Start the record of a test, once for a model. Raise FileExistsError for a second one."
+    if any(run.config.get('trained') == trained.name for run in list_runs(task)):
+        raise FileExistsError(
+            f"the test part is read once for a model, and it was for {trained.name}")
+    return start_run(task, dict(trained.config, trained=trained.name), note='test')
+
+def unfinished_run(
+    name:str, # of a run
+)->Run: # to go on with
+    "Find a run that was stopped. Raise FileExistsError for one that is finished."
+    run = find_run(name)
+    if run.finished: raise FileExistsError(
+        f"a run is written once, and {name} is finished; start another")
+    return run
+
 def read_test(
     trained:Run, # finished
 )->Run: # finished
     "Score the test questions, in a record of their own; they are read once for a model."
-    if any(run.config.get('trained') == trained.name for run in list_runs('bench_questions')):
-        raise FileExistsError(
-            f"the test part is read once for a model, and it was for {trained.name}")
-    run = start_run('bench_questions', dict(trained.config, trained=trained.name), note='test')
+    run = start_test('bench_questions', trained)
     q = read_questions(*(run.config[k] for k in ('data', 'num_vectors', 'most', 'extra')))
     model = SGDDModel.from_pretrained(trained.checkpoint)
     return finish_run(run, score_questions(run, q, model))
@@ -545,14 +562,11 @@ def main(
     parser.add_argument('--test', default='', help='read the test questions with this run')
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if given.resume and find_run(given.resume).finished:
-        raise FileExistsError(
-            f"a run is written once, and {given.resume} is finished; start another")
     own = dict(data=given.data, num_vectors=given.num_vectors, base=given.base,
                extra=given.extra)
     config = dict(SMALL, **own) if given.small else dict(FULL, **own, seconds=given.seconds)
     if given.test: run = read_test(find_run(given.test))
-    else: run = train_reader(find_run(given.resume) if given.resume
+    else: run = train_reader(unfinished_run(given.resume) if given.resume
                              else start_run('bench_questions', config))
     print(json.dumps(run.metrics, indent=1))
 

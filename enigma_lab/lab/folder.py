@@ -6,7 +6,7 @@
 __all__ = ['APPS', 'MARK', 'training_notebooks', 'app_notebook', 'new_folder', 'app_command']
 
 # %% ../../nbs/lab/43_folder.ipynb #01d80e5a
-import json, shutil, sys
+import json, shutil, socket, sys
 from pathlib import Path
 
 import enigma_lab
@@ -76,7 +76,10 @@ def app_command(
     port:int=8866, # of this machine
     browser:bool=True, # open one
 )->list[str]: # words of a command
-    "Write an app's notebook, and say how it is served."
+    "Write an app's notebook, and say how it is served. Raise OSError if the port is taken."
+    with socket.socket() as s:
+        if not s.connect_ex(('127.0.0.1', port)): raise OSError(
+            f"an app needs a port of its own, and {port} is taken: choose another with --port")
     path = Path(folder)/f'{name}.ipynb'
     path.write_text(json.dumps(app_notebook(name)), encoding='utf-8')
     return [sys.executable, '-m', 'voila', str(path), f'--port={port}', '--Voila.ip=127.0.0.1',
