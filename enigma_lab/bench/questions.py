@@ -11,7 +11,7 @@ __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 
            'plot_curves', 'answer']
 
 # %% ../../nbs/bench/49_questions.ipynb #97a84668
-import argparse, json, random, sys
+import argparse, json, math, random, sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ def read_questions(
     data, # folder or file of pairs, as `load_pairs` reads them
     num_vectors:int=4, # K, coefficients of the pooling
     most:int=0, # questions of the training part; 0: all
-    extra:float=1., # noised rows for each real one, 0 … 1
+    extra:float=1., # noised rows for each real one
 )->Questions: # ready to learn from
     "Read questions, encode them, and make noised ones."
     corpus, encoder = both_sides(load_pairs(data)), SemanticEncoder('minilm', 4)
@@ -130,21 +130,24 @@ def read_questions(
     known = set(pieces)
     rows = {row: text for row, text in rows.items() if known.issuperset(row)}
     rows = dict(list(rows.items())[:most or None])
-    more = noised(list(rows)[:int(extra*len(rows))], pieces)
-    z = torch.cat([cached_vectors(encoder, part) for part in (list(rows), more) if part])
+    many = [min(1., extra - i) for i in range(math.ceil(extra))] # of each draw
+    more = [noised(list(rows)[:int(share*len(rows))], pieces, seed=i)
+            for i, share in enumerate(many, 1)]
+    z = torch.cat([cached_vectors(encoder, part) for part in (list(rows), *more) if part])
     tokenizer = make_tokenizer(list(rows.values()), encoder)
     own = tokenizer.convert_tokens_to_ids(
         encoder.tokenizer.convert_ids_to_tokens(range(len(encoder.tokenizer))))
     table = torch.tensor([i if i is not None else tokenizer.unk_token_id for i in own] + [-1])
-    ids = torch.tensor([[*row, *[-1]*(MOST - len(row))] for row in [*rows, *more]])
+    ids = torch.tensor([[*row, *[-1]*(MOST - len(row))] for part in (rows, *more) for row in part])
     width = z.shape[1]//4*num_vectors
     return Questions(table[ids].short(), z[:, :width].contiguous(), len(rows),
                      list(rows.values()), tokenizer, corpus)
 
 # %% ../../nbs/bench/49_questions.ipynb #aafe8a25
-FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=1., dim=192, layers=4, heads=6,
+FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=3., dim=192, layers=4, heads=6,
     length_dim=128, base='', seconds=600., learning_rate=2e-3, tokens=1152, negatives=1500,
-    all_hidden=.25, looks=12, seed=0, watched=200, judged=500, looped=100, certified=2000)
+    all_hidden=.25, looks=12, chosen='exact_match', seed=0, watched=500, judged=500, looped=100,
+    certified=2000)
 SMALL = dict(FULL, most=200, dim=32, layers=1, heads=4, seconds=2., looks=2, watched=20, judged=20,
     looped=2, certified=20)
 
@@ -251,13 +254,11 @@ def hidden_states(
 def loss_of(
     model:SGDDModel, # told by place
     batch:tuple, # of `Batches`
-    sampled:bool, # compare with the tokens of the batch and some others only
-)->Tensor: # nats a hidden token; of `sampled` fewer
-    "Compute the cross-entropy of the hidden tokens (sampled softmax, arXiv:1412.2007)."
+)->Tensor: # nats a hidden token, fewer than over all tokens
+    "Compare hidden tokens with the batch's and some others (sampled softmax, arXiv:1412.2007)."
     x, z, hidden, some = batch
     d, wanted = model.decoder, x[hidden]
     h = hidden_states(model, x.masked_fill(hidden, model.config.mask_id), z)[hidden]
-    if not sampled: return F.cross_entropy(d.logits(h).float(), wanted)
     some = torch.cat([wanted, some]).unique()
     return F.cross_entropy(F.linear(h, d.embed(some), d.bias[some]).float(),
                            torch.searchsorted(some, wanted))
@@ -277,6 +278,7 @@ class Training:
             o['learning_rate'], betas=(.9, .95), weight_decay=.02, fused=True)
         self.average = [p.detach().clone() for p in self.live]
         self.step, self.spent, self.seen = 0, 0., 0
+        self.best, self.score = None, -1. # averaged weights of the best look, and what they scored
 
     def rate(self)->float: # learning rate
         "Return a rate that rises over 40 updates, stays, and falls over the last 40 % of the time."
@@ -291,7 +293,7 @@ def update(self:Training,
     "Make one update."
     for group in self.optimizer.param_groups: group['lr'] = self.rate()
     with torch.autocast('cpu', torch.bfloat16):
-        loss = loss_of(self.model, batch, self.spent < .7*self.o['seconds'])
+        loss = loss_of(self.model, batch)
     loss.backward()
     nn.utils.clip_grad_norm_(self.live, 1.)
     self.optimizer.step()
@@ -316,7 +318,8 @@ def save(self:Training,
     "Write all that is needed to go on, whole or not at all."
     part = path.with_suffix('.part')
     torch.save(dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-        average=self.average, step=self.step, spent=self.spent, seen=self.seen), part)
+        average=self.average, best=self.best, score=self.score, step=self.step,
+        spent=self.spent, seen=self.seen), part)
     part.replace(path)
 
 @patch
@@ -328,15 +331,24 @@ def load(self:Training,
     self.model.load_state_dict(kept['model'])
     self.optimizer.load_state_dict(kept['optimizer'])
     torch._foreach_copy_(self.average, kept['average'])
-    self.step, self.spent, self.seen = kept['step'], kept['spent'], kept['seen']
+    for name in ('best', 'score', 'step', 'spent', 'seen'): setattr(self, name, kept[name])
+
+# %% ../../nbs/bench/49_questions.ipynb #a527a30e
+@patch
+def keep(self:Training,
+    score:float, # of the weights that the model has now
+):
+    "Keep the weights if no look before scored more."
+    if score <= self.score: return
+    self.best, self.score = [p.detach().clone() for p in self.live], score
 
 # %% ../../nbs/bench/49_questions.ipynb #09a52977
 @patch
 def finish(self:Training,
     path:Path, # of the checkpoint
 )->SGDDModel: # in eval mode
-    "Take the averaged weights and save them."
-    self.swap()
+    "Take the averaged weights of the best look and save them."
+    torch._foreach_copy_([p.data for p in self.live], self.best or self.average)
     if not path.is_dir(): self.model.save_pretrained(path, int8=True)
     return self.model.eval()
 
@@ -389,13 +401,15 @@ def watch(
     wanted:list[str], # validation questions
     z:Tensor, # (N, K·384) their vectors
 )->dict: # for the history
-    "Score the averaged weights on validation questions."
+    "Score the averaged weights on validation questions, keep the best, and score the live ones."
     model = training.model.eval()
+    score = lambda steps: scores_of(write_questions(model, z, steps), wanted, z, model.encoder)
+    found = {'val_live_exact_match_8': score(8)['exact_match']}
     training.swap()
-    found = {}
     for steps in (1, 8):
-        s = scores_of(write_questions(model, z, steps), wanted, z, model.encoder)
-        found |= {f'val_{k}_{steps}': s[k] for k in ('exact_match', 'token_accuracy')}
+        s = score(steps)
+        found |= {f'val_{k}_{steps}': s[k] for k in ('exact_match', 'token_accuracy', 'bleu')}
+    training.keep(found[f"val_{training.o['chosen']}_8"])
     training.swap()
     model.train()
     return found
