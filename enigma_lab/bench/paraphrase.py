@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from .questions import (
     FULL, MOST, Questions, Training, cached_vectors, fit_length, new_reader, pieces_of,
-    start_test, train_for, unfinished_run, write_questions)
+    start_test, start_training, train_for, unfinished_run, write_questions)
 from ..data.pairs import PairCorpus, load_pairs
-from ..lab.runs import Run, find_run, finish_run, list_runs, start_run
+from ..lab.runs import Run, find_run, finish_run, list_runs
 from ..sgdd.encoder import SemanticEncoder
 from ..sgdd.metrics import compute_bleu, compute_ibleu, copy_rate, exact_match_score
 from ..sgdd.model import SGDDModel
@@ -169,7 +169,7 @@ def main(
     config = dict(SETTINGS, data=given.data, base=given.base, seconds=given.seconds)
     if given.test: run = read_test(find_run(given.test))
     else: run = train_paraphraser(unfinished_run(given.resume) if given.resume
-                                  else start_run('bench_paraphrase', config))
+                                  else start_training('bench_paraphrase', config))
     print(json.dumps(run.metrics, indent=1))
 
 # %% ../../nbs/bench/49_paraphrase.ipynb #34db7020

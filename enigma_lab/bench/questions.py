@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 'noised', 'vectors_of_pieces', 'Questions',
-           'cached_vectors', 'read_questions', 'floor_statistics', 'new_reader', 'take_weights', 'fit_length',
-           'Batches', 'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch',
-           'train_for', 'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader', 'start_test',
-           'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of', 'table', 'facts', 'examples',
-           'plot_curves', 'answer']
+           'cached_vectors', 'read_questions', 'read_as', 'floor_statistics', 'new_reader', 'take_weights',
+           'fit_length', 'Batches', 'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of',
+           'watch', 'train_for', 'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader',
+           'start_training', 'start_test', 'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of',
+           'table', 'facts', 'examples', 'plot_curves', 'answer']
 
 # %% ../../nbs/bench/49_questions.ipynb #97a84668
 import argparse, json, math, random, sys
@@ -24,9 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..data.pairs import both_sides, load_pairs
+from ..data.segment import split_sentences
 from ..data.text import Corpus, digest
 from ..data.windows import cache_dir
-from ..lab.runs import Run, find_run, finish_run, list_runs, named_run, start_run
+from ..lab.runs import (
+    Run, find_run, finish_run, list_runs, named_run, start_run, weights_digest)
 from ..lab.stats import bootstrap
 from ..sgdd.encoder import SemanticEncoder
 from ..sgdd.metrics import (
@@ -36,15 +38,18 @@ from ..sgdd.reconstruct import reconstruct
 from ..sgdd.sampling import maskgit_sample
 
 # %% ../../nbs/bench/49_questions.ipynb #b015fb94
-LEAST, MOST = 3, 16 # word pieces of a question
+LEAST, MOST = 3, 16 # word pieces of a question; of other sentences there may be more
 
 def pieces_of(
     texts:list[str], # questions
     encoder:SemanticEncoder, # with word pieces
+    longest:int=MOST, # pieces
+    split:bool=False, # texts into sentences first
 )->dict[tuple,str]: # pieces -> text, of those that are neither too short nor too long, each once
     "Split questions into the encoder's word pieces."
-    rows = encoder.tokenizer(list(texts), add_special_tokens=False)['input_ids']
-    return {tuple(row): text for row, text in zip(rows, texts) if LEAST <= len(row) <= MOST}
+    texts = [s for text in texts for s in split_sentences(text)] if split else list(texts)
+    rows = encoder.tokenizer(texts, add_special_tokens=False)['input_ids']
+    return {tuple(row): text for row, text in zip(rows, texts) if LEAST <= len(row) <= longest}
 
 def seen_twice(
     rows:list[tuple], # questions of the training part
@@ -96,12 +101,13 @@ def vectors_of_pieces(
 @dataclass
 class Questions:
     "Hold what is learned from: rows of the decoder's tokens, and their vectors."
-    tokens:Tensor # (N, MOST) int16; -1 beyond the end
+    tokens:Tensor # (N, T) int16, T of the longest that may be; -1 beyond the end
     z:Tensor # (N, K·384) float16
     real:int # rows that people wrote; the others are noised
     texts:list[str] # of the real rows
     tokenizer:object # of the decoder
     corpus:Corpus # sentences in three parts
+    limits:tuple = (MOST, False) # of pieces; whether texts were split into sentences
 
 def cached_vectors(
     encoder:SemanticEncoder, # frozen
@@ -122,10 +128,12 @@ def read_questions(
     num_vectors:int=4, # K, coefficients of the pooling
     most:int=0, # questions of the training part; 0: all
     extra:float=1., # noised rows for each real one
+    longest:int=MOST, # pieces
+    split:bool=False, # texts into sentences first
 )->Questions: # ready to learn from
     "Read questions, encode them, and make noised ones."
     corpus, encoder = both_sides(load_pairs(data)), SemanticEncoder('minilm', 4)
-    rows = pieces_of(corpus.train, encoder)
+    rows = pieces_of(corpus.train, encoder, longest, split)
     pieces = seen_twice(list(rows), encoder.tokenizer.unk_token_id)
     known = set(pieces)
     rows = {row: text for row, text in rows.items() if known.issuperset(row)}
@@ -138,16 +146,24 @@ def read_questions(
     own = tokenizer.convert_tokens_to_ids(
         encoder.tokenizer.convert_ids_to_tokens(range(len(encoder.tokenizer))))
     table = torch.tensor([i if i is not None else tokenizer.unk_token_id for i in own] + [-1])
-    ids = torch.tensor([[*row, *[-1]*(MOST - len(row))] for part in (rows, *more) for row in part])
+    ids = torch.tensor([[*row, *[-1]*(longest - len(row))]
+                        for part in (rows, *more) for row in part])
     width = z.shape[1]//4*num_vectors
     return Questions(table[ids].short(), z[:, :width].contiguous(), len(rows),
-                     list(rows.values()), tokenizer, corpus)
+                     list(rows.values()), tokenizer, corpus, (longest, split))
+
+def read_as(
+    o:dict, # FULL, with changes
+)->Questions: # ready to learn from
+    "Read what a record says."
+    names = 'data', 'num_vectors', 'most', 'extra', 'longest', 'split'
+    return read_questions(*((FULL | o)[name] for name in names))
 
 # %% ../../nbs/bench/49_questions.ipynb #aafe8a25
-FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=3., dim=192, layers=4, heads=6,
-    length_dim=128, base='', seconds=600., learning_rate=2e-3, tokens=1152, negatives=1500,
-    all_hidden=.25, looks=12, chosen='exact_match', seed=0, watched=500, judged=500, looped=100,
-    certified=2000)
+FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=3., longest=MOST, split=False,
+    dim=192, layers=4, heads=6, length_dim=128, base='', seconds=600., learning_rate=2e-3,
+    tokens=1152, negatives=1500, all_hidden=.25, looks=12, chosen='exact_match', seed=0,
+    watched=500, judged=500, looped=100, certified=2000)
 SMALL = dict(FULL, most=200, dim=32, layers=1, heads=4, seconds=2., looks=2, watched=20, judged=20,
     looped=2, certified=20)
 
@@ -169,8 +185,8 @@ def new_reader(
     t, K = q.tokenizer, o['num_vectors']
     config = SGDDConfig(len(t), t.mask_token_id, t.pad_token_id, num_vectors=K,
         encoder_dim=q.z.shape[1], dim=o['dim'], num_layers=o['layers'], num_heads=o['heads'],
-        ffn_dim=4*o['dim'], max_len=MOST, conditioning='place', null_share=0., learned_null=False,
-        length_dim=o['length_dim'])
+        ffn_dim=4*o['dim'], max_len=q.tokens.shape[1], conditioning='place',
+        null_share=0., learned_null=False, length_dim=o['length_dim'])
     model = SGDDModel(config, SemanticEncoder('minilm', K), t)
     model.fit_statistics(q.z[:q.real].float(), (q.tokens[:q.real] >= 0).sum(1))
     floor_statistics(model)
@@ -191,6 +207,8 @@ def take_weights(
     own = model.state_dict()
     for name, w in trained.state_dict().items():
         if name in ('decoder.embed.weight', 'decoder.bias'): own[name][to] = w[of]
+        elif name in ('decoder.place', 'decoder.condition.size'): # as far as both reach
+            own[name][:len(w)] = w[:len(own[name])]
         elif not name.startswith('length') and w.shape == own[name].shape: own[name].copy_(w)
 
 # %% ../../nbs/bench/49_questions.ipynb #922e7091
@@ -219,7 +237,7 @@ class Batches:
     ):
         self.q, self.o = q, o
         sizes = (q.tokens >= 0).sum(1)
-        self.rows = [(sizes == n).nonzero()[:, 0] for n in range(LEAST, MOST + 1)]
+        self.rows = [(sizes == n).nonzero()[:, 0] for n in range(LEAST, q.tokens.shape[1] + 1)]
         self.share = torch.tensor([float(n*len(r)) for n, r in enumerate(self.rows, LEAST)])
 
     def __getitem__(self,
@@ -359,7 +377,7 @@ def held_out(
     encoder:SemanticEncoder, # with word pieces
 )->tuple[list[str],float]: # questions of known pieces, shuffled; their share
     "Collect the questions that the decoder has the pieces for."
-    rows, vocabulary = pieces_of(texts, encoder), q.tokenizer.get_vocab()
+    rows, vocabulary = pieces_of(texts, encoder, *q.limits), q.tokenizer.get_vocab()
     spelled = [encoder.tokenizer.convert_ids_to_tokens(row) for row in rows]
     known = [encoder.tokenizer.decode(row) for row, own in zip(rows, spelled)
              if all(piece in vocabulary for piece in own)]
@@ -389,8 +407,10 @@ def scores_of(
 )->dict: # shares between 0 and 1; intervals as '_from' and '_to'
     "Compare texts by exact match, tokens, BLEU and the encoder's cosine."
     pieces = lambda texts: encoder.tokenizer(texts, add_special_tokens=False)['input_ids']
-    exact = bootstrap([a == b for a, b in zip(written, wanted)])
-    return dict(zip(('exact_match', 'exact_match_from', 'exact_match_to'), exact),
+    same = [a == b for a, b in zip(written, wanted)]
+    few = [s for s, row in zip(same, pieces(wanted)) if len(row) <= MOST]
+    return dict(zip(('exact_match', 'exact_match_from', 'exact_match_to'), bootstrap(same)),
+        exact_short=sum(few)/max(1, len(few)), short=len(few),
         token_accuracy=token_accuracy(pieces(written), pieces(wanted)),
         bleu=compute_bleu(written, wanted)['bleu'],
         cosine=semantic_cosine(encoder, written, z).mean().item())
@@ -504,7 +524,7 @@ def prepare(
     kept:Path|None=None, # what a training was stopped with; `None`: it begins
 )->tuple[Questions,Training]: # data; a model that is ready to train
     "Read, encode, build."
-    q = read_questions(o['data'], o['num_vectors'], o['most'], o['extra'])
+    q = read_as(o)
     model = new_reader(q, o)
     if kept is None: fit_length(model, q)
     model.length.requires_grad_(False)
@@ -530,6 +550,14 @@ def train_reader(
     return run
 
 # %% ../../nbs/bench/49_questions.ipynb #cc9cc8a6
+def start_training(
+    task:str, # 'bench_questions'
+    config:dict, # FULL, with changes
+)->Run: # new
+    "Start the record of a training; it holds the digest of the weights that it begins from."
+    base = config['base'] and weights_digest(find_run(config['base']).checkpoint)
+    return start_run(task, dict(config, base_key=base))
+
 def start_test(
     task:str, # whose records are looked at, 'bench_questions'
     trained:Run, # finished
@@ -554,7 +582,7 @@ def read_test(
 )->Run: # finished
     "Score the test questions, in a record of their own; they are read once for a model."
     run = start_test('bench_questions', trained)
-    q = read_questions(*(run.config[k] for k in ('data', 'num_vectors', 'most', 'extra')))
+    q = read_as(run.config)
     model = SGDDModel.from_pretrained(trained.checkpoint)
     return finish_run(run, score_questions(run, q, model))
 
@@ -571,23 +599,28 @@ def main(
     parser.add_argument('--base', default='', help='start from the weights of this run')
     parser.add_argument('--extra', type=float, default=FULL['extra'],
                         help='noised questions for each real one')
+    parser.add_argument('--longest', type=int, default=MOST, help='word pieces of a sentence')
+    parser.add_argument('--split', action='store_true', help='split texts into sentences first')
     parser.add_argument('--small', action='store_true', help='few questions, to see that it works')
     parser.add_argument('--resume', default='', help='go on with an unfinished run')
     parser.add_argument('--test', default='', help='read the test questions with this run')
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     own = dict(data=given.data, num_vectors=given.num_vectors, base=given.base,
-               extra=given.extra)
+               extra=given.extra, longest=given.longest, split=given.split)
     config = dict(SMALL, **own) if given.small else dict(FULL, **own, seconds=given.seconds)
     if given.test: run = read_test(find_run(given.test))
     else: run = train_reader(unfinished_run(given.resume) if given.resume
-                             else start_run('bench_questions', config))
+                             else start_training('bench_questions', config))
     print(json.dumps(run.metrics, indent=1))
 
 # %% ../../nbs/bench/49_questions.ipynb #2f1cb53b
-def records()->dict: # K -> trained run, and the run that read the test questions or `None`
+def records(
+    longest:int=MOST, # word pieces
+)->dict: # K -> trained run, and the run that read the test questions or `None`
     "Find the newest finished records of both widths of the vector."
-    runs = [run for run in list_runs('bench_questions') if run.finished and not run.config['most']]
+    runs = [run for run in list_runs('bench_questions') if run.finished
+            and not run.config['most'] and run.config.get('longest', MOST) == longest]
     tests = {run.config['trained']: run for run in runs if 'trained' in run.config}
     return {run.config['num_vectors']: (run, tests.get(run.name)) for run in runs
             if 'trained' not in run.config}
