@@ -7,11 +7,11 @@ __all__ = ['COMMANDS', 'MaskAction', 'COLUMNS', 'argument', 'Parser', 'add_argum
            'explain', 'main', 'find_notebook', 'papermill_options', 'read_settings', 'detach_training', 'train', 'new',
            'app', 'tokenizer', 'showcase', 'data', 'load_model', 'given_prompts', 'stop_strings', 'continue_text',
            'check_continuations', 'print_continuation', 'generate', 'evaluate', 'publish', 'compress', 'decompress',
-           'questions', 'chat', 'decoder_scores', 'is_vector_file', 'sampling_given', 'read_stored', 'read_texts',
-           'find_decoder', 'read_vectors_of', 'sgdd', 'run_presets', 'print_look', 'learn_record', 'prune_folder',
-           'take_step', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table', 'runs_called', 'near_names',
-           'run_report', 'runs_table', 'run_json', 'print_runs', 'print_comparison', 'runs', 'monitor', 'stop', 'docs',
-           'bench_names', 'bench']
+           'questions', 'chat', 'left_out_words', 'decoder_scores', 'is_vector_file', 'sampling_given', 'read_stored',
+           'read_texts', 'find_decoder', 'read_vectors_of', 'sgdd', 'run_presets', 'print_look', 'learn_record',
+           'prune_folder', 'take_step', 'maskpro', 'certify', 'run_value', 'cell_text', 'fit_table', 'runs_called',
+           'near_names', 'run_report', 'runs_table', 'run_json', 'print_runs', 'print_comparison', 'runs', 'monitor',
+           'stop', 'docs', 'bench_names', 'bench']
 
 # %% ../nbs/cli.ipynb #69907a0c
 import argparse, difflib, importlib, inspect, json, os, pkgutil, shutil, subprocess
@@ -516,19 +516,33 @@ def chat(
         messages.append(dict(role='assistant', content=said))
 
 # %% ../nbs/cli.ipynb #386fd957
+def left_out_words(
+    counts:dict, # of `sgdd.train.candidates`, and of what it was cut to
+)->str: # one line
+    "Say which rows of a data set were judged, and why the others were not."
+    seen = counts.get('in_training')
+    reasons = {'in the training data': seen, **counts['left_out'],
+               'too many tokens': counts['too_many_tokens'],
+               'over --num_samples': counts['over_num_samples']}
+    told = [f'{reason} {n:,}' for reason, n in reasons.items() if n]
+    if seen is None and counts['part'] == 'all':
+        told.append('unknown how many of them were learned, for the training data are not here')
+    where = 'the validation part' if counts['part'] == 'validation' else 'all parts'
+    return (f"judged {counts['judged']:,} rows of {where}; left out: "
+            f"{', '.join(told) or 'none'}")
+
 def decoder_scores(
     run, # a `lab.runs.Run` of train_sgdd
-    dataset:str, # as on the command line
-    num_samples:int, # sentences at most
-    loop:bool, # with the encoder in the loop
-    **how # settings of the sampler that differ from the run's
-)->str: # one line
+    *asked, # of `sgdd.train.evaluate_run`
+    **how # of `sgdd.train.evaluate_run`
+)->str: # lines
     "Evaluate a sentence decoder, and write down its scores."
     from enigma_lab.sgdd.train import evaluate_run
-    path = evaluate_run(run, dataset, num_samples, loop, **how)
-    scores = read_json(path)['metrics']
+    path = evaluate_run(run, *asked, **how)
+    found = read_json(path)
+    scores = found['metrics']
     return (f"{path}: {scores['sentences']} sentences, exact match {scores['exact_match']:.3f}, "
-            f"perplexity {scores['perplexity']:.2f}")
+            f"perplexity {scores['perplexity']:.2f}\n{left_out_words(found['counts'])}")
 
 # %% ../nbs/cli.ipynb #4f1a5bf2
 def is_vector_file(
@@ -591,6 +605,7 @@ def read_vectors_of(
     texts:list[str], # sentences, or one file of vectors
     read:dict, # settings of `read_texts`
     stored:dict, # more settings of `read_stored`
+    encoder:str='', # where it is now; 'none': read without; empty: as in training
 ):
     "Read what was typed: a file of vectors, or the vectors of sentences."
     if not texts and run != '-' and is_vector_file(run): run, texts = '-', [run]
@@ -600,7 +615,9 @@ def read_vectors_of(
     if files and len(texts) > 1: raise ValueError(
         f"one file of vectors is read at a time, got {len(texts)} words; give the file alone")
     from enigma_lab.sgdd.model import SGDDModel
-    model = SGDDModel.from_pretrained(found.checkpoint)
+    model = SGDDModel.from_pretrained(found.checkpoint, encoder or None)
+    if model.encoder is None: print(
+        'without an encoder texts are read and not judged: no loop, no verdict', file=sys.stderr)
     if files: read_stored(model, found, files[0], **stored, **read)
     else: read_texts(model, texts, **read)
 
@@ -611,13 +628,14 @@ def sgdd(
     run:str, # of train_sgdd, or - for the newest, else the showcase's; or a file of vectors
     *texts:str, # to read: sentences, or one file of vectors (.npy .npz .jsonl .parquet; -: stdin)
     dataset:str='', # small, hard, paraphrase, docs, a file, a hub id; empty: as in training
-    num_samples:int=1000, # to evaluate on, at most
+    num_samples:int=1000, # to evaluate on, at most; what was trained on is left out
     loop:bool=False, # with the encoder in the loop
     steps:int=0, # calls of the sampler; 0: to read the loop's draft, to evaluate as in training
     guidance:float=-1, # weight w; -1: as for steps
     temperature:float=-1, # of the tokens; -1: as for steps
     order:str='', # confidence, random, threshold, remask; empty: as for steps
     formula:str='', # of guidance: log, prob; empty: as for steps
+    encoder:str='', # where it is now; none: vectors without it; empty: as in training
     out:str='', # of stored vectors: a new file of JSON lines; empty: standard output
     column:str='', # of stored vectors: where they stand in a table
     resume:bool=False, # of stored vectors: go on with the file of --out
@@ -631,8 +649,8 @@ def sgdd(
     how = sampling_given(steps, guidance, temperature, order=order, formula=formula)
     if action == 'read': return read_vectors_of(
         run, list(texts), dict(loop=loop, batch_size=batch_size, seed=seed, how=how),
-        dict(out=out, column=column, resume=resume, check=not unchecked))
-    print(decoder_scores(find_decoder(run), dataset, num_samples, loop, **how))
+        dict(out=out, column=column, resume=resume, check=not unchecked), encoder)
+    print(decoder_scores(find_decoder(run), dataset, num_samples, loop, encoder, **how))
 
 # %% ../nbs/cli.ipynb #3082f6cb
 MaskAction = Literal['masks', 'baseline', 'learn', 'evaluate', 'prune', 'quick', 'standard',

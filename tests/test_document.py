@@ -4,15 +4,18 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from enigma_lab.data.pairs import get_dataloader, named_source
 from enigma_lab.lab.runs import checkout
+from enigma_lab.lab.task import run_task
 from enigma_lab.lab.trainer import training_arguments
 from enigma_lab.sgdd.encoder import minilm_folder
+from enigma_lab.sgdd.model import save_best_model
 from enigma_lab.sgdd.sampling import maskgit_sample
 from enigma_lab.sgdd.train import (
-    EngineSettings, SGDDTrainConfig, cosine_rate, make_sgdd_config, new_model, read_corpus,
-    read_yaml, sampling_of, settings)
+    EngineSettings, SGDDTrainConfig, cosine_rate, make_sgdd_config, new_model, prepare_sgdd,
+    read_corpus, read_yaml, sampling_of, settings, task, train_sgdd)
 
 ROOT = checkout(__file__)
 TEXTS = ['the shy baker sold the rusty anchor', 'two clever nurses opened the golden basket']
@@ -171,11 +174,56 @@ def test_the_call_of_the_document(plain):
                             num_samples=20, **words)
     assert sum(len(batch['input_ids']) for batch in loader) == 20
 
+class SeesAndKeeps(TrainerCallback):
+    "Keep the best model by the document's function; note the batches that a model is trained on."
+    def __init__(self, model, folder):
+        self.folder, self.best, self.losses, self.seen = folder, math.inf, [], []
+        self.model = model
+        model.register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def see(self, model, _, batch):
+        if model.training: self.seen.append({k: v.clone() for k, v in batch.items()})
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.losses.append(metrics['eval_loss'])
+        self.best = save_best_model(self.model, self.losses[-1], self.folder, self.best)
+
+@pytest.mark.parametrize('data, phase', [('small', 1), ('paraphrase', 2)])
+def test_the_documents_names_are_the_training(own_runs, tmp_path, monkeypatch, data, phase):
+    "Its loader gives the batches that the training sees; its best model is the training's."
+    monkeypatch.setenv('ENIGMA_CACHE', str(tmp_path/'cache'))
+    few = dict(data=data, max_sentences=40, test_sentences=8)
+    first = make_sgdd_config('smoke', max_steps=1, **few)
+    base = train_sgdd(first, loop=False, test=False).name if phase == 2 else ''
+    config = make_sgdd_config('smoke', **few, phase=phase, base=base,
+                              max_steps=9, eval_steps=3, save_steps=3, learning_rate=.3,
+                              warmup_steps=9, decay_share=.001, seed=3) # the rate rises too far
+    parts = prepare_sgdd(config)
+    watch = SeesAndKeeps(parts.model, tmp_path/'best')
+    more = lambda parts: (*task.callbacks(parts), watch)
+    run = run_task(replace(task, callbacks=more), config, parts, loop=False, test=False)
+    loader = get_dataloader(parts.train, config.batch_size, seed=config.seed)
+    given = [batch for _ in range(3) for batch in loader]
+    assert len(given) == len(watch.seen) == 9 # three epochs, in which order and noise differ
+    for mine, trained in zip(given, watch.seen):
+        assert mine.keys() == trained.keys()
+        assert all(torch.equal(mine[k], trained[k]) for k in mine)
+    # and the rows are those that the loader makes of the name
+    named = get_dataloader(dataset_name=data, tokenizer=parts.model.tokenizer, shuffle=False,
+                           num_samples=40, batch_size=40, max_length=parts.model.config.max_len)
+    rows, = named
+    written = rows.get('labels', rows['input_ids'])[:, :parts.train.tokens.shape[1]]
+    assert torch.equal(torch.where(written == -100, parts.model.config.pad_id, written),
+                       parts.train.tokens)
+    assert watch.best == run.env['kept_loss'] == min(watch.losses) < watch.losses[-1]
+    for name in ('model.safetensors', 'config.json', 'tokenizer.json'):
+        assert (tmp_path/'best'/name).read_bytes() == (run.checkpoint/name).read_bytes()
+
 def test_results_go_to_the_tracker(own_runs, tmp_path, monkeypatch):
     "Find the scores of a training and of an evaluation in the tracker that the run names."
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from enigma_lab.lab.runs import read_json
-    from enigma_lab.sgdd.train import evaluate_run, find_base, train_sgdd
+    from enigma_lab.sgdd.train import evaluate_run, find_base
     monkeypatch.setenv('ENIGMA_CACHE', str(tmp_path/'cache'))
     with pytest.raises(FileNotFoundError, match='phase 2 begins from a finished run of phase 1'):
         find_base('train_sgdd')

@@ -84,7 +84,7 @@ def write_one(
 )->tuple[str,Trajectory|None]: # HTML, and what was drawn; `None` where nothing was
     "Turn a sentence into its vector and read that back."
     try:
-        z, noise = model.encoder.encode([text]), torch.Generator().manual_seed(seed)
+        z, noise = model.encode([text]), torch.Generator().manual_seed(seed)
         trajectory = maskgit_sample(model, z, generator=noise, **how)
         written = model.read(trajectory.tokens, trajectory.content)[0]
         wanted = model.tokenizer.decode(target_tokens(model.tokenizer, [text])[0])
@@ -113,7 +113,7 @@ def write_between(
 )->str: # HTML
     "Write what lies between the vectors of two sentences."
     try:
-        a, b = model.encoder.encode([first, second])
+        a, b = model.encode([first, second])
         texts = model.generate(torch.stack([a + t*(b - a) for t in torch.linspace(0, 1, n)]))
     except ValueError as e: return f'<p class="sampler-between">{html.escape(str(e))}</p>'
     lines = ''.join(f'<li>{html.escape(text)}</li>' for text in texts)
@@ -126,7 +126,7 @@ def write_missing(
     about:str, # sentence whose vector guides
 )->str: # HTML
     "Fill in what is hidden."
-    try: said = model.infill(masked, model.encoder.encode([about])[0])
+    try: said = model.infill(masked, model.encode([about])[0])
     except ValueError as e: said = str(e)
     return f'<p class="sampler-filled">{html.escape(said)}</p>'
 

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['DATA_NAMES', 'PAIR_NAMES', 'COLUMNS', 'components', 'split_pairs', 'named_source', 'holds_pairs', 'as_pair',
-           'PairCorpus', 'read_pairs', 'keep_pairs', 'load_pairs', 'first_pairs', 'both_sides', 'target_tokens',
-           'WikipediaDataset', 'QQPDataset', 'named_dataset', 'get_dataloader']
+           'PairCorpus', 'read_pairs', 'keep_pairs', 'load_pairs', 'first_pairs', 'both_sides', 'all_rows',
+           'read_corpus', 'target_tokens', 'WikipediaDataset', 'QQPDataset', 'named_dataset', 'EpochOrder',
+           'EpochLoader', 'get_dataloader']
 
 # %% ../../nbs/data/40_pairs.ipynb #c72f8f1f
 import hashlib, json, math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from .tables import (
     Count, Fault, Source, close, drop_fault, keep_parts, open_source, sift, text_fault)
 from .text import Corpus, name_by_content
 from .windows import encode_plain
+from ..lab.shards import Shards
 
 # %% ../../nbs/data/40_pairs.ipynb #de87e0b0
 def components(
@@ -69,8 +72,8 @@ def holds_pairs(
     "Tell whether data are pairs: by their name, or by the columns of a file."
     if isinstance(data, str) and data in DATA_NAMES: return data in PAIR_NAMES
     source = open_source(named_source(data))
-    rows = (row for part in source.parts.values() for _, row in part if isinstance(row, dict))
-    row = next(rows, {})
+    tables = chain.from_iterable(source.parts.values())
+    row = next((row for table in tables for _, row in table if isinstance(row, dict)), {})
     return any(a in row and b in row for a, b in COLUMNS)
 
 # %% ../../nbs/data/40_pairs.ipynb #00b289a2
@@ -193,6 +196,27 @@ def both_sides(
     parts = map(once, (corpus.train, corpus.validation, corpus._test))
     return Corpus(corpus.source, *parts, corpus.duplicates, rows=corpus.rows)
 
+def all_rows(
+    corpus:Corpus, # of texts or pairs
+)->list: # those of validation first
+    "Collect the rows of all parts, to judge a model that was trained on others."
+    return [*corpus.validation, *corpus.train, *corpus._test]
+
+# %% ../../nbs/data/40_pairs.ipynb #dc2f5c92
+def read_corpus(
+    data:str, # of `load_sentences`, or of `load_pairs`
+    phase:int=1, # 2: pairs
+    pairs:bool=False, # phase 1: both sides of pairs
+    most:int=0, # rows of training; 0: all
+    max_words:int=12, # of a sentence of natural text
+): # a `Corpus` of sentences, or of pairs
+    "Read what a phase of SGDD learns from."
+    data = named_source(data)
+    if phase == 1 and not pairs:
+        return load_sentences(data, most, (3 if data == 'docs' else 1, max_words))
+    corpus = load_pairs(data, most)
+    return corpus if phase == 2 else both_sides(corpus)
+
 # %% ../../nbs/data/40_pairs.ipynb #62858ec8
 def target_tokens(
     tokenizer, # of transformers
@@ -280,9 +304,33 @@ def named_dataset(
                          "once, by a recorded run")
     if tokenizer is None: raise ValueError("a data set of a name needs tokenizer=, got none")
     pairs = holds_pairs(dataset_name)
-    corpus = (load_pairs(dataset_name, num_samples) if pairs
-              else load_sentences(named_source(dataset_name), num_samples, (3, max_words)))
+    corpus = read_corpus(dataset_name, 2 if pairs else 1, most=num_samples, max_words=max_words)
     return (QQPDataset if pairs else WikipediaDataset)(getattr(corpus, split), tokenizer, **more)
+
+# %% ../../nbs/data/40_pairs.ipynb #ffb265dc
+class EpochOrder(Shards):
+    "Deal samples one by one, in the order of a training."
+    def __len__(self): return self.count
+
+    def __iter__(self): return (i for piece in super().__iter__() for i in piece.items)
+
+class EpochLoader(DataLoader):
+    "Load one epoch after another, as a training of one process does."
+    def __init__(self,
+        dataset:Dataset, # rows; its `set_epoch` is called, if it has one
+        batch_size:int, # rows of a batch
+        seed:int|None=None, # of the order; `None`: as they lie
+        **kwargs # of a DataLoader
+    ):
+        self.epoch = 0
+        order = EpochOrder(len(dataset), batch_size, 0, 1, seed)
+        super().__init__(dataset, batch_size, sampler=order, **kwargs)
+
+    def __iter__(self):
+        for part in (self.sampler, self.dataset):
+            if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
+        self.epoch += 1
+        return super().__iter__()
 
 # %% ../../nbs/data/40_pairs.ipynb #0a22096c
 def get_dataloader(
@@ -296,13 +344,13 @@ def get_dataloader(
     num_workers:int=0, # processes that load batches
     pin_memory:bool=False, # for a GPU
     **more # of `named_dataset`
-)->DataLoader: # of batches
-    "Deal batches in an order that a seed gives; the last one may be smaller."
+)->EpochLoader: # of batches
+    "Deal the batches of a training with this seed; the last one of an epoch may be smaller."
     if (dataset is None) != bool(dataset_name):
         raise ValueError("a loader takes a data set or dataset_name, got "
                          + ('both' if dataset_name else 'neither'))
     if dataset is None: dataset = named_dataset(dataset_name, split, **more)
     elif more: raise ValueError(f"a data set is made already, got {sorted(more)} to make it with")
-    return DataLoader(dataset, batch_size, split == 'train' if shuffle is None else shuffle,
-                      generator=torch.Generator().manual_seed(seed), num_workers=num_workers,
-                      pin_memory=pin_memory)
+    shuffled = split == 'train' if shuffle is None else shuffle
+    return EpochLoader(dataset, batch_size, seed if shuffled else None, num_workers=num_workers,
+                       pin_memory=pin_memory)

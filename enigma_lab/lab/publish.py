@@ -14,14 +14,15 @@ from .runs import Run, find_model, read_json
 # %% ../../nbs/lab/45_publish.ipynb #9b5645aa
 def model_kind(
     run:Run, # a record, or the folder of a model
-)->str: # 'sentences' | 'adapter' | 'masks' | 'pipeline' | 'language' | 'model'
+)->str: # 'sentences' | 'vectors' | 'adapter' | 'masks' | 'pipeline' | 'language' | 'model'
     "Tell what kind of model a run has."
     has = lambda name: (run.checkpoint/name).is_file()
     if has('adapter_config.json'): return 'adapter'
     if has('model_index.json'):
         return 'masks' if (run.path/'learned_masks.safetensors').is_file() else 'pipeline'
     config = read_json(run.checkpoint/'config.json')
-    if 'origin' in config and 'encoder_dim' in config: return 'sentences'
+    if 'origin' in config and 'encoder_dim' in config:
+        return 'vectors' if config['encoder'] == 'none' else 'sentences'
     return 'language' if str(config.get('model_type', '')).startswith('enigma') else 'model'
 
 # %% ../../nbs/lab/45_publish.ipynb #87e1b351
@@ -34,6 +35,15 @@ from enigma_lab.sgdd.read import read_vectors
 model = SGDDModel.from_pretrained(folder)
 vectors = model.encoder.encode(['tonight the barber quickly sold a round drum and a red map'])
 print(read_vectors(model, vectors)[0].text)'''),
+    'vectors': ('[enigma, sgdd]', 'A decoder that writes a sentence from its vector, by masked '
+    'diffusion. It was trained on stored vectors, without their encoder: it reads, and judges '
+    'nothing.', '''
+from enigma_lab.sgdd.model import SGDDModel
+from enigma_lab.sgdd.read import read_vectors
+
+model = SGDDModel.from_pretrained(folder)
+vectors = model.z_mean[None] # in its place an array of your own, a row for each text
+print(read_vectors(model, vectors, check=False)[0].text)'''),
     'adapter': ('[enigma, lora]', 'An adapter for the language model {base}, which is not in '
     'this folder.', '''
 import enigma_lab.lm.model

@@ -174,8 +174,9 @@ def _scores_with_intervals(model, z, tokens, written, wanted, known):
     with_z, without = nelbo_bits(model, tokens, z), nelbo_bits(model, tokens)
     found, values = {}, dict(
         exact_match=[a == b and ok for a, b, ok in zip(written, wanted, known)],
-        cosine=semantic_cosine(model.encoder, written, z).tolist(),
         nelbo_bits=with_z.tolist(), information_bits=(without - with_z).tolist())
+    if model.encoder is not None:
+        values['cosine'] = semantic_cosine(model.encoder, written, z).tolist()
     for name, each in values.items():
         found.update(zip((name, f'{name}_from', f'{name}_to'), bootstrap(each)))
     return found
@@ -200,16 +201,17 @@ def _raw_scores(texts, written, tokens, unknown):
 
 # %% ../../nbs/sgdd/60_metrics.ipynb #e2b9c9be
 def evaluate_generation(
-    model:SGDDModel, # trained, with its encoder
+    model:SGDDModel, # trained, with its encoder; without it no cosine is measured
     texts:list[str], # texts that are wanted
     sources:list[str]|None=None, # texts whose vectors are given; `None`: the wanted ones
     known:tuple[list[str],Tensor]|None=None, # training sentences and vectors, for the lookup
     batch_size:int=256, # sentences of a pass
+    z:Tensor|None=None, # (N, encoder_dim) vectors; `None`: the encoder makes them
     **how # settings of `maskgit_sample`
 )->dict: # ready for a record; intervals as '_from' and '_to'
     "Write, compare, and put the baselines beside it."
     check_pairs(texts if sources is None else sources, texts)
-    z = model.encoder.encode(sources or texts)
+    z = model.encode(sources or texts) if z is None else z
     (tokens, wanted), unknown = normal_form(model, texts), unknown_counts(model.tokenizer, texts)
     trajectories = [maskgit_sample(model, part, **how) for part in z.split(batch_size)]
     written = [text for t in trajectories for text in model.read(t.tokens, t.content)]

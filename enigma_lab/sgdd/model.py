@@ -25,6 +25,7 @@ from .diffusion import CosineNoiseSchedule, DiscreteDiffusion, LinearNoiseSchedu
 from .diffusion import compute_masked_loss, even_times
 from .encoder import SemanticEncoder, check_encoder, fingerprint
 from ..data.encoders import POOLINGS
+from ..lab.checkpoint import flush_files, written_whole
 from .tokens import make_tokenizer, target_tokens # noqa: F401
 from .vectors import add_noise, as_in_training, floor_deviation
 
@@ -35,9 +36,9 @@ class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's
     vocab_size:int # V, rows of the embedding
     mask_id:int # the token that hides
     pad_id:int # the token beyond a sentence's end
-    encoder:str='minilm' # 'minilm', a folder, a hub id, or 'module:function'
+    encoder:str='minilm' # 'minilm', a folder, a hub id, 'module:function'; 'none': vectors alone
     num_vectors:int=1 # coefficients of the pooling; 1: the mean
-    pooling:str='mean' # 'mean', 'cls', 'max' or 'last'; empty: the encoder is a function
+    pooling:str='mean' # 'mean', 'cls', 'max' or 'last'; empty: it is a function's, or unknown
     normalise:bool=False # vectors have length 1
     encoder_dim:int=384 # numbers of a sentence's vector
     proj_dim:int=0 # the vector is projected to so many numbers; 0: not at all
@@ -531,23 +532,27 @@ def save_pretrained(self:SGDDModel,
 
 # %% ../../nbs/sgdd/40_model.ipynb #e550e8b2
 def _encoder_of(config, given, origin):
-    if given == 'none' or given is None and origin is None: return None
+    without = origin is None or config.encoder == 'none'
+    if given == 'none' or given is None and without: return None
     if origin is None:
         raise ValueError("a model that was saved without an encoder cannot make sure of one; "
                          "read vectors with encoder='none'")
-    try: found = given or SemanticEncoder(config.encoder, config.num_vectors,
-                                          pooling=config.pooling or 'auto',
-                                          normalise=config.normalise)
-    except (FileNotFoundError, ModuleNotFoundError) as e:
-        raise type(e)(f"{e}; without it vectors are read by encoder='none'") from None
+    if not isinstance(given, str | None): found = given
+    else: found = _open_encoder(given or config.encoder, config)
     check_encoder(found, origin)
     return found
+
+def _open_encoder(source, c):
+    try: return SemanticEncoder(source, c.num_vectors, pooling=c.pooling or 'auto',
+                                normalise=c.normalise)
+    except (FileNotFoundError, ModuleNotFoundError) as e:
+        raise type(e)(f"{e}; without it vectors are read by encoder='none'") from None
 
 # %% ../../nbs/sgdd/40_model.ipynb #26f0823f
 @patch(cls_method=True)
 def from_pretrained(cls:SGDDModel,
     path:str|Path, # folder of `save_pretrained`
-    encoder:SemanticEncoder|str|None=None, # at hand; 'none': without; `None`: the one named
+    encoder:SemanticEncoder|str|None=None, # or its source; 'none': without; `None`: the one named
 ): # the model in eval mode
     "Load a model and make sure of its encoder; without one it reads vectors and judges nothing."
     from transformers import AutoTokenizer
@@ -581,12 +586,14 @@ def save_best_model(
     path:str|Path, # a folder; a better model takes the place of the one before
     best:float=math.inf, # the lowest loss so far
 )->float: # the lowest loss now
-    "Keep a model if it is the best so far."
+    "Keep a model if it is the best so far. Raise OSError where it cannot be written."
     if not loss < best: return best
     path = Path(path)
     part = path.with_name(path.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    with written_whole(part):
+        model.save_pretrained(part)
+        flush_files(part)
     shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
     return loss
