@@ -661,6 +661,8 @@ def table(
             rows.append({'K': K, 'part': part, 'way': words, 'questions': n,
                 'exact, %': f'{100*s("exact_match"):.1f}', '95 % interval':
                 f'{100*s("exact_match_from"):.1f} to {100*s("exact_match_to"):.1f}',
+                **({'exact to 16 pieces, %': f'{100*s("exact_short"):.1f} of {s("short")}'}
+                   if trained.config.get('longest', MOST) > MOST else {}),
                 'tokens, %': f'{100*s("token_accuracy"):.1f}', 'BLEU': f'{100*s("bleu"):.1f}',
                 'cosine': f'{s("cosine"):.3f}'})
     return pd.DataFrame(rows).style.hide(axis='index')
