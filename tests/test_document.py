@@ -26,10 +26,6 @@ def made(**changes):
 
 def count(model, part): return sum(p.numel() for p in getattr(model, part).parameters())
 
-def noisy(model): # what hides a token
-    x_0 = torch.full((64, 8), 5)
-    return set(model.diffusion.q_sample(x_0, torch.full((64,), .9))[0].unique().tolist()) - {5}
-
 def hears_time(model): # whether the share that is hidden changes what the decoder says
     x, c = torch.full((1, 4), 5), model.vector(torch.ones(1, model.config.encoder_dim))
     return not torch.equal(model.decoder.hidden(x, c, torch.zeros(1)),
@@ -48,7 +44,6 @@ MODEL = { # field: (value, what is looked at, what is seen)
     'norm': ('post', lambda m: m.config.norm, 'post'),
     'time': (True, hears_time, True),
     'schedule': ('cosine', lambda m: type(m.diffusion.schedule).__name__, 'CosineNoiseSchedule'),
-    'noise': ('uniform', lambda m: len(noisy(m)) > 3, True),
     'null_share': (.2, lambda m: m.config.null_share, .2),
     'learned_null': (False, lambda m: isinstance(m.null, torch.nn.Parameter), False),
     'length_head': (False, lambda m: m.length, None),

@@ -27,7 +27,7 @@ VALID = dict( # another value than the default, where not any will do
     parametrization='plu', grid=2**-10, reversible=True, exact=True, conditioning='cross',
     positions='rope', activation='relu2', architecture='multiscale', coupling='affine',
     memory='reverse', formula='prob', order='random', rate='cosine', pooling='cls',
-    norm=dict(pre='post', rms='layer'), noise='uniform', weights='bound', data='small', phase=2,
+    norm=dict(pre='post', rms='layer'), weights='bound', data='small', phase=2,
     base='a run', effective_batch=0,
     shape={}, save_steps=6000, position_rows=512, eval_steps=50, n=1, num_positions=8, dim=96,
     num_heads=4, epochs=2, processes=2,

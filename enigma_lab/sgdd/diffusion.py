@@ -82,14 +82,11 @@ class DiscreteDiffusion(nn.Module):
         vocab_size:int, # V
         mask_id:int, # token that hides
         schedule:NoiseSchedule|None=None, # noise schedule; `None`: linear
-        kind:str='absorbing', # 'absorbing' (a mask) | 'uniform' (any token)
     ):
         super().__init__()
-        if kind not in ('absorbing', 'uniform'):
-            raise ValueError(f"kind must be 'absorbing' or 'uniform', got {kind!r}")
         if not 0 <= mask_id < vocab_size:
             raise ValueError(f"mask_id must lie in 0 … {vocab_size - 1}, got {mask_id}")
-        self.vocab_size, self.mask_id, self.kind = vocab_size, mask_id, kind
+        self.vocab_size, self.mask_id = vocab_size, mask_id
         self.schedule = schedule or LinearNoiseSchedule()
 
     def get_loss_weights(self,
@@ -117,9 +114,7 @@ def q_sample(self:DiscreteDiffusion,
     if at_least_one:
         lowest = (noise == noise.amin(1, keepdim=True)) & content
         hidden |= lowest & ~hidden.any(1, keepdim=True)
-    if self.kind == 'absorbing': return x_0.masked_fill(hidden, self.mask_id), hidden
-    other = torch.randint(self.vocab_size, x_0.shape, generator=generator, device=x_0.device)
-    return torch.where(hidden, other, x_0), hidden
+    return x_0.masked_fill(hidden, self.mask_id), hidden
 
 # %% ../../nbs/sgdd/20_diffusion.ipynb #da7a3c55
 def even_times(

@@ -60,7 +60,6 @@ class SGDDConfig: # not frozen: transformers' Trainer leaves a note in a model's
     adaln_width:int=0 # numbers that this map leaves of the vector; 0: C
     adaln_final:bool=False # the last norm is modulated, too
     dropout:float=0. # probability of dropping a feature
-    noise:str='absorbing' # 'absorbing' | 'uniform'
     schedule:str='linear' # 'linear' | 'cosine'
     weights:str='flat' # 'flat' | 'bound', of the hidden tokens in the loss
     null_share:float=.1 # of the sentences are learned without their vector
@@ -147,7 +146,7 @@ class SGDDModel(nn.Module):
         else: self.register_buffer('null', null, persistent=False)
         self.length = length_head(cond_dim, c.max_len, c.length_dim) if c.length_head else None
         schedule = dict(linear=LinearNoiseSchedule, cosine=CosineNoiseSchedule)[c.schedule]()
-        self.diffusion = DiscreteDiffusion(c.vocab_size, c.mask_id, schedule, c.noise)
+        self.diffusion = DiscreteDiffusion(c.vocab_size, c.mask_id, schedule)
         self.decoder = DiffusionDecoder(
             c.vocab_size, cond_dim, c.dim, c.num_layers, c.num_heads, c.ffn_dim, c.max_len,
             c.conditioning, c.positions, c.norm, c.time, c.num_memory, c.dropout, c.num_vectors,
@@ -567,6 +566,9 @@ def from_pretrained(cls:SGDDModel,
     if 'origin' not in stored:
         raise ValueError(f"a model's folder must hold a sentence decoder, got {path}")
     origin = stored.pop('origin')
+    # of a time when noise could be uniform
+    if (noise := stored.pop('noise', 'absorbing')) != 'absorbing':
+        raise ValueError(f"a model must have learned with absorbing noise, got {noise!r} in {path}")
     if lost := {'z_mean', 'z_std'} - weights.keys():
         raise ValueError(
             f"a model needs the statistics of its vectors, {sorted(lost)}, which are missing in "

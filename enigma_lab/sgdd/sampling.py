@@ -261,7 +261,7 @@ def unmask(
     canvas:Tensor, # (B, T) tokens and masks
     content:Tensor, # (B, T) True where the sentence is
     steps:int=16, # calls
-    order:str='confidence', # one of `ORDERS`; 'remask' hides doubtful tokens again
+    order:str='confidence', # one of `ORDERS`; drawing fairly at a temperature needs 'random'
     temperature:float=0., # of the tokens; 0: the likeliest
     spread:float=0., # Gumbel noise on the confidence, falling to 0
     threshold:float=.95, # probability that is sure enough for 'threshold'
