@@ -1,87 +1,436 @@
-"The completion page in a real JupyterLab, used as a person does; and the front page."
-import json, re
+"The completion page as a person uses it: beside Python on a bare page, without it, in JupyterLab."
+import json, math, os, re
+from functools import cache
 
 import pytest
+import torch
 from playwright.sync_api import expect
 
-from enigma_lab.apps.complete import load_model
+import test_lampboard
+from enigma_lab.apps.complete import KNOBS, CompleteApp, load_model, split_pieces
 from enigma_lab.lm.generate import stream
-from jupyter_lab import NBS, WAIT, keys_stay, no_cell_failed, opened, set_knob
+from jupyter_lab import NBS, WAIT, keys_stay, no_cell_failed, opened
+from test_lampboard import INJECTION, NAME, PAGE, WIDTHS, watch
 
-pytestmark = pytest.mark.proof('apps.widget', 'apps.complete') # in a real JupyterLab
+pytestmark = pytest.mark.proof('apps.base', 'apps.complete')
 
 pytest_plugins = 'jupyter_lab'
+axe = test_lampboard.axe
+loaded = cache(load_model)
 
-PROMPT = '<b>x</b> & y'
-WATCH = """out => {
-    const all = () => out.querySelector('div > b').parentNode.textContent
-    const text = () => all().slice(out.querySelector('b').textContent.length)
-    const every = {childList: true, subtree: true, characterData: true}
-    new MutationObserver(() => window.seen.push(text())).observe(out, every)
-}"""
+BEGIN = 'Return the number of '
+BRIDGE = """
+window.asked = []; window.models = []
+const bridge = (state, i) => {
+  const ears = [], values = { state }
+  const model = { get: key => values[key], set(key, value) { values[key] = value },
+    save_changes() {}, off() {}, on: (name, ear) => ears.push([name, ear]),
+    tell: (name, said) => ears.forEach(([heard, ear]) => heard === name && ear(said)),
+    send: content => { if (window.gone) return
+      asked.push(content)
+      kernel(i, content).then(said => window.gone || model.tell('msg:custom', said)) } }
+  models.push(model)
+  return model
+}
+document.querySelectorAll('.place').forEach((el, i) => render({ el, model:
+  bridge(JSON.parse(el.dataset.state), i) }))
+"""
 
 
-# a page
+# a page, and Python behind it
 
-@pytest.fixture(scope='module')
-def page(lab, browser):
-    "The completion page after Run All, with every state of its text kept in `window.seen`."
-    with opened(lab, browser, '05_complete.ipynb', '.complete-text') as page:
-        page.locator('.complete-text').evaluate(WATCH)
-        yield page
+@pytest.fixture
+def visit(browser, tmp_path):
+    "Open a page whose apps ask Python; it may load nothing else and report no error."
+    pages = []
+    def visit(*texts, width=800, dark=False, alone=False):
+        apps = [CompleteApp(*loaded(), text) for text in texts or [BEGIN]]
+        place = lambda app: element('div', '', **{'class': 'place', 'data-state':
+            json.dumps(app.state)}) + element('style', app._css)
+        body = ''.join(app.static_html() if alone else place(app) for app in apps)
+        if not alone: body += element('script', f'{apps[0]._esm}\n{BRIDGE}', type='module')
+        path = tmp_path/f'page{len(pages)}.html'
+        frame = PAGE.replace('Lampboard', 'Complete')
+        path.write_text(frame.format('#111' if dark else '#fff', body), encoding='utf-8')
+        page = browser.new_page(viewport=dict(width=width, height=900),
+            permissions=['clipboard-read', 'clipboard-write'])
+        watch(page, path.as_uri())
+        page.apps, page.sent = apps, []
+        def kernel(i, content):
+            page.sent.append(apps[i].answer(content))
+            return page.sent[-1]
+        page.expose_function('kernel', kernel)
+        page.goto(path.as_uri())
+        page.locator('.complete textarea').first.wait_for()
+        pages.append(page)
+        return page
+    yield visit
+    for page in pages:
+        assert not page.wrong, page.wrong
+        page.close()
 
-def longest(prompt, length, **knobs):
-    "A seed at which the toy goes on for `length` characters or more."
-    model, tokenizer, _ = load_model()
-    def text(seed):
-        return ''.join(stream(model, tokenizer, prompt, seed=seed, max_new_tokens=1000, **knobs))
-    return next(seed for seed in range(100) if len(text(seed)) >= length)
+def element(tag, inside, **properties):
+    quoted = {name: value.replace('&', '&amp;').replace('"', '&quot;')
+              for name, value in properties.items()}
+    return f'<{tag}{"".join(f""" {k}="{v}" """ for k, v in quoted.items())}>{inside}</{tag}>'
 
-def write(page, clicks=1, meanwhile=lambda: None):
-    "Click Continue, do something meanwhile, wait for the end: every state of the text."
-    page.evaluate('window.seen = []')
-    page.locator('.complete-go').click(click_count=clicks)
-    page.wait_for_function('window.seen.length > 3')
-    meanwhile()
-    expect(page.locator('.complete-go')).to_be_enabled(timeout=WAIT)
-    seen = page.evaluate('window.seen')
-    grows = all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:]))
-    assert grows, 'the text does not only grow'
-    return seen
+def field(page): return page.locator('.complete textarea').last
+
+def text(page): return field(page).input_value()
+
+def button(page, name): return page.locator('.complete').last.get_by_role(
+    'button', name=name, exact=True)
+
+def said(page): return page.locator('.complete .said').last
+
+def settled(page, words='Written.'):
+    expect(said(page)).to_have_text(words, timeout=60_000)
+
+def is_read(page):
+    "Wait until every letter is shaded."
+    page.wait_for_function("""[...document.querySelectorAll('.complete')].every(app => [
+        ...app.querySelectorAll('.shade span')].map(x => x.textContent).join('') ===
+        app.querySelector('textarea').value)""", timeout=120_000)
+
+def written(prompt, seed=0, **knobs):
+    "What the model writes, by the function that every other page uses."
+    model, tokenizer, _ = loaded()
+    start = dict(max_new_tokens=300, temperature=KNOBS['temperature'][1], top_p=KNOBS['top_p'][1])
+    return ''.join(stream(model, tokenizer, prompt, seed=seed, **{**start, **knobs}))
+
+@cache
+def long_seed(prompt, least=280):
+    return next(seed for seed in range(100) if len(written(prompt, seed)) >= least)
+
+def set_knob(page, label, value):
+    knobs = page.locator('.complete details').last
+    if knobs.get_attribute('open') is None: knobs.locator('summary').click()
+    knobs.get_by_label(label, exact=True).fill(str(value))
 
 
 # what a person does
 
-def test_a_text_is_written(page):
-    out = page.locator('.complete-text')
-    assert 'untrained toy' in out.inner_text()
-    page.locator('.complete-prompt textarea').fill(PROMPT)
-    seen = write(page)
-    assert len(set(map(len, seen))) > 3
-    assert out.locator('b').all_text_contents() == [PROMPT]  # bold by the page, not by the user
-    assert out.evaluate('out => out.scrollWidth <= out.clientWidth'), 'a long line is cut off'
-    assert write(page)[-1] == seen[-1]  # the same seed
+def test_a_text_grows_in_its_field(visit):
+    page, whole = visit(), BEGIN + written(BEGIN, long_seed(BEGIN))
+    set_knob(page, 'seed', long_seed(BEGIN))
+    page.evaluate("""() => { window.seen = []; const field = document.querySelector('textarea')
+        window.began = performance.now(); setInterval(() => { const last = seen.at(-1)?.[0]
+        if (field.value !== last) seen.push([field.value, performance.now() - began]) }, 1) }""")
+    button(page, 'Continue').dblclick()
+    settled(page)
+    seen = [x for x, _ in page.evaluate('window.seen')]
+    assert text(page) == whole and len(seen) > 10 # written once
+    assert all(b.startswith(a) for a, b in zip(seen, seen[1:]))
+    writes = [m for m in page.evaluate('window.asked') if m['question'] == 'write']
+    assert len(writes) == 1
+    pieces = [m['value']['piece'] for m in page.sent if 'piece' in m['value']]
+    assert ''.join(pieces) == whole[len(BEGIN):] and len(pieces[0]) < 5 # pieces, not the whole
+    is_read(page)
+    rows = [row for m in page.sent for row in m['value'].get('rows', [])]
+    assert len(rows) == len(whole) # nothing was read twice
 
-def test_a_double_click_writes_one_text(page):
-    assert write(page, clicks=2)[-1] == write(page)[-1]
+def test_the_numbers_are_those_of_torch(visit):
+    sample = 'Return the <b> é 你 items.'
+    page = visit(sample)
+    is_read(page)
+    model, tokenizer, _ = loaded()
+    pieces = split_pieces(tokenizer, sample)
+    ids = torch.tensor([[token for piece in pieces for token in piece.tokens]])
+    with torch.no_grad(): logp = model(ids).logits[0].log_softmax(-1)
+    place, row = 1, 0 # the first letter has nothing before it
+    field(page).focus()
+    page.keyboard.press('Control+Home')
+    page.keyboard.press('ArrowRight')
+    closely = page.locator('.closely')
+    for piece in pieces[1:]:
+        page.keyboard.press('ArrowRight')
+        bits = -sum(logp[place + i - 1, token] for i, token in enumerate(piece.tokens))/math.log(2)
+        expect(closely).to_contain_text(f'{bits:.2f} bits of surprise')
+        five = logp[place - 1].exp().topk(5).values
+        percents = [float(x) for x in re.findall(r'([\d.]+) %', closely.locator('ol').inner_text())]
+        assert percents == pytest.approx([100*p for p in five.tolist()], abs=.51)
+        place, row = place + len(piece.tokens), row + 1
+    assert place == ids.shape[1]
+    box = page.locator('.shade span').nth(4).bounding_box() # by the mouse: the second r
+    page.mouse.move(box['x'] + box['width']/2, box['y'] + box['height']/2)
+    bits = -logp[3, ids[0, 4]].item()/math.log(2)
+    expect(closely).to_contain_text(f'r: {bits:.2f} bits of surprise')
 
-def test_typing_meanwhile(page):
-    box = page.locator('.complete-prompt textarea')
-    write(page, meanwhile=lambda: box.fill('something else'))
-    assert page.locator('.complete-text b').all_text_contents() == [PROMPT]
-    box.fill(PROMPT)
+def test_typing_meanwhile_loses_nothing(visit):
+    page, seed = visit(), long_seed(BEGIN)
+    set_knob(page, 'seed', seed)
+    field(page).focus()
+    page.keyboard.press('Control+End')
+    page.keyboard.press('Tab')
+    page.wait_for_function("document.querySelector('textarea').value.length > 30")
+    page.keyboard.type('zzz ', delay=60)
+    page.keyboard.press('Control+Home')
+    page.keyboard.type('Héllo, ', delay=60)
+    expect(button(page, 'Stop')).to_be_enabled() # it was still at work
+    page.keyboard.press('Tab') # begins no second one
+    settled(page)
+    assert text(page) == 'Héllo, ' + BEGIN + written(BEGIN, seed) + 'zzz '
+    expect(button(page, 'Undo')).to_be_disabled() # it would take what was typed
+    is_read(page)
 
-def test_stop(page, tmp_path, monkeypatch):
-    monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path))  # where no run is
-    set_knob(page, 'characters', 1000)
-    set_knob(page, 'seed', longest(PROMPT, 600, temperature=.7, top_p=.95))
-    stopped = write(page, meanwhile=page.get_by_role('button', name='Stop', exact=True).click)[-1]
-    whole = write(page)[-1]
-    assert len(whole) > len(stopped) > 0 and whole.startswith(stopped)
+def test_an_input_method_is_left_alone(visit):
+    page, seed = visit(), long_seed(BEGIN)
+    set_knob(page, 'seed', seed)
+    field(page).focus()
+    page.keyboard.press('Control+End')
+    page.keyboard.press('Tab')
+    page.wait_for_function("document.querySelector('textarea').value.length > 30")
+    hand = page.context.new_cdp_session(page)
+    for part in 'n', 'ni', 'nih', 'niha', 'nihao':
+        hand.send('Input.imeSetComposition', dict(text=part, selectionStart=len(part),
+                                                  selectionEnd=len(part)))
+        page.wait_for_timeout(60)
+    hand.send('Input.insertText', dict(text='你好'))
+    expect(button(page, 'Stop')).to_be_enabled()
+    settled(page)
+    whole = BEGIN + written(BEGIN, seed)
+    assert text(page).replace('你好', '') == whole and '你好' in text(page)
 
-def test_keys_stay_in_the_app(page): keys_stay(page, '.complete-text', '.complete-go')
+@pytest.mark.parametrize('how', ['button', 'key'])
+def test_stop_stops(visit, how):
+    page, seed = visit(), long_seed(BEGIN)
+    set_knob(page, 'seed', seed)
+    field(page).focus()
+    page.keyboard.press('Tab')
+    page.wait_for_function("document.querySelector('textarea').value.length > 30")
+    button(page, 'Stop').click() if how == 'button' else page.keyboard.press('Escape')
+    settled(page, 'Stopped.')
+    stopped = text(page)
+    page.wait_for_timeout(1000)
+    assert text(page) == stopped and not page.apps[0].jobs # no page asks, nothing is at work
+    whole = BEGIN + written(BEGIN, seed)
+    assert whole.startswith(stopped) and len(BEGIN) < len(stopped) < len(whole)
+    button(page, 'Undo').click()
+    assert text(page) == BEGIN
 
-def test_no_cell_failed(page): assert no_cell_failed(page)
+def test_three_ways(visit):
+    page = visit()
+    set_knob(page, 'seed', 7)
+    button(page, 'Three ways').click()
+    settled(page)
+    ways = page.locator('.ways button')
+    assert ways.locator('.body').all_text_contents() == [written(BEGIN, 7 + i) for i in range(3)]
+    ways.nth(1).click()
+    assert text(page) == BEGIN + written(BEGIN, 8) and ways.count() == 0
+    button(page, 'Undo').click()
+    assert text(page) == BEGIN
+    button(page, 'Three ways').click()
+    field(page).focus()
+    page.keyboard.press('Escape') # stops, and the cards stay until a second one
+    expect(ways).to_have_count(3)
+    page.keyboard.press('Escape')
+    expect(ways).to_have_count(0)
+
+def test_knobs_and_a_wrong_one(visit):
+    page = visit()
+    for label, value in dict(temperature=0, length=50, seed=3).items(): set_knob(page, label, value)
+    page.get_by_label('top-p', exact=True).press('ArrowLeft')
+    button(page, 'Continue').click()
+    settled(page)
+    assert text(page) == BEGIN + written(BEGIN, temperature=0, max_new_tokens=50)
+    kept = text(page)
+    for wrong in '', '-1', '2.5':
+        set_knob(page, 'seed', wrong)
+        button(page, 'Continue').click()
+        expect(said(page)).to_contain_text('seed must be a whole number from 0 to 999,999')
+        assert text(page) == kept
+    set_knob(page, 'seed', 5)
+    assert page.evaluate('asked.filter(m => m.question === "write").at(-2).top_p') == .9
+    button(page, 'Copy the text').click()
+    page.wait_for_timeout(100)
+    assert page.evaluate('navigator.clipboard.readText()') == kept
+
+TEXTS = dict(markup=INJECTION, chinese='模型写了什么？\n第二行', arabic='ماذا كتب النموذج؟',
+             emoji='go 🚀👩‍👩‍👧 é', empty='', long=(BEGIN + 'items.\n')*185)
+
+@pytest.mark.parametrize('kind', TEXTS)
+def test_texts_of_all_kinds(visit, kind):
+    page, prompt = visit(), TEXTS[kind]
+    field(page).fill(prompt)
+    is_read(page)
+    set_knob(page, 'length', 10)
+    button(page, 'Continue').click()
+    settled(page)
+    assert text(page) == prompt + written(prompt, max_new_tokens=10)
+    assert page.evaluate('window.hacked') is None
+    assert page.locator('.complete :is(img, script)').count() == 0
+    is_read(page)
+    wavy = page.locator('.shade .foreign').all_text_contents()
+    tokenizer = loaded()[1]
+    assert wavy == [p.text for p in split_pieces(tokenizer, text(page)) if not p.known]
+    if kind == 'chinese': assert '模' in page.locator('.sum').inner_text()
+    if kind == 'long':
+        assert len(text(page)) > 5000
+        a_key = page.evaluate("""() => { // milliseconds until a letter is drawn
+            const field = document.querySelector('textarea'), began = performance.now()
+            for (const letter of 'abcdefgh') {
+                field.setRangeText(letter, field.value.length, field.value.length, 'end')
+                field.dispatchEvent(new Event('input'))
+                field.getBoundingClientRect()
+            }
+            return (performance.now() - began)/8 }""")
+        assert a_key < 200 and text(page).endswith('abcdefgh')
+    inner, outer = field(page).evaluate('x => [x.scrollHeight, x.clientHeight]')
+    assert inner <= outer + 1 # the field is as high as its text
+
+def reach(page):
+    "Press Tab to the end, out of the editor by Esc: the name of each place that has the focus."
+    found = []
+    for _ in range(40):
+        page.keyboard.press('Tab')
+        found.append(page.evaluate(NAME))
+        if found[-1] is None: return found[:-1]
+        if found[-1] == 'text': page.keyboard.press('Escape')
+    pytest.fail(f'Tab goes round: {found}')
+
+def test_keyboard_only(visit):
+    page = visit()
+    is_read(page)
+    assert reach(page) == ['text', 'Continue', 'Three ways', 'Copy the text', 'Knobs']
+    page.keyboard.press('Shift+Tab')
+    page.keyboard.press('Shift+Tab')
+    page.keyboard.press('Tab')
+    assert page.evaluate(NAME) == 'Knobs'
+    page.keyboard.press('Enter')
+    assert reach(page) == ['temperature', 'top-p', 'length', 'seed']
+    def to(name):
+        page.evaluate('document.activeElement.blur()')
+        while page.evaluate(NAME) != name:
+            page.keyboard.press('Tab')
+            if page.evaluate(NAME) == 'text': page.keyboard.press('Escape')
+    to('length')
+    page.keyboard.press('Home')
+    to('seed')
+    page.keyboard.press('ArrowUp')
+    to('Three ways')
+    page.keyboard.press('Enter')
+    settled(page)
+    page.keyboard.press('Tab')
+    if page.evaluate(NAME) == 'Undo': page.keyboard.press('Tab')
+    page.keyboard.press('Tab')
+    page.keyboard.press('Space') # on the first card
+    assert text(page) == BEGIN + written(BEGIN, 1, max_new_tokens=10)
+    assert page.evaluate(NAME) == 'text'
+    page.keyboard.press('Shift+Tab') # leaves the editor at once
+    assert page.evaluate(NAME) != 'text'
+
+def test_two_at_once(visit):
+    page = visit('First text. ', 'Second text. ')
+    page.locator('summary').first.click()
+    page.get_by_label('length').first.press('Home') # of the first alone
+    apps = page.locator('.complete')
+    for i in 0, 1: apps.nth(i).get_by_role('button', name='Continue').click()
+    for i in 0, 1: expect(apps.nth(i).locator('.said')).to_have_text('Written.', timeout=60_000)
+    assert [apps.nth(i).locator('textarea').input_value() for i in (0, 1)] == [
+        'First text. ' + written('First text. ', max_new_tokens=10),
+        'Second text. ' + written('Second text. ')]
+    ids = page.evaluate('[...document.querySelectorAll("[id]")].map(x => x.id)')
+    assert len(ids) == len(set(ids)) > 5
+
+def test_a_lost_kernel_loses_no_text(visit):
+    page = visit()
+    button(page, 'Continue').click()
+    field(page).fill('what I typed')
+    page.evaluate('window.gone = true; models[0].tell("comm_live_update")')
+    expect(page.locator('.banner')).to_be_visible()
+    expect(button(page, 'Stop')).to_be_disabled()
+    assert 'what I typed' in text(page)
+    kept = text(page)
+    page.reload()
+    is_read(page)
+    assert text(page) == kept
+    page.reload()
+    is_read(page)
+    assert text(page) == BEGIN
+
+
+# how it looks
+
+@pytest.mark.parametrize('width', WIDTHS)
+@pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
+def test_it_fits_and_axe_finds_nothing_serious(visit, axe, width, dark):
+    wide = BEGIN + 'veryverylongword'*12 + ' 你好  \n\nxyz ' + 'a b'*40
+    page = visit(wide, width=width, dark=dark)
+    set_knob(page, 'length', 60)
+    button(page, 'Three ways').click()
+    settled(page)
+    set_knob(page, 'seed', 1)
+    field(page).focus()
+    is_read(page)
+    over = page.locator('.complete').evaluate("""app => [...app.querySelectorAll('*')].filter(x =>
+        x.getBoundingClientRect().right > innerWidth + 1 || /auto|scroll/.test(getComputedStyle(x)
+        .overflowX) && x.scrollWidth > x.clientWidth + 1).map(x => x.outerHTML.slice(0, 80))""")
+    assert over == []
+    inner, outer = page.evaluate('[document.documentElement.scrollWidth, innerWidth]')
+    assert inner <= outer
+    heights = page.evaluate("""[...document.querySelectorAll('textarea, .shade')].map(
+        x => [x.scrollHeight, x.scrollWidth])""")
+    assert heights[0] == heights[1] # letters lie on their colours
+    assert (page.locator('.complete').get_attribute('data-dark') is not None) == dark
+    if folder := os.environ.get('ENIGMA_PICTURES'):
+        page.screenshot(path=f'{folder}/complete-{width}-{dark}.png', full_page=True)
+    page.wait_for_timeout(700)
+    page.evaluate(axe)
+    found = page.evaluate("axe.run('.complete').then(found => found.violations)")
+    assert [(v['id'], [n['html'][:90] for n in v['nodes']]) for v in found
+            if v['impact'] in ('serious', 'critical')] == []
+
+def test_without_a_kernel_it_shows_what_was_read(visit):
+    page = visit(alone=True)
+    expect(page.get_by_text('This page has no kernel')).to_be_visible()
+    expect(button(page, 'Continue')).to_be_disabled()
+    is_read(page)
+    field(page).focus()
+    page.keyboard.press('Home')
+    page.keyboard.press('End')
+    assert page.locator('.closely li').count() == 5
+    page.keyboard.type('x')
+    page.keyboard.press('Tab')
+    assert text(page) == BEGIN and page.sent == []
+
+
+# in JupyterLab
+
+@pytest.fixture(scope='module')
+def notebook(lab, browser):
+    "The page after Run All; there is no run, so the toy stands in."
+    with opened(lab, browser, '05_complete.ipynb', '.enigma-view .complete') as page: yield page
+
+def test_a_text_is_written_in_jupyterlab(notebook):
+    page = notebook
+    assert 'untrained toy' in page.locator('.enigma-view .note').inner_text()
+    area = page.locator('.enigma-view textarea')
+    area.fill('<b>x</b> & y')
+    area.press('Tab')
+    expect(page.locator('.enigma-view .said')).to_have_text('Written.', timeout=WAIT)
+    assert area.input_value().startswith('<b>x</b> & y') and len(area.input_value()) > 20
+    assert page.locator('.enigma-view .shade b').count() == 0
+
+def test_keys_stay_in_the_app(notebook): keys_stay(notebook, '.note')
+
+def test_no_cell_failed(notebook): assert no_cell_failed(notebook)
+
+def test_a_kernel_that_restarts_meanwhile(notebook):
+    page = notebook
+    area = page.locator('.enigma-view textarea')
+    area.fill('what I typed')
+    area.press('Tab')
+    page.locator('#jp-MainMenu').get_by_text('Kernel', exact=True).click()
+    page.locator('.lm-Menu-item[data-command="kernelmenu:restart"]').click()
+    page.locator('.jp-Dialog button.jp-mod-accept').first.click()
+    expect(page.locator('.enigma-view .banner')).to_be_visible(timeout=WAIT)
+    kept = area.input_value()
+    assert kept.startswith('what I typed')
+    for i in 0, 1: # the two lines at the top
+        page.locator('.jp-CodeCell').nth(i + 1).click()
+        page.keyboard.press('Control+Enter')
+    expect(page.locator('.enigma-view .banner')).to_be_hidden(timeout=WAIT)
+    expect(page.locator('.enigma-view textarea')).to_have_value(kept, timeout=WAIT)
 
 
 # the page that `make lab` opens

@@ -22,6 +22,8 @@ GONE = { # without a successor: why
     'bench.maskpro.finetuned': 'maskpro.finetune.finetune is for every model',
     'bench.lm.open_run': 'bench.timing.open_record asks for the kind of record',
     'bench.reversible.open_run': 'bench.timing.open_record asks for the kind of record',
+    'apps.complete.as_html': 'the page shades a text by its surprise, apps.complete.shaded_html',
+    'apps.complete.write_on': 'the page asks for the next piece, apps.complete.ask_all',
     'apps.chat.newest_conversation': 'a chat begins empty; an earlier one is opened by name',
     'cli.run_line': 'the table of runs is made in lab.runs',
     'lab.launch.same_signals': 'the launcher works in a thread, which touches no handler',
