@@ -24,6 +24,8 @@ GONE = { # without a successor: why
     'bench.reversible.open_run': 'bench.timing.open_record asks for the kind of record',
     'apps.complete.as_html': 'the page shades a text by its surprise, apps.complete.shaded_html',
     'apps.complete.write_on': 'the page asks for the next piece, apps.complete.ask_all',
+    'apps.sampler.as_table': 'the page draws what `write_one` returns',
+    'apps.sampler.cell': 'the page draws what `write_one` returns',
     'apps.chat.newest_conversation': 'a chat begins empty; an earlier one is opened by name',
     'cli.run_line': 'the table of runs is made in lab.runs',
     'lab.launch.same_signals': 'the launcher works in a thread, which touches no handler',
