@@ -73,8 +73,8 @@ def toy_decoder()->SGDDModel: # untrained model of a few words, in eval mode
     return SGDDModel(config, encoder, tokenizer).eval()
 
 # %% ../../nbs/apps/20_sampler.ipynb #3691d7ac
-QUESTIONS = ['how do i learn to play the piano?', 'how do i teach my dog to swim?',
-    'why do we dream in colour?', 'should i buy a used car or a new bicycle?',
+QUESTIONS = ['how do i learn to play the piano?', 'how do i teach my sister to cook?',
+    'why do my plants die every winter?', 'should i buy a used car or a new bicycle?',
     'why do cats sleep all day?']
 OUTSIDE = { # kind of text -> a text
     'a question': 'where can i learn to paint?', 'a statement': 'The boat sank at noon.',
