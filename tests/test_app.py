@@ -426,7 +426,7 @@ def test_a_kernel_that_restarts_meanwhile(notebook):
     kept = area.input_value()
     assert kept.startswith('what I typed')
     for i in 0, 1: # the two lines at the top
-        page.locator('.jp-CodeCell').nth(i + 1).click()
+        page.locator('.jp-CodeCell').nth(i + 1).locator('.jp-InputArea-editor').click()
         page.keyboard.press('Control+Enter')
     expect(page.locator('.enigma-view .banner')).to_be_hidden(timeout=WAIT)
     expect(page.locator('.enigma-view textarea')).to_have_value(kept, timeout=WAIT)
