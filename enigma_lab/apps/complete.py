@@ -602,7 +602,7 @@ def newest(
     kept:dict, # name -> anything, oldest first
     most:int=12, # entries
 )->dict: # the last of them
-    "Forget what was left by pages that are gone."
+    "Drop what was left by pages that are gone."
     return dict(list(kept.items())[-most:])
 
 class CompleteApp(EnigmaApp):

@@ -893,7 +893,7 @@ def record_examples(self:SamplerApp,
 def word_places(
     pieces:list[str], # of a text
 )->list[list[int]]: # places of each word
-    "Group the pieces of words: a piece that begins with ## goes on with a word."
+    "Collect the pieces of words: a piece that begins with ## goes on with a word."
     words = []
     for i, piece in enumerate(pieces):
         if words and piece.startswith('##'): words[-1].append(i)

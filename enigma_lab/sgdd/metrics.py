@@ -227,7 +227,6 @@ def evaluate_generation(
             sure, wanted, lengths=[*map(len, tokens)]).items()})
     if sources: found.update(_copy_scores(model, sources, written, wanted))
     if known: found.update(_lookup_scores(model, known, z, wanted))
-    examples = [dict(wanted=a, written=b, exact=a == b and not n)
-                | (dict(text=t, unknown=n) if n else {})
-                for a, b, n, t in zip(wanted, written, unknown, texts)]
+    examples = [dict(wanted=a, written=b, exact=a == b and not n) | (
+        dict(text=t, unknown=n) if n else {}) for a, b, n, t in zip(wanted, written, unknown, texts)]
     return dict(found, examples=examples)

@@ -33,6 +33,8 @@ from ..lab.settings import Settings, check_names, make_settings, read_settings_f
 from ..lab.stats import bootstrap
 from ..lab.task import Task, best_val_loss, main, run_task, training_report
 from ..lab.trackers import open_tracker
+
+# %% ../../nbs/sgdd/70_train.ipynb #691b9ee6
 from .encoder import SemanticEncoder, encode_cached
 from .given import GivenVectors, read_given
 from .metrics import evaluate_generation
@@ -217,6 +219,7 @@ def vector_source(
         f"{config.num_vectors}")
     return given
 
+# %% ../../nbs/sgdd/70_train.ipynb #4ce52530
 def new_model(
     config:SGDDTrainConfig, # size and encoder
     texts:list[str], # whose words it must know
@@ -431,6 +434,7 @@ class NewNoise(TrainerCallback):
         "Set the number of the pass, which the noise depends on."
         self.data.set_epoch(int((state.epoch or 0) + 1e-6))
 
+# %% ../../nbs/sgdd/70_train.ipynb #70c51e75
 def save(
     run:Run, # open record
     parts:SGDDTaskData, # with the trained model
@@ -640,22 +644,18 @@ def evaluate_run(
     sources, texts, num_tokens = _sentences_of(rows, model, num_samples, counts)
     with_seed = seeded(model, how, run.config.get('seed', 0))
     z = given.encode(texts) if given else None
-    if given:
-        check_origin(model, given.origin)
-        check_scale(model, z)
+    if given: check_origin(model, given.origin); check_scale(model, z)
     scores = evaluate_generation(model, texts, sources, z=z, **with_seed)
     examples = scores.pop('examples')
-    if loop and sources is None:
-        scores |= loop_scores(model, examples[:run.config['loop_sentences']])
+    if loop and sources is None: scores |= loop_scores(
+        model, examples[:run.config['loop_sentences']])
     scores['perplexity'] = 2**min(1000., scores['nelbo_bits']*len(texts)/num_tokens)
     path = new_evaluation(run, dataset)
-    track_scores(run, run.metrics.get('train_steps', 0),
-                 {f'{path.stem}/{k}': v for k, v in scores.items()})
+    track_scores(run, run.metrics.get('train_steps', 0), {
+        f'{path.stem}/{k}': v for k, v in scores.items()})
     write_json(path, dict(dataset=dataset, counts=counts, run=run.name, sampling=how,
-                          loop=loop and sources is None, pairs=sources is not None,
-                          verdicts=model.encoder is not None, metrics=scores,
-                          examples=examples[:20],
-                          failures=[e for e in examples if not e['exact']][:50]))
+    loop=loop and sources is None, pairs=sources is not None, verdicts=model.encoder is not None,
+    metrics=scores, examples=examples[:20], failures=[e for e in examples if not e['exact']][:50]))
     return path
 
 # %% ../../nbs/sgdd/70_train.ipynb #522bddef
