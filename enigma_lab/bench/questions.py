@@ -152,6 +152,7 @@ def read_questions(
     return Questions(table[ids].short(), z[:, :width].contiguous(), len(rows),
                      list(rows.values()), tokenizer, corpus, (longest, split))
 
+# %% ../../nbs/bench/49_questions.ipynb #f9087028
 def read_as(
     o:dict, # FULL, with changes
 )->Questions: # ready to learn from
@@ -558,6 +559,7 @@ def start_training(
     base = config['base'] and weights_digest(find_run(config['base']).checkpoint)
     return start_run(task, dict(config, base_key=base))
 
+# %% ../../nbs/bench/49_questions.ipynb #c0bdf4e0
 def start_test(
     task:str, # whose records are looked at, 'bench_questions'
     trained:Run, # finished

@@ -228,5 +228,5 @@ def evaluate_generation(
     if sources: found.update(_copy_scores(model, sources, written, wanted))
     if known: found.update(_lookup_scores(model, known, z, wanted))
     examples = [dict(wanted=a, written=b, exact=a == b and not n) | (
-        dict(text=t, unknown=n) if n else {}) for a, b, n, t in zip(wanted, written, unknown, texts)]
+      dict(text=t, unknown=n) if n else {}) for a, b, n, t in zip(wanted, written, unknown, texts)]
     return dict(found, examples=examples)

@@ -558,8 +558,7 @@ def from_pretrained(cls:SGDDModel,
     path = Path(path)
     missing = [name for name in ('config.json', 'model.safetensors', 'tokenizer.json')
                if not (path/name).is_file()]
-    if missing:
-        raise FileNotFoundError(
+    if missing: raise FileNotFoundError(
             f"a model's folder must hold {missing}, which are missing in {path}")
     stored = json.loads((path/'config.json').read_text())
     weights = unpack_int8(load_file(path/'model.safetensors'))
@@ -569,8 +568,7 @@ def from_pretrained(cls:SGDDModel,
     # of a time when noise could be uniform
     if (noise := stored.pop('noise', 'absorbing')) != 'absorbing':
         raise ValueError(f"a model must have learned with absorbing noise, got {noise!r} in {path}")
-    if lost := {'z_mean', 'z_std'} - weights.keys():
-        raise ValueError(
+    if lost := {'z_mean', 'z_std'} - weights.keys(): raise ValueError(
             f"a model needs the statistics of its vectors, {sorted(lost)}, which are missing in "
             f"{path}; save it again after fit_statistics")
     if unknown := sorted(stored.keys() - {f.name for f in fields(SGDDConfig)}):
