@@ -39,7 +39,8 @@ def word(
     rng:random.Random, # of the draw
     n:int, # letters
 )->str: # small letters
-    "Draw a word of consonants and vowels in turn."
+    "Draw a word of consonants and vowels in turn, or what a draw with words of its own gives."
+    if hasattr(rng, 'word'): return rng.word(n)
     return ''.join(rng.choice(('bcdfghjklmnpqrstvwxyz', 'aeiou')[i % 2]) for i in range(n))
 
 def letters_or_hanzi(

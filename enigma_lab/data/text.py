@@ -173,14 +173,15 @@ def task_documents()->dict[str,list[str]]: # split -> documents
 
 # %% ../../nbs/data/10_text.ipynb #6565f40b
 def read_source(
-    data='auto', # 'auto', 'tasks', or any source of `open_source`
+    data='auto', # 'auto', 'tasks', 'talk', or any source of `open_source`
     encoding:str|None=None, # of text files; `None`: find out
 )->Source: # whose rows are read when they are asked for
     "Open any source of texts."
-    builtin = isinstance(data, str) and data in ('auto', 'tasks')
-    if not builtin: return open_source(data, encoding)
-    parts = {'': builtin_documents()} if data == 'auto' else task_documents()
-    return open_parts(parts, data)
+    from enigma_lab.data.talk import talk_documents
+    builtin = dict(auto=lambda: {'': builtin_documents()}, tasks=task_documents,
+                   talk=talk_documents)
+    if not isinstance(data, str) or data not in builtin: return open_source(data, encoding)
+    return open_parts(builtin[data](), data)
 
 # %% ../../nbs/data/10_text.ipynb #4bdd726d
 @dataclass(frozen=True)
@@ -407,7 +408,7 @@ def open_book(
     max_chars:int|None=None, # the most to read; `None`: all
 )->dict[str,LongText]|None: # the parts of one long text in UTF-8; `None`: it is something else
     "Read a long text without making it wide."
-    named = isinstance(data, (str, Path)) and data not in ('auto', 'tasks')
+    named = isinstance(data, (str, Path)) and data not in ('auto', 'tasks', 'talk')
     path = Path(data).expanduser() if named else Path()
     if not path.is_file() or readers.get(plain_suffix(path)) is not text_rows: return None
     content, suffix = read_bytes(path)
@@ -421,7 +422,7 @@ def open_book(
 STREAM_CHARS = 200_000_000 # the most to read of a stream, unless asked otherwise
 
 def load_text(
-    data='auto', # 'auto', 'tasks', a file, a folder, a hub id, or data in memory
+    data='auto', # 'auto', 'tasks', 'talk', a file, a folder, a hub id, or data in memory
     max_chars:int|None=None, # the most to read; `None`: all (of a stream 200 million)
     encoding:str|None=None, # of text files, such as 'gb18030'; `None`: find out
     column:str|None=None, # of the text in tables; `None`: find it

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE', 'NEAR', 'has_no_merges', 'has_words', 'encode_plain', 'cuts_cleanly', 'find_cut', 'cut_text', 'encode_pieces',
            'encode_batch', 'encode_texts', 'cache_dir', 'CharacterTable', 'document_tokens', 'digest_file',
-           'token_dtype', 'write_once', 'encode_documents', 'Windows', 'restarting_positions']
+           'token_dtype', 'write_once', 'encode_documents', 'answer_labels', 'Windows', 'restarting_positions']
 
 # %% ../../nbs/data/12_windows.ipynb #cd6f44a3
 import hashlib, json, os, re
@@ -226,6 +226,24 @@ def encode_documents(
     path = cache_dir()/'tokens'/f'{digest(json.dumps(what))[:24]}.{dtype.__name__}'
     return np.memmap(write_once(path, write), dtype=dtype, mode='r')
 
+# %% ../../nbs/data/12_windows.ipynb #25730683
+def answer_labels(
+    ids:torch.Tensor, # (T,) int64, documents that each end with `eos`
+    eos:int, # the token that closes a document
+    newline:int, # the token of a line break
+    share:float, # of the documents of which only the last line is learned, 0 … 1
+)->torch.Tensor: # (T,) int64; -100: nothing to learn
+    "Leave out of what is learned all but the last lines, where a document begins in the window."
+    labels, begin = ids.clone(), 0
+    for end in (ids == eos).nonzero().flatten().tolist() + [len(ids)]:
+        document = ids[begin:end]
+        if int(document.sum())*2_654_435_761 % 2**32 < share*2**32: # of the document alone
+            breaks = (document == newline).nonzero().flatten()
+            whole = begin > 0 and end < len(ids) and len(breaks)
+            labels[begin:begin + int(breaks[-1]) + 1 if whole else end + 1] = -100
+        begin = end + 1
+    return labels
+
 # %% ../../nbs/data/12_windows.ipynb #bf0d5a54
 class Windows(Dataset):
     "Cut documents into training windows, packed full."
@@ -234,8 +252,10 @@ class Windows(Dataset):
         tokenizer, # with an end-of-text token
         window:int, # T, tokens
         isolate:bool=False, # positions begin again with each document
+        answers:float=0., # share of the documents of which only the last line is learned, 0 … 1
     ):
         self.window, self.isolate, self.eos = window, isolate, tokenizer.eos_token_id
+        self.answers, self.newline = answers, encode_plain(tokenizer, ['\n'])[0]
         self.tokens = encode_documents(documents, tokenizer)
         if len(self.tokens) < window:
             raise ValueError(f"a split must fill at least one window of {window} tokens, got "
@@ -247,12 +267,15 @@ class Windows(Dataset):
         if not 0 <= i < len(self): raise IndexError(f"window must be in [0, {len(self)}), got {i}")
         ids = torch.from_numpy(self.tokens[i*self.window:(i+1)*self.window].astype(np.int64))
         found = dict(input_ids=ids, labels=ids.clone())
+        if self.answers: found['labels'] = answer_labels(ids, self.eos, self.newline[0],
+                                                         self.answers)
         if self.isolate: found['position_ids'] = restarting_positions(ids, self.eos)
         return found
 
     def digest(self)->str: # 64 hexadecimal digits
         "Compute the SHA-256 of all windows, from the file that holds them."
-        how = [self.window, self.isolate, self.eos, self.tokens.dtype.name]
+        how = [self.window, self.isolate, self.eos, self.tokens.dtype.name,
+               *[self.answers][:self.answers > 0]]
         return digest(json.dumps([digest_file(self.tokens.filename), *how]))
 
 # %% ../../nbs/data/12_windows.ipynb #ce01abda

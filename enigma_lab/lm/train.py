@@ -32,12 +32,13 @@ from .warnings import look_for_warnings
 class TrainConfig(TrainingConfig):
     "Hold what decides a language model's training: data, shape and preset."
     preset:str = 'cpu' # shape of the model, see `lm.model.presets`
-    data:str = 'auto' # 'auto', 'tasks', a file, a folder (of text or tokens), or a hub id
+    data:str = 'auto' # 'auto', 'tasks', 'talk', a file, a folder (of text or tokens), or a hub id
     max_chars:int = 0 # read no more of the data; 0: all
     encoding:str = '' # of text files, such as 'gb18030'; empty: found out
     max_dropped:float = .01 # share of faulty rows that is accepted, 0 … 1
     window:int = 0 # tokens of a training window; 0: the model's max_len
     isolate:bool = False # documents of a window do not see each other
+    answers:float = 0. # share of the documents of which only the last line is learned, 0 … 1
     leaks:str = 'auto' # held-out text in train: 'auto' | 'remove' | 'report' | 'off'
     tokenizer:str = 'auto' # 'auto' (characters of the text), a folder, a vocab.txt, or a hub name
     max_vocab:int = 0 # rows of the vocabulary at most; 0: a row for each character
@@ -145,7 +146,8 @@ def prepare(
     tokenizer.model_max_length = shape.max_len # what truncation=True cuts to
     transformers.set_seed(config.seed)
     model = EnigmaForCausalLM(shape).to(config.device)
-    windows = [cut(docs, tokenizer, config.window or shape.max_len, config.isolate)
+    how = config.window or shape.max_len, config.isolate, *[config.answers]*(config.answers > 0)
+    windows = [cut(docs, tokenizer, *how)
                for docs in (corpus.train, corpus.validation)]
     return TaskData(corpus, tokenizer, model, *windows, leaks)
 
