@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'SHAPES', 'IGNORED', 'checked', 'as_messages', 'has_answer', 'ChatCorpus', 'question', 'split_chats',
-           'read_chats', 'load_chats', 'task_chats', 'role_tokens', 'encode_chat', 'pack', 'fill_window', 'ChatWindows',
-           'check_characters']
+           'read_chats', 'load_chats', 'task_chats', 'in_turns', 'single_turns', 'talk_chats', 'role_tokens',
+           'encode_chat', 'pack', 'fill_window', 'ChatWindows', 'check_characters']
 
 # %% ../../nbs/data/30_instruct.ipynb #33e0a2fb
-import bisect, hashlib, json
+import bisect, hashlib, json, random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,13 +138,14 @@ def read_chats(
 
 # %% ../../nbs/data/30_instruct.ipynb #f5b19369
 def load_chats(
-    data='tasks', # 'tasks', a file, a folder, a hub id, or data in memory
+    data='tasks', # 'tasks', 'talk', a file, a folder, a hub id, or data in memory
     max_chats:int|None=None, # most rows of a part (of 'tasks': of each family); `None`: all (400)
     encoding:str|None=None, # of text files, such as 'gb18030'; `None`: find out
     max_dropped:float=.01, # share of faulty rows that is accepted
 )->ChatCorpus: # in three parts
     "Read, deduplicate and split a source of conversations."
-    if isinstance(data, str) and data == 'tasks': return task_chats(max_chats)
+    if isinstance(data, str) and data in ('tasks', 'talk'):
+        return dict(tasks=task_chats, talk=talk_chats)[data](max_chats)
     source = open_source(data, encoding)
     parts = {part: read_chats(source, part, max_chats) for part in source.parts}
     asked = {question(chat['messages']) for part in parts.values() for chat in part}
@@ -172,6 +173,45 @@ def task_chats(
     parts = [task_rows(split, n) for split, n in sizes.items()]
     chats = [[dict(row, messages=as_messages(row)) for row in part] for part in parts]
     return ChatCorpus('tasks', *chats, rows=Count(sum(map(len, chats))))
+
+# %% ../../nbs/data/30_instruct.ipynb #df8445ff
+def in_turns(
+    rows:list[dict], # with instruction, input and output
+    seed:int=0, # of the lengths
+    most:int=6, # questions of a conversation
+)->list[dict]: # rows with 'messages', each conversation the turns of neighbours
+    "Join single questions into conversations of one to `most` turns."
+    rng, found, at = random.Random(seed), [], 0
+    while at < len(rows):
+        n = rng.randint(1, most)
+        found.append(dict(messages=[m for row in rows[at:at + n] for m in as_messages(row)]))
+        at += n
+    return found
+
+def single_turns(
+    chats:list[dict], # rows with 'messages', of users and assistants in turn
+)->list[dict]: # rows with two messages
+    "Divide conversations into single questions and answers."
+    return [dict(messages=chat['messages'][i:i + 2]) for chat in chats
+            for i in range(0, len(chat['messages']), 2)]
+
+# %% ../../nbs/data/30_instruct.ipynb #f41d402f
+def talk_chats(
+    max_chats:int|None=None, # rows of each family in train; `None`: 400
+)->ChatCorpus: # in three parts; of what is measured, each row says what it is 'about'
+    "Make conversations of the tasks in a person's words, of one to six questions in train."
+    from enigma_lab.data.talk import talk_rows
+    def measured(split, n):
+        first, real = talk_rows(split, n), talk_rows(split, n, real=True)
+        earlier = [m for row in talk_rows(split, 3, seed=1) for m in as_messages(row)]
+        later = talk_rows(split, n//5, seed=2)
+        chat = lambda row, about, told=(): dict(row, about=about,
+                                                messages=[*told, *as_messages(row)])
+        return [*(chat(row, '') for row in first), *(chat(row, 'words') for row in real),
+                *(chat(row, 'later', earlier[6*i % 60:][:6]) for i, row in enumerate(later))]
+    train = in_turns(talk_rows('train', max_chats or 400, seed=7))
+    parts = train, measured('validation', 20), measured('test', 50)
+    return ChatCorpus('talk', *parts, rows=Count(sum(map(len, parts))))
 
 # %% ../../nbs/data/30_instruct.ipynb #a6a62d11
 IGNORED = -100 # what cross-entropy skips
