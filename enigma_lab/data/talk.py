@@ -10,6 +10,8 @@ __all__ = ['MORE', 'DECLINE', 'TOPICS', 'BEYOND', 'WITHOUT_WORDS', 'SHARES', 'LE
 import functools, hashlib, random, re
 from collections import Counter
 
+from fastcore.basics import patch
+
 from .tasks import FAMILIES, Family, split_of
 from .text import builtin_documents
 
@@ -47,25 +49,29 @@ class Words(random.Random):
         self.held = {w for part in ('validation', 'test') for of in words[part].values()
                      for w in of}
 
-    def word(self,
-        n:int, # letters; a real word has fewer where there is none so long
-    )->str: # small letters
-        "Draw a word."
-        self.drawn += 1
-        kind = self.random()
-        if kind < self.real: return self.choice(self.words[max(k for k in self.words if k <= n)])
-        while (w := self.invented(n, kind < self.real + .2)) in self.held: pass
-        return w
 
-    def invented(self,
-        n:int, # letters
-        spoken:bool, # consonants and vowels in turn
-    )->str: # small letters
-        "Make up a word."
-        if spoken: return ''.join(self.choice(('bcdfghjklmnpqrstvwxyz', 'aeiou')[i % 2])
-                                  for i in range(n))
-        letters = self.sample('abcdefghijklmnopqrstuvwxyz', self.choice((3, 6, 26, 26, 26)))
-        return ''.join(self.choices(letters, k=n))
+# %% ../../nbs/data/31_talk.ipynb #e3fc53a2
+@patch
+def word(self:Words,
+    n:int, # letters; a real word has fewer where there is none so long
+)->str: # small letters
+    "Draw a word."
+    self.drawn += 1
+    kind = self.random()
+    if kind < self.real: return self.choice(self.words[max(k for k in self.words if k <= n)])
+    while (w := self.invented(n, kind < self.real + .2)) in self.held: pass
+    return w
+
+@patch
+def invented(self:Words,
+    n:int, # letters
+    spoken:bool, # consonants and vowels in turn
+)->str: # small letters
+    "Make up a word."
+    if spoken: return ''.join(self.choice(('bcdfghjklmnpqrstvwxyz', 'aeiou')[i % 2])
+                              for i in range(n))
+    letters = self.sample('abcdefghijklmnopqrstuvwxyz', self.choice((3, 6, 26, 26, 26)))
+    return ''.join(self.choices(letters, k=n))
 
 # %% ../../nbs/data/31_talk.ipynb #68e328f4
 MORE = dict(
@@ -214,7 +220,8 @@ DECLINE = dict(
 TOPICS = dict(
     en='history music weather football love money physics art travel food cars birds '
        'computers poetry gardens ships films health law tea'.split(),
-    zh='历史 音乐 天气 足球 爱情 钱 物理 艺术 旅行 食物 汽车 鸟 电脑 诗歌 花园 船 电影 健康 法律 茶'.split())
+    zh='历史 音乐 天气 足球 爱情 钱 物理 艺术 旅行 食物 '
+       '汽车 鸟 电脑 诗歌 花园 船 电影 健康 法律 茶'.split())
 
 # %% ../../nbs/data/31_talk.ipynb #56bba4de
 BEYOND = dict(

@@ -54,6 +54,8 @@ class TrainConfig(TrainingConfig):
         check_precision(self)
         check_mode(self.leaks)
         shape = self.model_config()
+        if not 0 <= self.answers <= 1:
+            raise ValueError(f"answers must lie in 0 … 1, got {self.answers}")
         if not 0 <= self.window <= shape.max_len:
             raise ValueError(f"window must lie in 0 … max_len={shape.max_len}, got {self.window}")
 
@@ -122,6 +124,8 @@ def read_data(
 )->tuple: # a `Corpus`, its `LeakReport`, its tokenizer, and what cuts it into windows
     "Read text and make its alphabet, or read tokens of a tokenizer that exists."
     limit = config.max_chars or None
+    if config.answers and find_tokens(config.data): raise ValueError(
+        f"answers needs data of text, whose lines it looks at, got the tokens of {config.data}")
     if not find_tokens(config.data):
         corpus = load_text(config.data, limit, config.encoding or None,
                            max_dropped=config.max_dropped)
