@@ -58,7 +58,7 @@ def load_voices(
     "Return the voices of a tuning."
     from enigma_lab.lab.runs import find_run
     from enigma_lab.lm.lora import load_adapted
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar() # of reading the weights: it would stay on the page
     if not run and not (found := tuned_runs()): return [toy_voice()]
@@ -66,9 +66,10 @@ def load_voices(
     model, tokenizer = load_adapted(tuned)
     voices = [Voice(tuned.name, model, tokenizer)]
     if not (base := tuned.metrics.get('base')): return voices
-    try: before = AutoModelForCausalLM.from_pretrained(find_run(base).checkpoint).eval()
+    try: at = find_run(base).checkpoint
     except FileNotFoundError: return voices
-    return [*voices, Voice(f'base: {base}', before, tokenizer)]
+    before, own = (kind.from_pretrained(at) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    return [*voices, Voice(f'base: {base}', before.eval(), own)]
 
 # %% ../../nbs/apps/10_chat.ipynb #ed9bb9e1
 def lock(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PROJECTIONS', 'presets', 'settings', 'task', 'EXAMINED', 'CAN', 'untie', 'quiet', 'add_lora', 'merged',
            'trainable_card', 'fingerprint', 'save_adapter', 'Saving', 'read_origin', 'load_whole', 'load_base',
-           'load_adapted', 'TuneConfig', 'make_tune_config', 'TuneTaskData', 'prepare_tuning', 'answers', 'grams',
-           'nearest_answers', 'exam_metrics', 'evaluate_tuning', 'save_tuned', 'load_tuned', 'tune', 'exam_table',
-           'plot_exam', 'talk_table', 'can_do']
+           'load_adapted', 'TuneConfig', 'make_tune_config', 'TuneTaskData', 'learn_characters', 'prepare_tuning',
+           'answers', 'grams', 'nearest_answers', 'exam_metrics', 'evaluate_tuning', 'save_tuned', 'load_tuned', 'tune',
+           'exam_table', 'plot_exam', 'talk_table', 'can_do']
 
 # %% ../../nbs/lm/60_lora.ipynb #84d7b221
 import copy, hashlib, json, os, warnings
@@ -23,6 +23,7 @@ from torch import nn
 from ..data.instruct import (
     ChatCorpus, ChatWindows, check_characters, encode_chat, load_chats, question, single_turns)
 from ..data.tasks import FAMILIES, exact_match
+from ..data.windows import has_no_merges
 from ..lab.checkpoint import save_model
 from ..lab.config import TrainingConfig, check_precision
 from ..lab.runs import Run, find_model, read_json, reference, weights_digest, write_json
@@ -30,6 +31,7 @@ from ..lab.settings import Settings, make_settings
 from ..lab.task import Task, best_val_loss, main, run_task, training_report
 from .generate import generate, pad_left
 from .model import EnigmaConfig, EnigmaForCausalLM
+from .tokenizer import rank_characters, wrap_tokens
 
 # %% ../../nbs/lm/60_lora.ipynb #e36a46a8
 PROJECTIONS = 'q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'down_proj'
@@ -276,6 +278,22 @@ class TuneTaskData:
         "Name what a resumed tuning must share beside its windows: the base."
         return self.origin['fingerprint']
 
+# %% ../../nbs/lm/60_lora.ipynb #6f142d3c
+def learn_characters(
+    model:EnigmaForCausalLM, # changed in place
+    tokenizer, # its tokenizer
+    chats:list[dict], # rows with 'messages'
+): # a tokenizer that has all their characters; the same where it is not one of characters
+    "Give a model that learns as a whole a row for each character that it lacks."
+    texts = (m['content'] for chat in chats for m in chat['messages'])
+    vocab = tokenizer.get_vocab()
+    new = [c for c in rank_characters(texts) if c not in vocab]
+    if not new or not has_no_merges(tokenizer): return tokenizer
+    grown = wrap_tokens(vocab | {c: len(vocab) + i for i, c in enumerate(new)})
+    grown.model_max_length = tokenizer.model_max_length
+    model.resize_token_embeddings(len(grown), mean_resizing=False)
+    return grown
+
 # %% ../../nbs/lm/60_lora.ipynb #72e9e961
 def prepare_tuning(
     config:TuneConfig, # what to do
@@ -286,7 +304,6 @@ def prepare_tuning(
     model, tokenizer = load_whole(base), AutoTokenizer.from_pretrained(base.checkpoint)
     corpus = load_chats(config.data, config.max_chats or None, config.encoding or None,
                         config.max_dropped)
-    check_characters(tokenizer, corpus.train)
     origin = dict(run=reference(base), fingerprint=fingerprint(model),
                   digest=weights_digest(base.checkpoint))
     if config.window > model.config.max_len:
@@ -294,6 +311,8 @@ def prepare_tuning(
             f"window must lie within the base's context of {model.config.max_len} tokens, got "
             f"{config.window}")
     transformers.set_seed(config.seed)
+    if config.method == 'full': tokenizer = learn_characters(model, tokenizer, corpus.train)
+    check_characters(tokenizer, corpus.train)
     if config.method == 'lora':
         model = add_lora(model, config.r, config.alpha, config.lora_dropout, config.head,
                          config.seed)
@@ -378,6 +397,7 @@ def evaluate_tuning(
     test:bool=True, # read the test questions; False while a preset is being chosen
 )->dict: # metrics
     "Measure exact answers to unseen questions: before, after, and by looking up."
+    from transformers import AutoTokenizer
     tuned = merged(parts.model) if hasattr(parts.model, 'merge_and_unload') else parts.model.eval()
     found = dict(parts.corpus.card(), **{f'packed_{k}': v for k, v in parts.train.card().items()},
         **{f'parameters_{k}': v for k, v in trainable_card(parts.model).items()},
@@ -386,8 +406,9 @@ def evaluate_tuning(
     if parts.corpus.source not in ('tasks', 'talk'): return found
     chats = parts.corpus.read_test(run) if test else parts.corpus.validation
     before = EnigmaForCausalLM.from_pretrained(parts.base.checkpoint).to(tuned.device).eval()
+    its = AutoTokenizer.from_pretrained(parts.base.checkpoint)
     replies = dict(exact=answers(tuned, parts.tokenizer, chats),
-                   before_exact=answers(before, parts.tokenizer, chats),
+                   before_exact=answers(before, its, chats),
                    nearest_exact=nearest_answers(single_turns(parts.corpus.train), chats))
     return found | exam_metrics(chats, replies, 'test' if test else 'val')
 
