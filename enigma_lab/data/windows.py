@@ -256,6 +256,9 @@ class Windows(Dataset):
     ):
         self.window, self.isolate, self.eos = window, isolate, tokenizer.eos_token_id
         self.answers, self.newline = answers, encode_plain(tokenizer, ['\n'])[0]
+        if answers and len(self.newline) != 1: raise ValueError(
+            "answers needs a tokenizer in which a line break is one token, got "
+            f"{len(self.newline)} of them")
         self.tokens = encode_documents(documents, tokenizer)
         if len(self.tokens) < window:
             raise ValueError(f"a split must fill at least one window of {window} tokens, got "
