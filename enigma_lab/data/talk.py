@@ -287,6 +287,7 @@ def talk_one(
     while True:
         before, n = rng.drawn, rng.choice(LENGTHS) if split == 'train' else rng.randint(3, 7)
         text, answer, *fields = kind.draw(rng, n)
+        if kind.name == 'lookup' and text.count(f"{fields[0]['key']}=") > 1: continue # two answers
         # a real word of the split is in no other
         if rng.drawn > before if real else split_of([kind.name, text, fields]) == split: break
     language, fields = rng.choice(['en', 'zh']), fields[0] if fields else {}
