@@ -12,7 +12,7 @@ from pathlib import Path
 from .runs import Run, runs_root
 
 # %% ../../nbs/lab/12_showcase.ipynb #d8ea9531
-LARGEST, TOGETHER = 5_500_000, 16_000_000 # bytes
+LARGEST, TOGETHER = 5_500_000, 24_000_000 # bytes
 
 def halve(
     path:Path, # of a safetensors file

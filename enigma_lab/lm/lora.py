@@ -479,14 +479,15 @@ CAN = .95 # share of exact answers from which on a family counts as learned
 
 def talk_table(
     run:Run, # of a tuning on 'talk'
-): # a DataFrame: a line for each family; shares between 0 and 1, '–' where there are no words
+): # a DataFrame: a line for each family; shares between 0 and 1, '–': no words; '✓': it can
     "Present exact answers to questions in a person's words: unseen arguments and real words."
     import pandas as pd
     part = 'test' if 'test_exact_all' in run.metrics else 'val'
     share = lambda name, f: run.metrics.get(f'{part}_{name}_family_{f}')
     lines = {f: [share('exact', f), share('words_exact', f)] for f in [*FAMILIES, 'beyond']}
     lines = {f: [*('–' if s is None else s for s in of),
-                 all(s is None or s >= CAN for s in of)] for f, of in lines.items()}
+                 '✓' if all(s is None or s >= CAN for s in of) else '']
+             for f, of in lines.items()}
     return pd.DataFrame.from_dict(lines, orient='index', columns=[
         'unseen arguments', 'real words', 'can'])
 
@@ -495,4 +496,4 @@ def can_do(
 )->list[str]: # families
     "List the families that a tuned model has learned, on unseen arguments and real words."
     table = talk_table(run)
-    return [f for f in FAMILIES if table.can[f]]
+    return [f for f in FAMILIES if table.can[f] == '✓']
