@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from filelock import FileLock
 from torch.utils.data import Dataset
 
@@ -275,11 +276,13 @@ class Windows(Dataset):
         if self.isolate: found['position_ids'] = restarting_positions(ids, self.eos)
         return found
 
-    def digest(self)->str: # 64 hexadecimal digits
-        "Compute the SHA-256 of all windows, from the file that holds them."
-        how = [self.window, self.isolate, self.eos, self.tokens.dtype.name,
-               *[self.answers][:self.answers > 0]]
-        return digest(json.dumps([digest_file(self.tokens.filename), *how]))
+# %% ../../nbs/data/12_windows.ipynb #741840be
+@patch
+def digest(self:Windows)->str: # 64 hexadecimal digits
+    "Compute the SHA-256 of all windows, from the file that holds them."
+    how = [self.window, self.isolate, self.eos, self.tokens.dtype.name,
+           *[self.answers][:self.answers > 0]]
+    return digest(json.dumps([digest_file(self.tokens.filename), *how]))
 
 # %% ../../nbs/data/12_windows.ipynb #ce01abda
 def restarting_positions(
