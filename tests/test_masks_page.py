@@ -156,7 +156,7 @@ def test_a_layer_opens_and_its_groups_are_told(visit, models):
         canvas.focus()
         for key in 'ArrowDown', 'ArrowRight', 'ArrowRight', 'ArrowLeft': canvas.press(key)
         four = weight(dense, name).reshape(case.shape)[1, 4:8, 0, 0].half().tolist()
-        kept = lambda mask: ''.join('■' if x else '□' for x in mask.reshape(case.shape)[1, 4:8, 0, 0])
+        kept = lambda mask: ''.join('□■'[x] for x in mask.reshape(case.shape)[1, 4:8, 0, 0])
         said = app(page).locator('.group').inner_text()
         assert said.startswith('output 1, inputs 4 to 7')
         assert 'weights ' + ', '.join(f'{x:.3f}' for x in four) + '. Kept' in said

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CASES', 'FILM_JS', 'PLAYER_JS', 'BLIND_JS', 'GAP_JS', 'STRIP_JS', 'MAP_JS', 'GROUP_JS', 'LAYER_JS', 'KNOBS', 'LIMITS',
-           'SETTINGS_JS', 'START_JS', 'PAGE_JS', 'MASKS_JS', 'MASKS_CSS', 'load_masked', 'toy_masked', 'beside',
-           'check_dense', 'about', 'denoise', 'data_url', 'film', 'mask_cases', 'layer_rows', 'layer_facts', 'gap_of',
-           'row_names', 'masked_runs', 'is_whole', 'open_masked', 'MasksApp', 'masks_app']
+           'SETTINGS_JS', 'START_JS', 'PAGE_JS', 'MASKS_JS', 'ROWS_CSS', 'MASKS_CSS', 'load_masked', 'toy_masked',
+           'beside', 'check_dense', 'denoise', 'data_url', 'film', 'mask_cases', 'layer_rows', 'layer_facts', 'gap_of',
+           'about', 'row_names', 'masked_runs', 'is_whole', 'open_masked', 'MasksApp', 'masks_app']
 
 # %% ../../nbs/apps/50_masks.ipynb #f040110f
 import base64, io, json
@@ -78,19 +78,6 @@ def check_dense(
         raise ValueError("a mask must be shown on the model it was learned on, got other weights "
             f"of {name!r} in the dense model {run.config['model']!r} than in {run.name}")
 
-def about(
-    run:Run, # run of train_maskpro
-)->str: # sentence
-    "Say what a run is, and how much of the gap its masks recovered."
-    c, m = run.config, run.metrics
-    gap = 'gap_recovered is not in its metrics'
-    if 'gap_recovered' in m:
-        interval = f"95 % interval {m['gap_recovered_from']:.2f} to {m['gap_recovered_to']:.2f}"
-        split = m.get('split', 'held-out')
-        gap = f"gap_recovered {m['gap_recovered']:.2f} ({interval}) on {split} images"
-    learned = f"learned on {c['dataset']} with the estimator {c['estimator']!r}"
-    return f"{run.name}: {c['n']}:{c['m']} masks, {learned}; {gap}"
-
 # %% ../../nbs/apps/50_masks.ipynb #b9f1fc1a
 def denoise(
     models:dict, # name of a model -> UNet2DModel
@@ -151,7 +138,7 @@ def layer_rows(
 def layer_facts(
     models:dict, # 'dense', 'initial', 'learned' -> UNet2DModel
     name:str, # of a layer with a mask
-)->dict: # shape (out, in, high, wide), M, whether groups lie along `in`, cases and weights as base64
+)->dict: # shape (out, in, high, wide), m, along `in`?, cases, weights: base64
     "Describe a layer. Raises ValueError for one that has no mask."
     cases = mask_cases(models)
     if name not in cases: raise ValueError(f"layer must be one of {sorted(cases)}, got {name!r}")
@@ -414,7 +401,10 @@ const makeMap = () => {
   const canvas = element('canvas', { tabindex: 0, role: 'img' })
   const counts = element('p', { class: 'legend' }), said = liveText('group')
   let layer, at, spot = { o: 0, i: 0, h: 0, w: 0 }
-  const tell = found => { if (found) { spot = found; said.textContent = groupWords(layer, at, spot) } }
+  const tell = found => {
+    spot = found ?? spot
+    said.textContent = groupWords(layer, at, spot)
+  }
   const point = ({ offsetX, offsetY }) => {
     const scale = canvas.width/canvas.clientWidth
     tell(at.weight(Math.floor(offsetX*scale), Math.floor(offsetY*scale)))
@@ -499,7 +489,8 @@ const start = ({ app, model, ask, save }) => {
 # %% ../../nbs/apps/50_masks.ipynb #6c47dd33
 PAGE_JS = r"""
   const look = trying(async run => {
-    try { facts = await opened('look', { run }) } catch (error) { runs.value = state.run; throw error }
+    try { facts = await opened('look', { run }) }
+    catch (error) { runs.value = state.run; throw error }
     state.run = run
     save({ ...state })
     runs.replaceChildren(...facts.runs.map(name => element('option', { value: name },
@@ -529,7 +520,7 @@ MASKS_JS = app_module('const CASES = ' + json.dumps(list(CASES.items())), FILM_J
     BLIND_JS, GAP_JS, STRIP_JS, MAP_JS, GROUP_JS, LAYER_JS, SETTINGS_JS, START_JS + PAGE_JS)
 
 # %% ../../nbs/apps/50_masks.ipynb #7bf8f01d
-MASKS_CSS = BASE_CSS + r"""
+ROWS_CSS = r"""
 .masks { display: grid; gap: 14px; grid-template-columns: minmax(0, 1fr); max-width: 56em; }
 .masks h2 { font-size: 1.25em; font-weight: 650; border: 0; margin: 0 0 4px; padding: 0; }
 .masks section { border-top: 1px solid var(--ea-edge); padding-top: 14px; display: grid; gap: 10px;
@@ -548,6 +539,10 @@ MASKS_CSS = BASE_CSS + r"""
 .masks .choice .tile { width: 100%; }
 .masks .choice:disabled { opacity: 1; }
 .masks .choice.dense { border: 2px solid var(--ea-way-out); }
+"""
+
+# %% ../../nbs/apps/50_masks.ipynb #dad56544
+MASKS_CSS = BASE_CSS + ROWS_CSS + r"""
 .masks .gaps { list-style: none; display: grid; gap: 6px; }
 .masks .gaps li { display: grid; gap: 2px 10px; align-items: center;
   grid-template-columns: minmax(0, 12em) minmax(6em, 1fr) 10em; }
