@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CASES', 'FILM_JS', 'PLAYER_JS', 'BLIND_JS', 'GAP_JS', 'STRIP_JS', 'MAP_JS', 'GROUP_JS', 'LAYER_JS', 'KNOBS', 'LIMITS',
-           'SETTINGS_JS', 'START_JS', 'PAGE_JS', 'MASKS_JS', 'ROWS_CSS', 'MASKS_CSS', 'load_masked', 'toy_masked',
-           'beside', 'check_dense', 'denoise', 'data_url', 'film', 'mask_cases', 'layer_rows', 'layer_facts', 'gap_of',
-           'about', 'row_names', 'masked_runs', 'is_whole', 'open_masked', 'MasksApp', 'masks_app']
+           'SETTINGS_JS', 'START_JS', 'PAGE_JS', 'MASKS_JS', 'ROWS_CSS', 'MASKS_CSS', 'gap_of', 'about', 'row_names',
+           'load_masked', 'toy_masked', 'beside', 'check_dense', 'denoise', 'data_url', 'film', 'mask_cases',
+           'layer_rows', 'layer_facts', 'masked_runs', 'is_whole', 'open_masked', 'MasksApp', 'masks_app']
 
 # %% ../../nbs/apps/50_masks.ipynb #f040110f
 import base64, io, json
@@ -26,6 +26,38 @@ from ..ddpm.train import find_pipeline, load_pipeline
 from ..maskpro.masks import apply_masks, find_masks, mask_report, without_parts
 from ..maskpro.scores import initial_mask
 from ..maskpro.train import MaskTask, config_of, need, three_models
+
+# %% ../../nbs/apps/50_masks.ipynb #93c5f278
+def gap_of(
+    metrics:dict, # of a record
+    name:str, # of a row
+)->list[float]|None: # share of the gap, from, to; `None`: not measured
+    "Find the share of the gap that a row wins back."
+    fixed = dict(dense=1., initial=0.)
+    if name in fixed: return [fixed[name]]*3
+    before = '' if name == 'learned' else f'{name}_'
+    keys = [f'{before}gap_recovered{end}' for end in ('', '_from', '_to')]
+    return [metrics[k] for k in keys] if all(k in metrics for k in keys) else None
+
+def about(
+    run:Run, # of train_maskpro
+)->str: # sentence
+    "Say what a run is."
+    c, m = run.config, run.metrics
+    split = f" The gap is that of {m['split']} images." if 'gap_recovered' in m else ''
+    return (f"Run {run.name}: {c['n']}:{c['m']} masks of a model of {c['dataset']}, learned "
+            f"with the estimator {c['estimator']!r}.{split}")
+
+def row_names(
+    models:dict, # name -> UNet2DModel
+    config:dict, # of the run; empty: a toy
+)->dict: # name -> words
+    "Name the rows for people."
+    kept = f"{config.get('n', 2)} of {config.get('m', 4)}"
+    words = dict(dense='all weights', learned=f'{kept}, learned',
+                 initial=f"{kept}, by {config.get('initial', 'magnitude')}")
+    order = sorted(models, key=lambda name: (name == 'learned', name not in words))
+    return {name: words.get(name, f'{kept}, {name}') for name in order}
 
 # %% ../../nbs/apps/50_masks.ipynb #0f919bdf
 def load_masked(
@@ -149,38 +181,6 @@ def layer_facts(
     return dict(shape=[*case.shape, 1, 1][:4], m=masks.m, along=layer.axis == 1,
         cases=text(case.byte().numpy()), weights=text(w.half().numpy()),
         counts=case.flatten().bincount(minlength=len(CASES)).tolist())
-
-# %% ../../nbs/apps/50_masks.ipynb #93c5f278
-def gap_of(
-    metrics:dict, # of a record
-    name:str, # of a row
-)->list[float]|None: # share of the gap, from, to; `None`: not measured
-    "Find the share of the gap that a row wins back."
-    fixed = dict(dense=1., initial=0.)
-    if name in fixed: return [fixed[name]]*3
-    before = '' if name == 'learned' else f'{name}_'
-    keys = [f'{before}gap_recovered{end}' for end in ('', '_from', '_to')]
-    return [metrics[k] for k in keys] if all(k in metrics for k in keys) else None
-
-def about(
-    run:Run, # of train_maskpro
-)->str: # sentence
-    "Say what a run is."
-    c, m = run.config, run.metrics
-    split = f" The gap is that of {m['split']} images." if 'gap_recovered' in m else ''
-    return (f"Run {run.name}: {c['n']}:{c['m']} masks of a model of {c['dataset']}, learned "
-            f"with the estimator {c['estimator']!r}.{split}")
-
-def row_names(
-    models:dict, # name -> UNet2DModel
-    config:dict, # of the run; empty: a toy
-)->dict: # name -> words
-    "Name the rows for people."
-    kept = f"{config.get('n', 2)} of {config.get('m', 4)}"
-    words = dict(dense='all weights', learned=f'{kept}, learned',
-                 initial=f"{kept}, by {config.get('initial', 'magnitude')}")
-    order = sorted(models, key=lambda name: (name == 'learned', name not in words))
-    return {name: words.get(name, f'{kept}, {name}') for name in order}
 
 # %% ../../nbs/apps/50_masks.ipynb #edabbc55
 FILM_JS = r"""
@@ -626,6 +626,7 @@ def answer_look(self:MasksApp,
     return dict(runs=self.runs, note=note, names=names, layers=layers, most=most['name'],
                 gaps={name: gap_of(found.metrics if found else {}, name) for name in names})
 
+# %% ../../nbs/apps/50_masks.ipynb #bb2697a8
 @patch
 def answer_draw(self:MasksApp,
     run:str, # one of `runs`
