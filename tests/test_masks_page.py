@@ -1,76 +1,247 @@
-"The masks page in a real JupyterLab, at 800 pixels, used as a person does."
+"The masks page as a person uses it: with Python behind it, without a kernel, in JupyterLab."
+import base64
+import io
+import json
+
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import expect
 
-from jupyter_lab import keys_stay, no_cell_failed, opened, set_knob
+from enigma_lab.apps.masks import CASES, KNOBS, MasksApp, film, load_masked, row_names
+from enigma_lab.ddpm.model import sample_images
+from enigma_lab.lab.runs import find_run
+from jupyter_lab import keys_stay, no_cell_failed, opened
+from test_lampboard import axe, reach, watch # noqa: F401, `axe` is a fixture
+from test_monitor_page import picture
+from test_sampler import PAGE, WIDGET
 
-pytestmark = pytest.mark.proof('apps.widget', 'apps.masks')
+pytestmark = pytest.mark.proof('apps.base', 'apps.masks')
 
 pytest_plugins = 'jupyter_lab'
 
+WIDTHS = 390, 800, 1280
+RUN = 'showcase/maskpro'
 INJECTION = '<img src=x onerror="window.hacked = true">'
 
+@pytest.fixture
+def visit(browser, tmp_path):
+    "Open a page with apps whose questions these tests answer, as a kernel does."
+    pages = []
+    def visit(*apps, width=800, dark=False, **options):
+        apps = apps or [MasksApp(RUN)]
+        widgets = [WIDGET.format(i=i, module=app._esm.replace('export default', ''),
+                                 state=json.dumps(app.state)) for i, app in enumerate(apps)]
+        path = tmp_path/f'page{len(pages)}.html'
+        path.write_text(PAGE.format(css=apps[0]._css, ground='#111' if dark else '#fff',
+                                    body=''.join(widgets)), encoding='utf-8')
+        page = browser.new_page(viewport=dict(width=width, height=900), **options)
+        watch(page, path.as_uri())
+        page.expose_function('python', lambda i, content: apps[i].answer(content))
+        page.goto(path.as_uri())
+        for app in page.locator('.masks').all(): app.locator('canvas[width]').wait_for()
+        pages.append(page)
+        return page
+    yield visit
+    for page in pages:
+        assert not page.wrong, page.wrong
+        assert page.evaluate('window.hacked') is None
+        page.close()
+
 @pytest.fixture(scope='module')
-def page(lab, browser):
-    with opened(lab, browser, '50_masks.ipynb', '.masks-app .masks-run input') as page:
-        page.set_viewport_size(dict(width=800, height=1000))
-        yield page
+def models(): return load_masked(RUN)
 
-def app(page): return page.locator('.masks-app').last
+def app(page): return page.locator('.masks').last
 
-def pictures(page, where):
-    "The images of a part of the page, all of them decoded."
-    found = app(page).locator(f'.masks-{where} img')
-    assert all(found.evaluate_all('all => all.map(x => x.complete && x.naturalWidth > 0)'))
-    return found.evaluate_all('all => all.map(x => x.src)')
+def named(page, role, name, **options):
+    return app(page).get_by_role(role, name=name, exact=True, **options)
 
-def rows_change(page, before):
-    "The rows once they are others."
-    page.wait_for_function("""before => {
-        const app = [...document.querySelectorAll('.masks-app')].pop()
-        const now = [...app.querySelectorAll('.masks-images img')].map(x => x.src)
-        return now.length == 3 && now.join() != before.join()
-    }""", arg=before)
-    return pictures(page, 'images')
+def films(page):
+    "The pictures of the rows, as arrays."
+    urls = app(page).locator('.film').evaluate_all("""rows => rows.map(row =>
+        getComputedStyle(row.firstChild).backgroundImage.slice(5, -2))""")
+    return [np.array(Image.open(io.BytesIO(base64.b64decode(url.split(',')[1])))) for url in urls]
 
-def test_three_models_draw_from_the_same_noise(page):
-    assert 'untrained toy' in app(page).inner_text()
-    assert pictures(page, 'images') == []
-    set_knob(page, 'steps', 6)
-    set_knob(page, 'images', 5)
-    app(page).locator('button.masks-draw').click()
-    drawn = rows_change(page, [])
-    assert len(set(drawn)) == 3
-    set_knob(page, 'after step', 2)
-    early = rows_change(page, drawn)
-    assert len(set(early)) == 3 and not set(early) & set(drawn)
-    set_knob(page, 'after step', 0)
-    assert len(set(rows_change(page, early))) == 1
+def last_images(whole, models, steps, images, seed):
+    "Compare the end of each film with the sampler, which is not the page's."
+    for pixels, name in zip(whole, row_names(models[0], {})):
+        drawn = sample_images(models[0][name], models[1], images, steps, seed, batch_size=images)
+        row = ((drawn.clamp(-1, 1) + 1)*127.5).round().byte().numpy()[:, 0]
+        assert (pixels[-row.shape[1]:] == np.concatenate(list(row), 1)).all(), name
 
-def test_a_layer_has_its_map(page):
-    layer = app(page).locator('.masks-layer select')
-    layer.select_option('down_blocks.0.resnets.0.conv1')
-    expect(app(page).locator('.masks-map img')).to_have_count(9) # a kernel of three by three
-    convolution = pictures(page, 'map')
-    layer.select_option('mid_block.attentions.0.to_q')
-    expect(app(page).locator('.masks-map img')).to_have_count(1)
-    assert not set(pictures(page, 'map')) & set(convolution)
-    for case in ('dropped by both', 'lost', 'gained', 'kept by both'):
-        expect(app(page).locator('.masks-map')).to_contain_text(case)
-    row = app(page).locator('.masks-table tr', has_text='mid_block.attentions.0.to_q')
-    expect(row.locator('td').nth(2)).to_have_text('16') # groups of four in eight by eight
+def test_all_rows_play_from_the_same_noise(visit, models):
+    page = visit()
+    slider, whole = named(page, 'slider', 'after step'), films(page)
+    assert len(whole) == len(models[0]) >= 3
+    last_images(whole, models, **KNOBS)
+    side = whole[0].shape[0]//(KNOBS['steps'] + 1)
+    assert all((pixels[:side] == whole[0][:side]).all() for pixels in whole) # the noise
+    expect(app(page).locator('.bar .count')).to_have_text('step 24 of 24') # it has played
+    named(page, 'button', 'Play').click()
+    expect(named(page, 'button', 'Pause')).to_be_visible()
+    slider.fill('0') # a hand on the slider stops it
+    expect(named(page, 'button', 'Play')).to_be_visible()
+    where = lambda: app(page).locator('.film').first.locator('.tile').nth(2).evaluate(
+        'tile => tile.style.backgroundPosition')
+    assert where() == f'{100*2/7:.4f}% 0%'
+    slider.fill('6')
+    assert where() == f'{100*2/7:.4f}% 25%' # six of 24 steps
+    assert slider.get_attribute('aria-valuetext') == 'step 6 of 24'
+    expect(app(page).get_by_role('img', name='all weights, after step 6')).to_be_visible()
 
-def test_it_fits_a_narrow_window(page):
-    inner, outer, right = app(page).evaluate(
-        'x => [x.scrollWidth, x.clientWidth, x.getBoundingClientRect().right]')
-    assert inner <= outer + 1 and right <= 800
+def test_knobs_are_what_is_drawn(visit, models):
+    page = visit()
+    app(page).get_by_text('Knobs').click()
+    for name, value in dict(seed=3, steps=5, images=2).items():
+        named(page, 'spinbutton', name).fill(str(value))
+    named(page, 'button', 'Draw anew').click()
+    expect(named(page, 'slider', 'after step')).to_have_attribute('max', '5')
+    last_images(films(page), models, steps=5, images=2, seed=3)
+    named(page, 'spinbutton', 'steps').fill('51')
+    named(page, 'spinbutton', 'steps').press('Enter')
+    expect(app(page).locator('.wrong')).to_have_text(
+        'steps must be a whole number from 1 to 50, got 51')
+    assert len(films(page)) == len(models[0]) # what was there stays
+    page.wait_for_timeout(400)
+    assert page.evaluate('window.saved.knobs') == dict(seed=3, steps=5, images=2)
 
-def test_a_wrong_name_is_text_and_loses_nothing(page):
-    rows = pictures(page, 'images')
-    field = app(page).locator('.masks-run input')
-    field.fill(INJECTION); field.press('Tab')
-    expect(app(page).locator('.masks-said')).to_contain_text('<img src=x')
-    assert pictures(page, 'images') == rows
-    assert page.evaluate('window.hacked') is None and no_cell_failed(page)
+def test_the_blind_test_counts(visit, models):
+    page, right, orders = visit(reduced_motion='reduce'), 0, set()
+    for turn in range(6):
+        choices = app(page).locator('.choice')
+        names = choices.evaluate_all('all => all.map(x => x.dataset.name)')
+        assert sorted(names) == sorted(models[0])
+        assert 'weights' not in choices.first.inner_text() # the answer is not written on it
+        orders.add(tuple(names))
+        name = 'dense' if turn % 2 else 'learned'
+        right += name == 'dense'
+        app(page).locator(f'.choice[data-name={name}]').click()
+        expect(app(page).get_by_text(f'{right} of {turn + 1} right')).to_be_visible()
+        expect(app(page).locator('.choice.dense')).to_contain_text('all weights')
+        assert choices.first.is_disabled()
+        named(page, 'button', 'Next').click()
+    assert len(orders) > 1 # one in 7,776 by chance with three rows
 
-def test_keys_stay_on_the_page(page): keys_stay(page, '.masks-note', 'button.masks-draw')
+def test_the_gap_is_the_records(visit):
+    page, m = visit(), find_run(RUN).metrics
+    row = app(page).locator('.gaps li', has_text='learned').last
+    share, low, high = (f"{100*m[f'gap_recovered{end}']:.0f} %" for end in ('', '_from', '_to'))
+    expect(row.locator('.count')).to_have_text(f'{share} ({low} to {high})')
+    left, width, whole = row.locator('.interval').evaluate("""x => {
+        const a = x.getBoundingClientRect(), b = x.parentNode.getBoundingClientRect()
+        return [a.left - b.left, a.width, b.width] }""")
+    assert abs(left/whole - m['gap_recovered_from']) < .02
+    assert abs(width/whole - m['gap_recovered_to'] + m['gap_recovered_from']) < .02
+
+def test_a_layer_opens_and_its_groups_are_told(visit, models):
+    page = visit()
+    dense, before, now = (models[0][name] for name in ('dense', 'initial', 'learned'))
+    weight = lambda model, name: model.get_submodule(name).weight.detach()
+    colours = [[int(c[k:k + 2], 16) for k in (1, 3, 5)] for c in CASES.values()]
+    for name in 'mid_block.attentions.0.to_q', 'down_blocks.0.resnets.0.conv1':
+        named(page, 'combobox', 'layer').select_option(name)
+        app(page).get_by_role('img', name=f'masks of {name}; arrow keys choose a group').wait_for()
+        a, b = ((weight(model, name) != 0).long() for model in (before, now))
+        case = (a + 2*b).reshape(*a.shape[:2], *(a.shape[2:] or (1, 1))).numpy()
+        O, I, H, W = case.shape
+        canvas = app(page).locator('canvas')
+        pixels = np.array(canvas.evaluate("""x => [...x.getContext('2d').getImageData(0, 0,
+            x.width, x.height).data]"""), np.uint8).reshape(H*(O + 1) - 1, W*(I + 1) - 1, 4)
+        for h in range(H):
+            for w in range(W):
+                tile = pixels[h*(O + 1):h*(O + 1) + O, w*(I + 1):w*(I + 1) + I, :3]
+                assert (tile == np.array(colours)[case[:, :, h, w]]).all()
+        for kind, count in zip(CASES, np.bincount(case.ravel(), minlength=4)):
+            expect(app(page).locator('.legend')).to_contain_text(f'{kind} {count:,}')
+        canvas.focus()
+        for key in 'ArrowDown', 'ArrowRight', 'ArrowRight', 'ArrowLeft': canvas.press(key)
+        four = weight(dense, name).reshape(case.shape)[1, 4:8, 0, 0].half().tolist()
+        kept = lambda mask: ''.join('□■'[x] for x in mask.reshape(case.shape)[1, 4:8, 0, 0])
+        said = app(page).locator('.group').inner_text()
+        assert said.startswith('output 1, inputs 4 to 7')
+        assert 'weights ' + ', '.join(f'{x:.3f}' for x in four) + '. Kept' in said
+        assert f'before {kept(a)}, now {kept(b)}.' in said
+    part = app(page).locator('.strip span').nth(3)
+    title = part.get_attribute('title')
+    part.click()
+    assert named(page, 'combobox', 'layer').input_value() == title.split(',')[0]
+    expect(app(page).get_by_text(title, exact=True)).to_be_visible()
+
+def test_a_wrong_run_is_text_and_loses_nothing(visit):
+    page = visit(reduced_motion='reduce')
+    rows = [pixels.tobytes() for pixels in films(page)]
+    named(page, 'combobox', 'run').evaluate("""(field, words) => {
+        field.append(new Option(words, words))
+        field.value = words
+        field.dispatchEvent(new Event('change')) }""", INJECTION)
+    expect(app(page).locator('.wrong')).to_contain_text(f'got {INJECTION!r}')
+    assert named(page, 'combobox', 'run').input_value() == RUN
+    assert [pixels.tobytes() for pixels in films(page)] == rows
+
+def test_two_at_once_and_by_keyboard(visit):
+    page = visit(MasksApp(RUN), MasksApp(RUN), reduced_motion='reduce')
+    first, second = page.locator('.masks').first, page.locator('.masks').last
+    first.get_by_role('slider', name='after step').fill('3')
+    assert second.get_by_role('slider', name='after step').input_value() == '24'
+    ids = page.evaluate('[...document.querySelectorAll("[id]")].map(x => x.id)')
+    assert len(ids) == len(set(ids)) > 3
+    names = set(reach(page))
+    assert not {'run', 'Play', 'after step', 'Draw anew', 'Knobs', 'image A', 'layer'} - names
+
+@pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
+def test_every_width_and_both_grounds(visit, axe, dark): # noqa: F811
+    page = visit(dark=dark, reduced_motion='reduce')
+    app(page).get_by_text('Knobs').click()
+    app(page).locator('.choice').first.click()
+    assert (app(page).get_attribute('data-dark') is not None) == dark
+    page.evaluate(axe)
+    for width in WIDTHS:
+        page.set_viewport_size(dict(width=width, height=900))
+        page.wait_for_timeout(500) # colours have settled
+        over = app(page).evaluate("""app => [...app.querySelectorAll('*')].filter(x =>
+            x.getBoundingClientRect().right > innerWidth + 1).map(x => x.outerHTML.slice(0, 80))""")
+        inner, outer = page.evaluate('[document.documentElement.scrollWidth, innerWidth]')
+        assert over == [] and inner <= outer
+        picture(page, f"masks-{width}-{'dark' if dark else 'light'}")
+        found = page.evaluate("axe.run('.masks').then(found => found.violations)")
+        assert [(v['id'], [n['html'][:90] for n in v['nodes']]) for v in found
+                if v['impact'] in ('serious', 'critical')] == []
+
+def test_without_a_kernel_the_first_film_plays(browser, tmp_path, models):
+    path, made = tmp_path/'still.html', MasksApp(RUN)
+    path.write_text(PAGE.format(css='', ground='#fff', body=made.static_html()), encoding='utf-8')
+    page = browser.new_page()
+    watch(page, path.as_uri())
+    page.goto(path.as_uri())
+    app(page).locator('canvas[width]').wait_for()
+    last_images(films(page), models, **KNOBS)
+    layers = {json.loads(key)[1]['name'] for key in made.told if '"layer"' in key}
+    other = next(row['name'] for row in made.answer_look(RUN)['layers']
+                 if row['name'] not in layers)
+    for name, says in ((max(layers), ''), (other, 'This page has no kernel')):
+        named(page, 'combobox', 'layer').select_option(name)
+        expect(app(page).locator('.wrong')).to_contain_text(says)
+    app(page).locator('.choice').first.click()
+    expect(app(page).get_by_text('of 1 right')).to_be_visible()
+    assert page.locator('.banner:visible').count() == 0 and page.wrong == []
+    page.close()
+
+def test_in_jupyterlab(lab, browser):
+    with opened(lab, browser, '50_masks.ipynb', '.enigma-view .masks canvas[width]') as page:
+        first = page.locator('.enigma-view:not([data-app] *) .masks').first
+        expect(first.locator('.film').first).to_be_visible()
+        assert 'untrained toy' in first.text_content() # this folder has no runs
+        first.get_by_role('slider', name='after step').fill('2')
+        expect(first.locator('.bar .count')).to_have_text('step 2 of 24')
+        first.get_by_role('button', name='Draw anew').click()
+        expect(first.get_by_role('button', name='Draw anew')).to_be_enabled()
+        assert no_cell_failed(page)
+        keys_stay(page, 'h2')
+
+def test_a_film_is_all_steps(models):
+    "One picture: a row of images for each step."
+    import torch
+    x = torch.linspace(-1, 1, 3*2*1*4*4).reshape(3, 2, 1, 4, 4)
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(film(x).split(',')[1]))))
+    assert pixels.shape == (12, 8)
+    assert (pixels[4:8, 4:] == ((x[1, 1, 0] + 1)*127.5).round().byte().numpy()).all()

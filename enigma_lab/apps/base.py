@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELEMENT_JS', 'KEEP_KEYS_JS', 'THEME_JS', 'FOLLOW_JS', 'LIGHT', 'DARK', 'BASE_CSS', 'SAY_JS', 'COPY_JS', 'KERNEL_JS',
-           'ASK_JS', 'STATE_JS', 'RENDER_JS', 'STILL_JS', 'BASE_JS', 'REVERSE_JS', 'palette', 'app_module', 'EnigmaApp',
-           'ReverseApp']
+           'ASK_JS', 'TOLD_JS', 'STATE_JS', 'RENDER_JS', 'STILL_JS', 'BASE_JS', 'REVERSE_JS', 'palette', 'app_module',
+           'EnigmaApp', 'ReverseApp']
 
 # %% ../../nbs/apps/02_base.ipynb #d500e03c
 import html, json
@@ -201,6 +201,25 @@ const asker = (model, banner) => {
 }
 """
 
+# %% ../../nbs/apps/02_base.ipynb #c9fdeff3
+TOLD_JS = r"""
+const TOLD = {}
+const fromRecord = words => async (question, content = {}) => {
+  const value = TOLD[JSON.stringify([question, content])]
+  if (value === undefined) throw new Error(words)
+  return value
+}
+const newest = ask => {  // an answer that a later question has overtaken is dropped
+  let asked = 0
+  return async (...question) => {
+    const mine = ++asked
+    try { const value = await ask(...question); if (mine === asked) return value }
+    catch (error) { if (mine === asked) throw error }
+    return new Promise(() => {})
+  }
+}
+"""
+
 # %% ../../nbs/apps/02_base.ipynb #895d8f8c
 STATE_JS = r"""
 const withoutKernel = (name, state, which) => {
@@ -278,8 +297,8 @@ const mountStills = async name => {
 
 # %% ../../nbs/apps/02_base.ipynb #1deb50ae
 BASE_JS = ( # parts of every module, in the order in which they need each other
-    ELEMENT_JS, KEEP_KEYS_JS, THEME_JS, FOLLOW_JS, SAY_JS, COPY_JS, KERNEL_JS, ASK_JS, STATE_JS,
-    STILL_JS)
+    ELEMENT_JS, KEEP_KEYS_JS, THEME_JS, FOLLOW_JS, SAY_JS, COPY_JS, KERNEL_JS, ASK_JS, TOLD_JS,
+    STATE_JS, STILL_JS)
 
 def app_module(
     *parts:str, # JavaScript of an app, which defines `start({ app, model, ask, save })`
@@ -304,6 +323,7 @@ class EnigmaApp(anywidget.AnyWidget):
         **state, # state at the start
     ):
         super().__init__(state=state)
+        self.told = {} # answers that a page without a kernel has, by question
         self.on_msg(lambda _, content, __: 'ask' in content and self.send(self.answer(content)))
 
 # %% ../../nbs/apps/02_base.ipynb #1b09082d
@@ -316,12 +336,33 @@ def answer(self:EnigmaApp,
     try: return dict(answer=number, value=getattr(self, f'answer_{name}')(**content))
     except ValueError as error: return dict(answer=number, error=str(error))
 
+# %% ../../nbs/apps/02_base.ipynb #aa45a304
+@patch
+def record(self:EnigmaApp,
+    question:str, # its name
+    **content # of the question, in the page's order
+): # the answer
+    "Answer a question, and keep the answer for a page without a kernel."
+    key = json.dumps([question, content], ensure_ascii=False, separators=(',', ':'))
+    if key not in self.told: self.told[key] = getattr(self, f'answer_{question}')(**content)
+    return self.told[key]
+
+@patch
+def record_examples(self:EnigmaApp,
+    whole:bool, # False: a saved notebook has a kernel at hand, and the first example is enough
+):
+    "Keep what the page offers; an app that asks nothing keeps nothing."
+
 # %% ../../nbs/apps/02_base.ipynb #c9c76459
 @patch
 def static_html(self:EnigmaApp)->str: # HTML: a place, a style and a module
-    "Write the app as a part of a page that has no kernel."
+    "Write the app as a part of a page that has no kernel: it shows what was recorded."
+    from IPython import get_ipython
+    if not self.told: self.record_examples(whole=not getattr(get_ipython(), 'kernel', None))
+    told = json.dumps(self.told).replace('</', '<\\/').replace('<!--', '<\\!--')
     state = html.escape(json.dumps(self.state))
-    script = f'{self._esm}\nmountStills({self.name!r})'
+    script = self._esm.replace('const TOLD = {}', f'const TOLD = {told}', 1)
+    script += f'\nmountStills({self.name!r})'
     return (f"<div data-app='{self.name}' data-state='{state}'>{self.still}</div>\n"
             f'<style>{self._css}</style>\n<script type="module">\n{script}\n</script>')
 

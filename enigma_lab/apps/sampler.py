@@ -242,30 +242,15 @@ BUDGETS = [200, 800] # texts tried, at the first and at the second request
 # %% ../../nbs/apps/20_sampler.ipynb #1577316a
 SEAM_JS = f'const KNOBS = {json.dumps(KNOBS)}, ORDERS = {json.dumps(ORDERS)}, ' \
     f'BUDGETS = {json.dumps(BUDGETS)}\n' + r"""
-const TOLD = {}
 const NO_KERNEL = 'This page has no kernel, and so no encoder: choose one of the sentences, with '
   + 'the knobs as they were, or run the cell in JupyterLab.'
-const fromRecord = async (question, content) => {
-  const value = TOLD[JSON.stringify([question, content])]
-  if (value === undefined) throw new Error(NO_KERNEL)
-  return value
-}
 const makeStore = (model, ask, save) => {
   const state = { text: '', other: '', ...model.get('state') }
   state.knobs = { ...KNOBS, ...state.knobs }
-  return { state, ask: model.alone ? fromRecord : ask,
+  return { state, ask: model.alone ? fromRecord(NO_KERNEL) : ask,
     set(more) { Object.assign(state, more); save({ ...state }) } }
 }
 const plural = (n, word) => `${n.toLocaleString('en')} ${word}${n === 1 ? '' : 's'}`
-const newest = ask => {  // an answer that a later question has overtaken is dropped
-  let asked = 0
-  return async (...question) => {
-    const mine = ++asked
-    try { const value = await ask(...question); if (mine === asked) return value }
-    catch (error) { if (mine === asked) throw error }
-    return new Promise(() => {})
-  }
-}
 """
 
 # %% ../../nbs/apps/20_sampler.ipynb #f0126d92
@@ -770,7 +755,7 @@ class SamplerApp(EnigmaApp):
         self.own = None if model is None else (model, note, QUESTIONS)
         others = [] if self.own else [name for name in decoder_runs() if name != run]
         self.runs = ['this model'] if self.own else [run, *others] if run else others or ['']
-        self.told, self.looking = {}, {}
+        self.looking = {}
         super().__init__(run=self.runs[0])
 
     def reader(self,
@@ -862,16 +847,6 @@ def answer_judge(self:SamplerApp,
 
 # %% ../../nbs/apps/20_sampler.ipynb #4ea5b4de
 @patch
-def record(self:SamplerApp,
-    question:str, # its name
-    **content # of the question, in the page's order
-): # the answer
-    "Answer a question, and keep the answer for a page without a kernel."
-    key = json.dumps([question, content], ensure_ascii=False, separators=(',', ':'))
-    if key not in self.told: self.told[key] = getattr(self, f'answer_{question}')(**content)
-    return self.told[key]
-
-@patch
 def record_examples(self:SamplerApp,
     whole:bool, # False: the first example only
 ):
@@ -899,15 +874,6 @@ def word_places(
         if words and piece.startswith('##'): words[-1].append(i)
         else: words.append([i])
     return words
-
-@patch
-def static_html(self:SamplerApp)->str: # HTML: a place, a style and a module with answers
-    "Write the app for a page without a kernel: it shows what was recorded."
-    from IPython import get_ipython
-    if not self.told: self.record_examples(whole=not getattr(get_ipython(), 'kernel', None))
-    told = json.dumps(self.told).replace('</', '<\\/').replace('<!--', '<\\!--')
-    page = super(SamplerApp, self).static_html()
-    return page.replace('const TOLD = {}', f'const TOLD = {told}', 1)
 
 def sampler_app(
     run:str='', # name of a run with a sentence decoder; empty: the first of `decoder_runs`
