@@ -241,12 +241,12 @@ def test_the_terminal_view_goes_on_until_ctrl_c(own_runs):
             if not new: return
             seen += new
     try:
-        wait_for(lambda: read(.3) or b'1 run: 1 finished' in seen, 60)
+        wait_for(lambda: read(.3) or b'1 run: 1 finished' in seen, 300)
         write_record(own_runs, 2)
-        wait_for(lambda: read(.3) or b'2 runs: 2 finished' in seen, 60)
+        wait_for(lambda: read(.3) or b'2 runs: 2 finished' in seen, 300)
         process.send_signal(signal.SIGINT)
         # whose terminal is not read waits to write
-        wait_for(lambda: read(.3) or process.poll() is not None, 60)
+        wait_for(lambda: read(.3) or process.poll() is not None, 300)
         assert process.returncode == 0
         read(1)
     finally: process.kill(); os.close(ours)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PIECE', 'NEAR', 'has_no_merges', 'has_words', 'encode_plain', 'cuts_cleanly', 'find_cut', 'cut_text', 'encode_pieces',
            'encode_batch', 'encode_texts', 'cache_dir', 'CharacterTable', 'document_tokens', 'digest_file',
-           'token_dtype', 'write_once', 'encode_documents', 'answer_labels', 'Windows', 'restarting_positions']
+           'token_dtype', 'write_once', 'encode_documents', 'answer_labels', 'line_break', 'Windows',
+           'restarting_positions']
 
 # %% ../../nbs/data/12_windows.ipynb #cd6f44a3
 import hashlib, json, os, re
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from filelock import FileLock
 from torch.utils.data import Dataset
 
@@ -245,6 +245,16 @@ def answer_labels(
         begin = end + 1
     return labels
 
+# %% ../../nbs/data/12_windows.ipynb #214ded1a
+def line_break(
+    tokenizer, # of transformers
+)->int: # token
+    "Find the token of a line break. Raise ValueError if it is none, or several."
+    found = encode_plain(tokenizer, ['\n'])[0]
+    if len(found) == 1: return found[0]
+    raise ValueError("answers needs a tokenizer in which a line break is one token, got "
+                     f"{len(found)} of them")
+
 # %% ../../nbs/data/12_windows.ipynb #bf0d5a54
 class Windows(Dataset):
     "Cut documents into training windows, packed full."
@@ -256,33 +266,26 @@ class Windows(Dataset):
         answers:float=0., # share of the documents of which only the last line is learned, 0 … 1
     ):
         self.window, self.isolate, self.eos = window, isolate, tokenizer.eos_token_id
-        self.answers, self.newline = answers, encode_plain(tokenizer, ['\n'])[0]
-        if answers and len(self.newline) != 1: raise ValueError(
-            "answers needs a tokenizer in which a line break is one token, got "
-            f"{len(self.newline)} of them")
+        self.answers, self.newline = answers, line_break(tokenizer) if answers else None
         self.tokens = encode_documents(documents, tokenizer)
         if len(self.tokens) < window:
             raise ValueError(f"a split must fill at least one window of {window} tokens, got "
                              f"{len(self.tokens)} tokens; give more text or a shorter window")
-
     def __len__(self): return len(self.tokens) // self.window
 
     def __getitem__(self, i): # input_ids and labels (T,) int64; position_ids when isolated
         if not 0 <= i < len(self): raise IndexError(f"window must be in [0, {len(self)}), got {i}")
         ids = torch.from_numpy(self.tokens[i*self.window:(i+1)*self.window].astype(np.int64))
-        found = dict(input_ids=ids, labels=ids.clone())
-        if self.answers: found['labels'] = answer_labels(ids, self.eos, self.newline[0],
-                                                         self.answers)
+        found = dict(input_ids=ids, labels=answer_labels(ids, self.eos, self.newline, self.answers)
+                     if self.answers else ids.clone())
         if self.isolate: found['position_ids'] = restarting_positions(ids, self.eos)
         return found
 
-# %% ../../nbs/data/12_windows.ipynb #741840be
-@patch
-def digest(self:Windows)->str: # 64 hexadecimal digits
-    "Compute the SHA-256 of all windows, from the file that holds them."
-    how = [self.window, self.isolate, self.eos, self.tokens.dtype.name,
-           *[self.answers][:self.answers > 0]]
-    return digest(json.dumps([digest_file(self.tokens.filename), *how]))
+    def digest(self)->str: # 64 hexadecimal digits
+        "Compute the SHA-256 of all windows, from the file that holds them."
+        how = [self.window, self.isolate, self.eos, self.tokens.dtype.name]
+        if self.answers: how.append(self.answers)
+        return digest(json.dumps([digest_file(self.tokens.filename), *how]))
 
 # %% ../../nbs/data/12_windows.ipynb #ce01abda
 def restarting_positions(
