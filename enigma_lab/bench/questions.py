@@ -174,20 +174,21 @@ def floor_statistics(
 ):
     "Raise the deviations of coordinates that hardly move, and tell the decoder the true scale."
     model.z_std.clamp_(min=least*model.z_std.median())
-    model.decoder.condition.scale.copy_(model.z_std/model.z_std.median())
+    if model.config.conditioning == 'place':
+        model.decoder.condition.scale.copy_(model.z_std/model.z_std.median())
 
 # %% ../../nbs/bench/49_questions.ipynb #6c87bad4
 def new_reader(
     q:Questions, # to learn from
     o:dict, # FULL, with changes
 )->SGDDModel: # untrained, with its encoder
-    "Make a decoder that is told the vector by place, and start from the encoder's embedding."
+    "Make a decoder, told by place unless `shape` says more; start from the encoder's embedding."
     torch.manual_seed(o['seed'])
     t, K = q.tokenizer, o['num_vectors']
     config = SGDDConfig(len(t), t.mask_token_id, t.pad_token_id, num_vectors=K,
         encoder_dim=q.z.shape[1], dim=o['dim'], num_layers=o['layers'], num_heads=o['heads'],
-        ffn_dim=4*o['dim'], max_len=q.tokens.shape[1], conditioning='place',
-        null_share=0., learned_null=False, length_dim=o['length_dim'])
+        ffn_dim=4*o['dim'], max_len=q.tokens.shape[1], null_share=0., learned_null=False,
+        length_dim=o['length_dim'], **dict(conditioning='place') | o.get('shape', {}))
     model = SGDDModel(config, SemanticEncoder('minilm', K), t)
     model.fit_statistics(q.z[:q.real].float(), (q.tokens[:q.real] >= 0).sum(1))
     floor_statistics(model)
@@ -259,19 +260,20 @@ class Batches:
 
 # %% ../../nbs/bench/49_questions.ipynb #62ec8478
 def hidden_states(
-    model:SGDDModel, # told by place
+    model:SGDDModel, # whose decoder is not told the time
     x:Tensor, # (B, T) tokens and masks
     z:Tensor, # (B, K·384) vectors
 )->Tensor: # (B, T, C)
     "Compute the states of all places, their sums in bfloat16 under autocast."
     d = model.decoder
-    h, _ = d.tell((d.embed(x) + d.place[:x.shape[1]])*d.dim**.5, model.vector(z))
+    h = d.embed(x) if d.place is None else d.embed(x) + d.place[:x.shape[1]]
+    h, condition = d.tell(h*d.dim**.5, model.vector(z))
     if torch.is_autocast_enabled('cpu'): h = h.bfloat16()
-    for layer in d.layers: h = layer(h, None, None, d.rope)
-    return d.norm(h)
+    for layer in d.layers: h = layer(h, condition, None, d.rope)
+    return d.finish(h, condition)
 
 def loss_of(
-    model:SGDDModel, # told by place
+    model:SGDDModel, # whose decoder is not told the time
     batch:tuple, # of `Batches`
 )->Tensor: # nats a hidden token, fewer than over all tokens
     "Compare hidden tokens with the batch's and some others (sampled softmax, arXiv:1412.2007)."
