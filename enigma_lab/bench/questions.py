@@ -565,12 +565,13 @@ def start_training(
 def start_test(
     task:str, # whose records are looked at, 'bench_questions'
     trained:Run, # finished
+    **changes # of its configuration, such as how many sentences the loop reads
 )->Run: # new
     "Start the record of a test, once for a model. Raise FileExistsError for a second one."
     if any(run.config.get('trained') == trained.name for run in list_runs(task)):
         raise FileExistsError(
             f"the test part is read once for a model, and it was for {trained.name}")
-    return start_run(task, dict(trained.config, trained=trained.name), note='test')
+    return start_run(task, dict(trained.config, trained=trained.name, **changes), note='test')
 
 def unfinished_run(
     name:str, # of a run
@@ -583,9 +584,10 @@ def unfinished_run(
 
 def read_test(
     trained:Run, # finished
+    looped:int=0, # questions that the loop reads; 0: as the training says
 )->Run: # finished
     "Score the test questions, in a record of their own; they are read once for a model."
-    run = start_test('bench_questions', trained)
+    run = start_test('bench_questions', trained, **(dict(looped=looped) if looped else {}))
     q = read_as(run.config)
     model = SGDDModel.from_pretrained(trained.checkpoint)
     return finish_run(run, score_questions(run, q, model))
@@ -608,12 +610,13 @@ def main(
     parser.add_argument('--small', action='store_true', help='few questions, to see that it works')
     parser.add_argument('--resume', default='', help='go on with an unfinished run')
     parser.add_argument('--test', default='', help='read the test questions with this run')
+    parser.add_argument('--looped', type=int, default=0, help='of them, how many with the loop')
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     own = dict(data=given.data, num_vectors=given.num_vectors, base=given.base,
                extra=given.extra, longest=given.longest, split=given.split)
     config = dict(SMALL, **own) if given.small else dict(FULL, **own, seconds=given.seconds)
-    if given.test: run = read_test(find_run(given.test))
+    if given.test: run = read_test(find_run(given.test), given.looped)
     else: run = train_reader(unfinished_run(given.resume) if given.resume
                              else start_training('bench_questions', config))
     print(json.dumps(run.metrics, indent=1))
