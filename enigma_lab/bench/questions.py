@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 'noised', 'vectors_of_pieces', 'Questions',
-           'cached_vectors', 'read_questions', 'read_as', 'floor_statistics', 'new_reader', 'take_weights',
-           'fit_length', 'Batches', 'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of',
-           'watch', 'train_for', 'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader',
-           'start_training', 'start_test', 'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of',
-           'table', 'facts', 'examples', 'plot_curves', 'answer']
+           'cached_vectors', 'read_questions', 'read_as', 'new_reader', 'take_weights', 'fit_length', 'Batches',
+           'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch', 'train_for',
+           'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader', 'start_training', 'start_test',
+           'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of', 'table', 'facts', 'examples',
+           'plot_curves', 'answer']
 
 # %% ../../nbs/bench/49_questions.ipynb #97a84668
 import argparse, json, math, random, sys
@@ -168,15 +168,6 @@ FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=3., longest=
 SMALL = dict(FULL, most=200, dim=32, layers=1, heads=4, seconds=2., looks=2, watched=20, judged=20,
     looped=2, certified=20)
 
-def floor_statistics(
-    model:SGDDModel, # after `fit_statistics`
-    least:float=.1, # of the median deviation
-):
-    "Raise the deviations of coordinates that hardly move, and tell the decoder the true scale."
-    model.z_std.clamp_(min=least*model.z_std.median())
-    if model.config.conditioning == 'place':
-        model.decoder.condition.scale.copy_(model.z_std/model.z_std.median())
-
 # %% ../../nbs/bench/49_questions.ipynb #6c87bad4
 def new_reader(
     q:Questions, # to learn from
@@ -191,7 +182,6 @@ def new_reader(
         length_dim=o['length_dim'], **dict(conditioning='place') | o.get('shape', {}))
     model = SGDDModel(config, SemanticEncoder('minilm', K), t)
     model.fit_statistics(q.z[:q.real].float(), (q.tokens[:q.real] >= 0).sum(1))
-    floor_statistics(model)
     model.init_embedding()
     if o.get('base'): take_weights(model, find_run(o['base']))
     return model
@@ -290,11 +280,12 @@ class Training:
     def __init__(self,
         model:SGDDModel, # to train
         o:dict, # FULL, with changes
+        loss=loss_of, # function of the model and a batch: nats
     ):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         maps = [p for n, p in named if p.ndim == 2 and n.endswith('weight')]
         rest = [p for n, p in named if not (p.ndim == 2 and n.endswith('weight'))]
-        self.model, self.o, self.live = model, o, maps + rest
+        self.model, self.o, self.loss, self.live = model, o, loss, maps + rest
         self.optimizer = torch.optim.AdamW([dict(params=maps), dict(params=rest, weight_decay=0.)],
             o['learning_rate'], betas=(.9, .95), weight_decay=.02, fused=True)
         self.average = [p.detach().clone() for p in self.live]
@@ -309,12 +300,11 @@ class Training:
 # %% ../../nbs/bench/49_questions.ipynb #cf21af0a
 @patch
 def update(self:Training,
-    batch:tuple, # of `Batches`
+    batch:tuple, # of `Batches`, tokens first
 )->float: # loss, nats
     "Make one update."
     for group in self.optimizer.param_groups: group['lr'] = self.rate()
-    with torch.autocast('cpu', torch.bfloat16):
-        loss = loss_of(self.model, batch)
+    with torch.autocast('cpu', torch.bfloat16): loss = self.loss(self.model, batch)
     loss.backward()
     nn.utils.clip_grad_norm_(self.live, 1.)
     self.optimizer.step()

@@ -26,6 +26,7 @@ from .encoder import SemanticEncoder, fingerprint
 from .model import SGDDModel
 from .reconstruct import Verdict, begin_search, reconstruct
 from .sampling import check_unmask, maskgit_sample
+from .vectors import floor_deviation, usual_norm
 
 # %% ../../nbs/sgdd/57_read.ipynb #af22230a
 VECTOR_COLUMNS = 'vector', 'vectors', 'embedding', 'embeddings', 'z'
@@ -230,7 +231,7 @@ def mean_square(
 )->Tensor: # (B,) about 1 for vectors of its encoder
     "Measure how far vectors lie from those of the training."
     mean, std = model.z_mean.cpu(), model.z_std.cpu()
-    return (((z.cpu() - mean)/std.clamp(min=.1*std.mean().item()))**2).mean(1)
+    return (((z.cpu() - mean)/floor_deviation(std))**2).mean(1)
 
 # %% ../../nbs/sgdd/57_read.ipynb #223ca011
 def check_origin(
@@ -256,7 +257,7 @@ def check_scale(
     if not model.fitted: return
     low, high = PLAUSIBLE if len(z) >= 16 else PLAUSIBLE_FEW
     q, norm = mean_square(model, z).median().item(), z.norm(dim=1).median().item()
-    usual = (model.z_mean.square().sum() + model.z_std.square().sum()).sqrt().item()
+    usual = usual_norm(model.z_mean, model.z_std).item()
     if not (low <= q <= high and usual/4 <= norm <= usual*4): raise ValueError(
         f"vectors must come from the decoder's encoder, whose mean square is 1 and lies between "
         f"{low} and {high}, got {q:.3g}; they have the norm {norm:.3g} and its {usual:.3g}: were "
