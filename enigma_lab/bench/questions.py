@@ -8,7 +8,7 @@ __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 
            'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch', 'train_for',
            'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader', 'start_training', 'start_test',
            'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of', 'table', 'facts', 'examples',
-           'plot_curves', 'answer']
+           'plot_curves', 'answer', 'longer', 'lessons']
 
 # %% ../../nbs/bench/49_questions.ipynb #97a84668
 import argparse, json, math, random, sys
@@ -739,6 +739,47 @@ def answer(
             f'pieces in their place{loop}. The nearest training question is right for '
             f'{100*m[f"{part}_nearest_exact_match"]:.0f} %.')
     return '\n\n'.join(lines) or 'There is no record yet.'
+
+# %% ../../nbs/bench/49_questions.ipynb #67f093b8
+def longer(
+    found:dict, # of `records`, questions
+    other:dict, # of `records`, longer sentences
+)->str: # Markdown
+    "Say how many longer sentences there are to learn from, and when they were read best."
+    if not (found and other): return 'There is no record yet.'
+    (few, _), (many, _) = other[max(other)], found[max(found)]
+    looks = [row for row in few.history if 'cpu_s' in row]
+    best = max(looks, key=lambda row: row['val_exact_match_8'])
+    return (f"There are {few.metrics['learned_from']:,} sentences to learn from, where there were "
+        f"{many.metrics['learned_from']:,} questions. The best of its {len(looks)} looks wrote "
+        f"{100*best['val_exact_match_8']:.1f} % of {few.config['watched']} validation sentences "
+        f"exactly, after {best['cpu_s']:.0f} of {looks[-1]['cpu_s']:.0f} CPU seconds, and the last "
+        f"one {100*looks[-1]['val_exact_match_8']:.1f} %.")
+
+# %% ../../nbs/bench/49_questions.ipynb #98b652ac
+def lessons(
+    found:dict, # of `records`
+)->str: # Markdown
+    "Say what the looks at validation questions tell, and how the two widths differ."
+    if not {1, 4} <= found.keys(): return 'There are no records of both widths yet.'
+    (new, _), (mean, tested) = found[4], found[1]
+    old = named_run(new.config['base'])
+    (*_, was), (first, *_, last) = ([row for row in run.history if 'cpu_s' in row]
+                                    for run in (old, new))
+    score = lambda row, live='': f"{100*row[f'val_{live}exact_match_8']:.1f} %"
+    best = max((row for row in old.history if 'cpu_s' in row),
+               key=lambda row: row['val_exact_match_8'])
+    part, m = ('test', tested.metrics) if tested else ('val', mean.metrics)
+    return (f"While the rate is high, the average of the weights is ahead of the weights of the "
+        f"moment: {score(first)} and {score(first, 'live_')} exact at the first look of K = 4. "
+        f"When the rate has fallen they are alike, {score(last)} and {score(last, 'live_')}. The "
+        f"record before compared with all tokens in the last part of its time: {score(best)} at "
+        f"its best look, {score(was)} at its last. The new one keeps the sample to the end, and "
+        f"has more noised questions; what either change is worth alone was not measured. K = 1 is "
+        f"of the older recipe and had {spent(mean)/60:.0f} CPU minutes, K = 4 had "
+        f"{spent(new)/60:.0f}, so the two widths differ in more than their numbers. For K = 1 the "
+        f"length is right for {100*m[f'{part}_length_right']:.0f} % of the questions; where it is "
+        f"wrong, the places cannot be right.")
 
 # %% ../../nbs/bench/49_questions.ipynb #4fb1c23a
 if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1:])
