@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 'noised', 'vectors_of_pieces', 'Questions',
-           'cached_vectors', 'read_questions', 'read_as', 'floor_statistics', 'new_reader', 'take_weights',
-           'fit_length', 'Batches', 'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of',
-           'watch', 'train_for', 'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader',
-           'start_training', 'start_test', 'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of',
-           'table', 'facts', 'examples', 'plot_curves', 'answer']
+           'cached_vectors', 'read_questions', 'read_as', 'new_reader', 'take_weights', 'fit_length', 'Batches',
+           'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch', 'train_for',
+           'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader', 'start_training', 'start_test',
+           'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of', 'table', 'facts', 'examples',
+           'plot_curves', 'answer', 'longer', 'lessons']
 
 # %% ../../nbs/bench/49_questions.ipynb #97a84668
 import argparse, json, math, random, sys
@@ -168,15 +168,6 @@ FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=3., longest=
 SMALL = dict(FULL, most=200, dim=32, layers=1, heads=4, seconds=2., looks=2, watched=20, judged=20,
     looped=2, certified=20)
 
-def floor_statistics(
-    model:SGDDModel, # after `fit_statistics`
-    least:float=.1, # of the median deviation
-):
-    "Raise the deviations of coordinates that hardly move, and tell the decoder the true scale."
-    model.z_std.clamp_(min=least*model.z_std.median())
-    if model.config.conditioning == 'place':
-        model.decoder.condition.scale.copy_(model.z_std/model.z_std.median())
-
 # %% ../../nbs/bench/49_questions.ipynb #6c87bad4
 def new_reader(
     q:Questions, # to learn from
@@ -191,7 +182,6 @@ def new_reader(
         length_dim=o['length_dim'], **dict(conditioning='place') | o.get('shape', {}))
     model = SGDDModel(config, SemanticEncoder('minilm', K), t)
     model.fit_statistics(q.z[:q.real].float(), (q.tokens[:q.real] >= 0).sum(1))
-    floor_statistics(model)
     model.init_embedding()
     if o.get('base'): take_weights(model, find_run(o['base']))
     return model
@@ -290,11 +280,12 @@ class Training:
     def __init__(self,
         model:SGDDModel, # to train
         o:dict, # FULL, with changes
+        loss=loss_of, # function of the model and a batch: nats
     ):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         maps = [p for n, p in named if p.ndim == 2 and n.endswith('weight')]
         rest = [p for n, p in named if not (p.ndim == 2 and n.endswith('weight'))]
-        self.model, self.o, self.live = model, o, maps + rest
+        self.model, self.o, self.loss, self.live = model, o, loss, maps + rest
         self.optimizer = torch.optim.AdamW([dict(params=maps), dict(params=rest, weight_decay=0.)],
             o['learning_rate'], betas=(.9, .95), weight_decay=.02, fused=True)
         self.average = [p.detach().clone() for p in self.live]
@@ -309,12 +300,11 @@ class Training:
 # %% ../../nbs/bench/49_questions.ipynb #cf21af0a
 @patch
 def update(self:Training,
-    batch:tuple, # of `Batches`
+    batch:tuple, # of `Batches`, tokens first
 )->float: # loss, nats
     "Make one update."
     for group in self.optimizer.param_groups: group['lr'] = self.rate()
-    with torch.autocast('cpu', torch.bfloat16):
-        loss = loss_of(self.model, batch)
+    with torch.autocast('cpu', torch.bfloat16): loss = self.loss(self.model, batch)
     loss.backward()
     nn.utils.clip_grad_norm_(self.live, 1.)
     self.optimizer.step()
@@ -752,6 +742,47 @@ def answer(
             f'pieces in their place{loop}. The nearest training question is right for '
             f'{100*m[f"{part}_nearest_exact_match"]:.0f} %.')
     return '\n\n'.join(lines) or 'There is no record yet.'
+
+# %% ../../nbs/bench/49_questions.ipynb #67f093b8
+def longer(
+    found:dict, # of `records`, questions
+    other:dict, # of `records`, longer sentences
+)->str: # Markdown
+    "Say how many longer sentences there are to learn from, and when they were read best."
+    if not (found and other): return 'There is no record yet.'
+    (few, _), (many, _) = other[max(other)], found[max(found)]
+    looks = [row for row in few.history if 'cpu_s' in row]
+    best = max(looks, key=lambda row: row['val_exact_match_8'])
+    return (f"There are {few.metrics['learned_from']:,} sentences to learn from, where there were "
+        f"{many.metrics['learned_from']:,} questions. The best of its {len(looks)} looks wrote "
+        f"{100*best['val_exact_match_8']:.1f} % of {few.config['watched']} validation sentences "
+        f"exactly, after {best['cpu_s']:.0f} of {looks[-1]['cpu_s']:.0f} CPU seconds, and the last "
+        f"one {100*looks[-1]['val_exact_match_8']:.1f} %.")
+
+# %% ../../nbs/bench/49_questions.ipynb #98b652ac
+def lessons(
+    found:dict, # of `records`
+)->str: # Markdown
+    "Say what the looks at validation questions tell, and how the two widths differ."
+    if not {1, 4} <= found.keys(): return 'There are no records of both widths yet.'
+    (new, _), (mean, tested) = found[4], found[1]
+    old = named_run(new.config['base'])
+    (*_, was), (first, *_, last) = ([row for row in run.history if 'cpu_s' in row]
+                                    for run in (old, new))
+    score = lambda row, live='': f"{100*row[f'val_{live}exact_match_8']:.1f} %"
+    best = max((row for row in old.history if 'cpu_s' in row),
+               key=lambda row: row['val_exact_match_8'])
+    part, m = ('test', tested.metrics) if tested else ('val', mean.metrics)
+    return (f"While the rate is high, the average of the weights is ahead of the weights of the "
+        f"moment: {score(first)} and {score(first, 'live_')} exact at the first look of K = 4. "
+        f"When the rate has fallen they are alike, {score(last)} and {score(last, 'live_')}. The "
+        f"record before compared with all tokens in the last part of its time: {score(best)} at "
+        f"its best look, {score(was)} at its last. The new one keeps the sample to the end, and "
+        f"has more noised questions; what either change is worth alone was not measured. K = 1 is "
+        f"of the older recipe and had {spent(mean)/60:.0f} CPU minutes, K = 4 had "
+        f"{spent(new)/60:.0f}, so the two widths differ in more than their numbers. For K = 1 the "
+        f"length is right for {100*m[f'{part}_length_right']:.0f} % of the questions; where it is "
+        f"wrong, the places cannot be right.")
 
 # %% ../../nbs/bench/49_questions.ipynb #4fb1c23a
 if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1:])
