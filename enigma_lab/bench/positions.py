@@ -143,13 +143,13 @@ def table(): # a styled DataFrame: a line for each way
     import pandas as pd
     rows = []
     for told in TOLD:
-        for positions, name in NAMES.items():
+        for where, name in NAMES.items():
             row = {'told': told, 'positions': name}
-            for beyond, where in ((False, 'seen'), (True, 'beyond')):
-                nats, right = (scores(key, beyond)[told, positions] for key in ('nats', 'right'))
+            for beyond, part in ((False, 'seen'), (True, 'beyond')):
+                nats, right = (scores(key, beyond)[told, where] for key in ('nats', 'right'))
                 mean = lambda x: sum(x)/len(x)
-                row |= {f'nats, {where}': f'{mean(nats):.2f} ± {half_width(nats):.2f}',
-                        f'tokens right, {where}, %': f'{100*mean(right):.1f}'}
+                row |= {f'nats, {part}': f'{mean(nats):.2f} ± {half_width(nats):.2f}',
+                        f'tokens right, {part}, %': f'{100*mean(right):.1f}'}
             rows.append(row)
     return pd.DataFrame(rows).style.hide(axis='index')
 
@@ -165,7 +165,8 @@ def answer()->str: # Markdown
         sure = sum(apart)/len(apart) > half_width(apart)
         said.append(f"Told by {told}: beyond the trained length **{NAMES[order[0]]}** "
             f"{'is best' if sure else 'is not told apart from the next'} "
-            f"({', '.join(f'{NAMES[p]} {mean[p]:.2f}' for p in order)} nats a token).")
+            f"({', '.join(f'{NAMES[p]} {mean[p]:.2f}' for p in order)} nats a token, "
+            f"{len(apart)} seeds).")
     return ' '.join(said)
 
 def plot(): # matplotlib axes, one for each way of telling
@@ -173,9 +174,9 @@ def plot(): # matplotlib axes, one for each way of telling
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     for ax, told in zip(axes, TOLD):
-        for positions, name in NAMES.items():
+        for where, name in NAMES.items():
             runs = [r for r in records()
-                    if (r.config['told'], r.config['positions']) == (told, positions)]
+                    if (r.config['told'], r.config['positions']) == (told, where)]
             sizes = range(LEAST, runs[0].config['longest'] + 1)
             ax.plot(sizes, [sum(r.metrics[f'val_nats_{T}'] for r in runs)/len(runs)
                             for T in sizes], marker='.', label=name)
