@@ -549,8 +549,10 @@ def is_vector_file(
     word:str, # as typed
 )->bool: # whether it names a file of vectors, or standard input
     "Tell a file of vectors from a text."
-    stored = word.endswith(('.npy', '.npz', '.jsonl', '.parquet'))
-    return word == '-' or stored and (' ' not in word or Path(word).is_file())
+    stored = word.lower().endswith(('.npy', '.npz', '.jsonl', '.parquet'))
+    # another file or a folder is none, and its name is no text: the error says so
+    return (word == '-' or stored and ' ' not in word
+            or ('.' in word or '/' in word) and os.path.exists(word))
 
 def sampling_given(
     steps:int, # 0: not said
@@ -615,6 +617,9 @@ def read_vectors_of(
     if files and len(texts) > 1: raise ValueError(
         f"one file of vectors is read at a time, got {len(texts)} words; give the file alone")
     from enigma_lab.sgdd.model import SGDDModel
+    if given := [name for name in ('out', 'column', 'resume') if stored[name] and not files]:
+        raise ValueError(f"{', '.join(given)} must stand beside a file of vectors, got sentences")
+    if files and run == '-': print(f'read by {found.name}', file=sys.stderr)
     model = SGDDModel.from_pretrained(found.checkpoint, encoder or None)
     if model.encoder is None: print(
         'without an encoder texts are read and not judged: no loop, no verdict', file=sys.stderr)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 'noised', 'vectors_of_pieces', 'Questions',
-           'cached_vectors', 'read_questions', 'read_as', 'floor_statistics', 'new_reader', 'take_weights',
-           'fit_length', 'Batches', 'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of',
-           'watch', 'train_for', 'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader',
-           'start_training', 'start_test', 'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of',
-           'table', 'facts', 'examples', 'plot_curves', 'answer']
+           'cached_vectors', 'read_questions', 'read_as', 'new_reader', 'take_weights', 'fit_length', 'Batches',
+           'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch', 'train_for',
+           'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader', 'start_training', 'start_test',
+           'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of', 'table', 'facts', 'examples',
+           'plot_curves', 'answer', 'longer', 'lessons']
 
 # %% ../../nbs/bench/49_questions.ipynb #97a84668
 import argparse, json, math, random, sys
@@ -168,29 +168,20 @@ FULL = dict(data='../shared/data/qqp', num_vectors=4, most=0, extra=3., longest=
 SMALL = dict(FULL, most=200, dim=32, layers=1, heads=4, seconds=2., looks=2, watched=20, judged=20,
     looped=2, certified=20)
 
-def floor_statistics(
-    model:SGDDModel, # after `fit_statistics`
-    least:float=.1, # of the median deviation
-):
-    "Raise the deviations of coordinates that hardly move, and tell the decoder the true scale."
-    model.z_std.clamp_(min=least*model.z_std.median())
-    model.decoder.condition.scale.copy_(model.z_std/model.z_std.median())
-
 # %% ../../nbs/bench/49_questions.ipynb #6c87bad4
 def new_reader(
     q:Questions, # to learn from
     o:dict, # FULL, with changes
 )->SGDDModel: # untrained, with its encoder
-    "Make a decoder that is told the vector by place, and start from the encoder's embedding."
+    "Make a decoder, told by place unless `shape` says more; start from the encoder's embedding."
     torch.manual_seed(o['seed'])
     t, K = q.tokenizer, o['num_vectors']
     config = SGDDConfig(len(t), t.mask_token_id, t.pad_token_id, num_vectors=K,
         encoder_dim=q.z.shape[1], dim=o['dim'], num_layers=o['layers'], num_heads=o['heads'],
-        ffn_dim=4*o['dim'], max_len=q.tokens.shape[1], conditioning='place',
-        null_share=0., learned_null=False, length_dim=o['length_dim'])
+        ffn_dim=4*o['dim'], max_len=q.tokens.shape[1], null_share=0., learned_null=False,
+        length_dim=o['length_dim'], **dict(conditioning='place') | o.get('shape', {}))
     model = SGDDModel(config, SemanticEncoder('minilm', K), t)
     model.fit_statistics(q.z[:q.real].float(), (q.tokens[:q.real] >= 0).sum(1))
-    floor_statistics(model)
     model.init_embedding()
     if o.get('base'): take_weights(model, find_run(o['base']))
     return model
@@ -259,19 +250,20 @@ class Batches:
 
 # %% ../../nbs/bench/49_questions.ipynb #62ec8478
 def hidden_states(
-    model:SGDDModel, # told by place
+    model:SGDDModel, # whose decoder is not told the time
     x:Tensor, # (B, T) tokens and masks
     z:Tensor, # (B, K·384) vectors
 )->Tensor: # (B, T, C)
     "Compute the states of all places, their sums in bfloat16 under autocast."
     d = model.decoder
-    h, _ = d.tell((d.embed(x) + d.place[:x.shape[1]])*d.dim**.5, model.vector(z))
+    h = d.embed(x) if d.place is None else d.embed(x) + d.place[:x.shape[1]]
+    h, condition = d.tell(h*d.dim**.5, model.vector(z))
     if torch.is_autocast_enabled('cpu'): h = h.bfloat16()
-    for layer in d.layers: h = layer(h, None, None, d.rope)
-    return d.norm(h)
+    for layer in d.layers: h = layer(h, condition, None, d.rope)
+    return d.finish(h, condition)
 
 def loss_of(
-    model:SGDDModel, # told by place
+    model:SGDDModel, # whose decoder is not told the time
     batch:tuple, # of `Batches`
 )->Tensor: # nats a hidden token, fewer than over all tokens
     "Compare hidden tokens with the batch's and some others (sampled softmax, arXiv:1412.2007)."
@@ -288,11 +280,12 @@ class Training:
     def __init__(self,
         model:SGDDModel, # to train
         o:dict, # FULL, with changes
+        loss=loss_of, # function of the model and a batch: nats
     ):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         maps = [p for n, p in named if p.ndim == 2 and n.endswith('weight')]
         rest = [p for n, p in named if not (p.ndim == 2 and n.endswith('weight'))]
-        self.model, self.o, self.live = model, o, maps + rest
+        self.model, self.o, self.loss, self.live = model, o, loss, maps + rest
         self.optimizer = torch.optim.AdamW([dict(params=maps), dict(params=rest, weight_decay=0.)],
             o['learning_rate'], betas=(.9, .95), weight_decay=.02, fused=True)
         self.average = [p.detach().clone() for p in self.live]
@@ -307,12 +300,11 @@ class Training:
 # %% ../../nbs/bench/49_questions.ipynb #cf21af0a
 @patch
 def update(self:Training,
-    batch:tuple, # of `Batches`
+    batch:tuple, # of `Batches`, tokens first
 )->float: # loss, nats
     "Make one update."
     for group in self.optimizer.param_groups: group['lr'] = self.rate()
-    with torch.autocast('cpu', torch.bfloat16):
-        loss = loss_of(self.model, batch)
+    with torch.autocast('cpu', torch.bfloat16): loss = self.loss(self.model, batch)
     loss.backward()
     nn.utils.clip_grad_norm_(self.live, 1.)
     self.optimizer.step()
@@ -563,12 +555,13 @@ def start_training(
 def start_test(
     task:str, # whose records are looked at, 'bench_questions'
     trained:Run, # finished
+    **changes # of its configuration, such as how many sentences the loop reads
 )->Run: # new
     "Start the record of a test, once for a model. Raise FileExistsError for a second one."
     if any(run.config.get('trained') == trained.name for run in list_runs(task)):
         raise FileExistsError(
             f"the test part is read once for a model, and it was for {trained.name}")
-    return start_run(task, dict(trained.config, trained=trained.name), note='test')
+    return start_run(task, dict(trained.config, trained=trained.name, **changes), note='test')
 
 def unfinished_run(
     name:str, # of a run
@@ -581,9 +574,10 @@ def unfinished_run(
 
 def read_test(
     trained:Run, # finished
+    looped:int=0, # questions that the loop reads; 0: as the training says
 )->Run: # finished
     "Score the test questions, in a record of their own; they are read once for a model."
-    run = start_test('bench_questions', trained)
+    run = start_test('bench_questions', trained, **(dict(looped=looped) if looped else {}))
     q = read_as(run.config)
     model = SGDDModel.from_pretrained(trained.checkpoint)
     return finish_run(run, score_questions(run, q, model))
@@ -606,12 +600,13 @@ def main(
     parser.add_argument('--small', action='store_true', help='few questions, to see that it works')
     parser.add_argument('--resume', default='', help='go on with an unfinished run')
     parser.add_argument('--test', default='', help='read the test questions with this run')
+    parser.add_argument('--looped', type=int, default=0, help='of them, how many with the loop')
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     own = dict(data=given.data, num_vectors=given.num_vectors, base=given.base,
                extra=given.extra, longest=given.longest, split=given.split)
     config = dict(SMALL, **own) if given.small else dict(FULL, **own, seconds=given.seconds)
-    if given.test: run = read_test(find_run(given.test))
+    if given.test: run = read_test(find_run(given.test), given.looped)
     else: run = train_reader(unfinished_run(given.resume) if given.resume
                              else start_training('bench_questions', config))
     print(json.dumps(run.metrics, indent=1))
@@ -747,6 +742,47 @@ def answer(
             f'pieces in their place{loop}. The nearest training question is right for '
             f'{100*m[f"{part}_nearest_exact_match"]:.0f} %.')
     return '\n\n'.join(lines) or 'There is no record yet.'
+
+# %% ../../nbs/bench/49_questions.ipynb #67f093b8
+def longer(
+    found:dict, # of `records`, questions
+    other:dict, # of `records`, longer sentences
+)->str: # Markdown
+    "Say how many longer sentences there are to learn from, and when they were read best."
+    if not (found and other): return 'There is no record yet.'
+    (few, _), (many, _) = other[max(other)], found[max(found)]
+    looks = [row for row in few.history if 'cpu_s' in row]
+    best = max(looks, key=lambda row: row['val_exact_match_8'])
+    return (f"There are {few.metrics['learned_from']:,} sentences to learn from, where there were "
+        f"{many.metrics['learned_from']:,} questions. The best of its {len(looks)} looks wrote "
+        f"{100*best['val_exact_match_8']:.1f} % of {few.config['watched']} validation sentences "
+        f"exactly, after {best['cpu_s']:.0f} of {looks[-1]['cpu_s']:.0f} CPU seconds, and the last "
+        f"one {100*looks[-1]['val_exact_match_8']:.1f} %.")
+
+# %% ../../nbs/bench/49_questions.ipynb #98b652ac
+def lessons(
+    found:dict, # of `records`
+)->str: # Markdown
+    "Say what the looks at validation questions tell, and how the two widths differ."
+    if not {1, 4} <= found.keys(): return 'There are no records of both widths yet.'
+    (new, _), (mean, tested) = found[4], found[1]
+    old = named_run(new.config['base'])
+    (*_, was), (first, *_, last) = ([row for row in run.history if 'cpu_s' in row]
+                                    for run in (old, new))
+    score = lambda row, live='': f"{100*row[f'val_{live}exact_match_8']:.1f} %"
+    best = max((row for row in old.history if 'cpu_s' in row),
+               key=lambda row: row['val_exact_match_8'])
+    part, m = ('test', tested.metrics) if tested else ('val', mean.metrics)
+    return (f"While the rate is high, the average of the weights is ahead of the weights of the "
+        f"moment: {score(first)} and {score(first, 'live_')} exact at the first look of K = 4. "
+        f"When the rate has fallen they are alike, {score(last)} and {score(last, 'live_')}. The "
+        f"record before compared with all tokens in the last part of its time: {score(best)} at "
+        f"its best look, {score(was)} at its last. The new one keeps the sample to the end, and "
+        f"has more noised questions; what either change is worth alone was not measured. K = 1 is "
+        f"of the older recipe and had {spent(mean)/60:.0f} CPU minutes, K = 4 had "
+        f"{spent(new)/60:.0f}, so the two widths differ in more than their numbers. For K = 1 the "
+        f"length is right for {100*m[f'{part}_length_right']:.0f} % of the questions; where it is "
+        f"wrong, the places cannot be right.")
 
 # %% ../../nbs/bench/49_questions.ipynb #4fb1c23a
 if __name__ == '__main__' and '__file__' in globals(): main(sys.argv[1:])

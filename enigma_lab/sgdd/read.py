@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['VECTOR_COLUMNS', 'TEXT_COLUMNS', 'VECTOR_FILES', 'PLAUSIBLE', 'PLAUSIBLE_FEW', 'StoredVectors', 'choose_column',
-           'text_column', 'read_arrays', 'read_lines', 'read_parquet', 'load_vectors', 'save_vectors', 'mean_square',
-           'check_origin', 'check_scale', 'judged_drafts', 'read_batch', 'read_batches', 'read_vectors', 'line_of',
-           'vectors_digest', 'rows_done', 'begin_file', 'read_file', 'ReadingLine']
+           'text_column', 'as_numpy_writes', 'read_arrays', 'as_row', 'read_lines', 'read_parquet', 'check_beside',
+           'load_vectors', 'save_vectors', 'mean_square', 'check_origin', 'check_scale', 'judged_drafts', 'read_batch',
+           'check_batches', 'read_batches', 'read_vectors', 'line_of', 'vectors_digest', 'rows_done', 'lines_there',
+           'begin_file', 'read_file', 'ReadingLine']
 
 # %% ../../nbs/sgdd/57_read.ipynb #2baabca2
-import hashlib, io, json, os, sys, time
+import hashlib, io, json, os, sys, time, zipfile, zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from .encoder import SemanticEncoder, fingerprint
 from .model import SGDDModel
 from .reconstruct import Verdict, begin_search, reconstruct
 from .sampling import check_unmask, maskgit_sample
+from .vectors import floor_deviation, usual_norm
 
 # %% ../../nbs/sgdd/57_read.ipynb #af22230a
 VECTOR_COLUMNS = 'vector', 'vectors', 'embedding', 'embeddings', 'z'
@@ -61,52 +63,73 @@ def text_column(
     return next((name for name in TEXT_COLUMNS if name in found), '')
 
 # %% ../../nbs/sgdd/57_read.ipynb #232b8c47
+@contextmanager
+def as_numpy_writes(
+    name:str, # of the file, for errors
+):
+    "Say in one way what is wrong with a file of numpy's. Raise ValueError."
+    try: yield
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise ValueError(f"{name} must hold numbers as numpy.save or numpy.savez writes them, got "
+                         f"{type(e).__name__}: {str(e).splitlines()[0][:80]}") from None
+
 def read_arrays(
     file, # a path, or a stream of bytes
     name:str, # for errors
     column:str='', # array of an .npz; empty: see `choose_column`
 )->StoredVectors: # an .npy stays on the disk
     "Read what numpy has saved."
-    how = dict(mmap_mode='r') if isinstance(file, Path) and file.suffix == '.npy' else {}
-    try: found = np.load(file, allow_pickle=False, **how)
-    except (ValueError, OSError, EOFError) as e:
-        raise ValueError(f"{name} must hold numbers as numpy.save or numpy.savez writes them, got "
-                         f"{type(e).__name__}: {str(e).splitlines()[0][:80]}") from None
+    how = dict(mmap_mode='r') if isinstance(file, Path) and file.suffix.lower() == '.npy' else {}
+    with as_numpy_writes(name): found = np.load(file, allow_pickle=False, **how)
     if isinstance(found, np.ndarray): return StoredVectors(found, name=name)
     beside = text_column(found.files)
     arrays = [key for key in found.files if key not in ('ids', 'origin', beside)]
-    z = found[choose_column(arrays, column, name)]
-    ids, texts = (found[key].tolist() if key in found.files else None for key in ('ids', beside))
-    origin = json.loads(str(found['origin'])) if 'origin' in found.files else {}
+    column = choose_column(arrays, column, name)
+    with as_numpy_writes(name):
+        z = found[column]
+        ids, texts = (found[key].tolist() if key in found.files else None
+                      for key in ('ids', beside))
+        origin = json.loads(str(found['origin'])) if 'origin' in found.files else {}
     return StoredVectors(z, ids, origin, name, texts)
 
 # %% ../../nbs/sgdd/57_read.ipynb #a01aadec
+def as_row(
+    row, # what JSON says
+    where:str, # for errors
+)->np.ndarray: # (dim,) float32
+    "Make a vector of a list. Raise ValueError if it holds anything but numbers."
+    try: found = np.asarray(row, dtype=np.float32)
+    except (TypeError, ValueError): found = np.zeros(())
+    if found.ndim != 1: raise ValueError(
+        f"a vector must be a list of numbers, got {str(row)[:40]} in {where}")
+    return found
+
+# %% ../../nbs/sgdd/57_read.ipynb #566744f9
 def read_lines(
     file, # a path, or a stream of bytes
     name:str, # for errors
     column:str='', # key of an object; empty: see `choose_column`
 )->StoredVectors: # float32
     "Read a vector from each line: a list, or an object that holds one."
-    text = (file.read_bytes() if isinstance(file, Path) else file.read()).decode('utf-8', 'replace')
+    data = file.read_bytes() if isinstance(file, Path) else file.read()
+    try: text = data.decode('utf-8-sig')
+    except UnicodeDecodeError as e: raise ValueError(
+        f"lines must be UTF-8, got {data[e.start:e.end]!r} at byte {e.start} of {name}") from None
     rows, ids, texts = [], [], []
     for i, line in enumerate(text.split('\n'), 1):
         if not line.strip(): continue
+        where = f'line {i} of {name}'
         try: row = json.loads(line)
         except ValueError as e: raise ValueError(
-            f"a line must be JSON, got {line[:40]!r} in line {i} of {name} ({e})") from None
-        if isinstance(row, dict):
-            ids.append(row.get('id'))
-            texts.append(row.get(text_column(row)))
-            row = row[choose_column([*row], column, f'line {i} of {name}')]
-        try: rows.append(np.asarray(row, dtype=np.float32))
-        except (TypeError, ValueError): raise ValueError(
-            f"a vector must be a list of numbers, got {str(row)[:40]} in line {i} of "
-            f"{name}") from None
-        if rows[-1].ndim != 1 or len(rows[-1]) != len(rows[0]): raise ValueError(
+            f"a line must be JSON, got {line[:40]!r} in {where} ({e})") from None
+        beside = row if isinstance(row, dict) else {}
+        ids.append(beside.get('id'))
+        texts.append(beside.get(text_column(beside)))
+        rows.append(as_row(row[choose_column([*row], column, where)] if beside else row, where))
+        if len(rows[-1]) != len(rows[0]): raise ValueError(
             f"vectors must be of equal length, got the shapes {rows[0].shape} and "
-            f"{rows[-1].shape} in line {i} of {name}")
-    def said(words):
-        return words if len(words) == len(rows) and {*map(type, words)} - {NoneType} else None
+            f"{rows[-1].shape} in {where}")
+    def said(words): return words if any(word is not None for word in words) else None
     return StoredVectors(np.stack(rows) if rows else np.zeros((0, 0)), said(ids), name=name,
                          texts=said(texts))
 
@@ -123,14 +146,15 @@ def read_parquet(
     try: table = pq.read_table(file)
     except (pa.ArrowInvalid, OSError) as e:
         raise ValueError(f"{name} must be a table of parquet, got {str(e)[:80]}") from None
-    lists = [f.name for f in table.schema if pa.types.is_nested(f.type)]
+    is_list = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    lists = [f.name for f in table.schema if any(kind(f.type) for kind in is_list)]
     column = choose_column(lists or table.column_names, column, name)
     array = table[column].combine_chunks()
     sizes = set(pc.list_value_length(array).to_pylist()) if column in lists else {None}
     if len(sizes) > 1 or None in sizes: raise ValueError(
         f"vectors must be lists of equal length, got {sorted(sizes, key=str)[:4]} in the column "
         f"{column} of {name}")
-    z = array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
+    z = array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), *(sizes or {0}))
     ids, texts = (table[key].to_pylist() if key in table.column_names else None
                   for key in ('id', text_column(table.column_names)))
     origin = json.loads((table.schema.metadata or {}).get(b'origin', b'{}'))
@@ -142,6 +166,18 @@ VECTOR_FILES = {'.npy': read_arrays, '.npz': read_arrays, '.jsonl': read_lines,
 _first_bytes = {b'\x93NUMPY': read_arrays, b'PK': read_arrays, b'PAR1': read_parquet}
 
 # %% ../../nbs/sgdd/57_read.ipynb #0197a2db
+def check_beside(
+    count:int, # vectors
+    name:str, # of their file, for errors
+    **columns # lists that stand beside them; `None`: there is none
+):
+    "Refuse a column that has not one entry for each vector."
+    for what, given in columns.items():
+        if given is not None and len(given) != count: raise ValueError(
+            f"each vector has one of its {what}, got {len(given)} {what} and {count} vectors for "
+            f"{name}")
+
+# %% ../../nbs/sgdd/57_read.ipynb #3c44a677
 def load_vectors(
     source:str|Path, # .npy, .npz, .jsonl or .parquet; -: standard input, of any of these
     column:str='', # of a table; empty: see `choose_column`
@@ -155,13 +191,14 @@ def load_vectors(
         path = Path(source)
         if not path.is_file(): raise FileNotFoundError(
             f"vectors are read from a file, and {path} is none")
-        if path.suffix not in VECTOR_FILES: raise ValueError(
+        if path.suffix.lower() not in VECTOR_FILES: raise ValueError(
             f"a file of vectors ends in {', '.join(VECTOR_FILES)}, got {path.name}")
-        found = VECTOR_FILES[path.suffix](path, path.name, column)
+        found = VECTOR_FILES[path.suffix.lower()](path, path.name, column)
     if found.z.ndim == 1 and len(found.z): found.z = found.z[None]
-    if found.z.dtype.kind not in 'fiu' or not len(found.z): raise ValueError(
+    if not found.z.ndim or not found.z.size or found.z.dtype.kind not in 'fiu': raise ValueError(
         f"a file must hold one vector of numbers at least, got {found.z.dtype} of the shape "
         f"{found.z.shape} in {found.name}")
+    check_beside(len(found), found.name, ids=found.ids, texts=found.texts)
     return found
 
 # %% ../../nbs/sgdd/57_read.ipynb #3dc0c399
@@ -179,11 +216,9 @@ def save_vectors(
     if path.exists(): raise FileExistsError(
         f"a file is written once, and {path} exists; give another")
     more = dict(origin=json.dumps(fingerprint(encoder))) if encoder else {}
-    for name, given in dict(ids=ids, texts=texts).items():
-        if given is None: continue
-        if len(given) != len(z): raise ValueError(
-            f"each vector has one of its {name}, got {len(given)} {name} and {len(z)} vectors")
-        more[name] = np.array(given)
+    check_beside(len(z), path.name, ids=ids, texts=texts)
+    more |= {what: np.array(given) for what, given in dict(ids=ids, texts=texts).items()
+             if given is not None}
     np.savez(path, z=np.asarray(z).astype(dtype), **more)
     return path
 
@@ -196,7 +231,7 @@ def mean_square(
 )->Tensor: # (B,) about 1 for vectors of its encoder
     "Measure how far vectors lie from those of the training."
     mean, std = model.z_mean.cpu(), model.z_std.cpu()
-    return (((z.cpu() - mean)/std.clamp(min=.1*std.mean().item()))**2).mean(1)
+    return (((z.cpu() - mean)/floor_deviation(std))**2).mean(1)
 
 # %% ../../nbs/sgdd/57_read.ipynb #223ca011
 def check_origin(
@@ -222,11 +257,12 @@ def check_scale(
     if not model.fitted: return
     low, high = PLAUSIBLE if len(z) >= 16 else PLAUSIBLE_FEW
     q, norm = mean_square(model, z).median().item(), z.norm(dim=1).median().item()
-    usual = (model.z_mean.square().sum() + model.z_std.square().sum()).sqrt().item()
+    usual = usual_norm(model.z_mean, model.z_std).item()
     if not (low <= q <= high and usual/4 <= norm <= usual*4): raise ValueError(
         f"vectors must come from the decoder's encoder, whose mean square is 1 and lies between "
         f"{low} and {high}, got {q:.3g}; they have the norm {norm:.3g} and its {usual:.3g}: were "
-        "they scaled, normalised, or made by another encoder? check=False reads them all the same")
+        "they scaled, normalised, or made by another encoder? check=False (--unchecked) reads them "
+        "all the same")
 
 # %% ../../nbs/sgdd/57_read.ipynb #dda5cc8d
 def judged_drafts(
@@ -264,6 +300,34 @@ def read_batch(
                                         for a, b in zip(found, drawn)]
 
 # %% ../../nbs/sgdd/57_read.ipynb #dd30191f
+def check_batches(
+    model:SGDDModel, # trained
+    stored:StoredVectors, # to read
+    loop:bool, # with the encoder in the loop
+    batch_size:int, # vectors of a batch
+    first:int=0, # begin with this one
+    check:bool=True, # refuse vectors that another encoder seems to have made
+    how:dict|None=None, # settings of `maskgit_sample`
+):
+    "Ask all that can be asked before the first text is written. Raise ValueError."
+    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if how: check_unmask(model, **{**dict(steps=16, order='confidence', temperature=0.,
+                                          guidance=0.), **how})
+    if model.encoder is None and loop: raise ValueError(
+        "the loop compares what is written with the vector, which needs the encoder, got a model "
+        "without; read without the loop")
+    if check: check_origin(model, stored.origin)
+    check_beside(len(stored), stored.name, ids=stored.ids)
+    width, K = np.shape(stored.z)[-1], model.config.num_vectors
+    if 1 < K and width*K == model.config.encoder_dim: raise ValueError(
+        f"a vector must have {K} × {width} numbers, the coefficients of SemanticEncoder(…, {K}), "
+        f"got {width} in {stored.name}, a mean alone as sentence-transformers gives it; encode "
+        "the texts anew, or train a decoder with num_vectors=1")
+    for start in range(first, len(stored), batch_size):
+        z = model.take_vectors(stored.z[start:start + batch_size], start)
+        if check: check_scale(model, model.as_trained(z)[0])
+
+# %% ../../nbs/sgdd/57_read.ipynb #41ec71ea
 def read_batches(
     model:SGDDModel, # trained
     vectors, # of any kind, or `StoredVectors`
@@ -275,21 +339,15 @@ def read_batches(
     how:dict|None=None, # settings of `maskgit_sample`
     **search # of `reconstruct`
 )->Iterator[tuple[int,list[Verdict]]]: # number of a batch's first vector, its verdicts
-    "Read vectors batch by batch."
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if how: check_unmask(model, **{**dict(steps=16, order='confidence', temperature=0.,
-                                          guidance=0.), **how})
-    if model.encoder is None and (loop or search): raise ValueError(
-        "the loop compares what is written with the vector, which needs the encoder, got a model "
-        "without; read without the loop")
-    stored = vectors if isinstance(vectors, StoredVectors) else StoredVectors(vectors)
-    if isinstance(vectors, StoredVectors): rows = stored.z
-    else: rows = model.take_vectors(vectors)
-    if check: check_origin(model, stored.origin)
-    for start in range(first, len(rows), batch_size):
-        z = model.take_vectors(rows[start:start + batch_size], start)
-        if check: check_scale(model, model.as_trained(z)[0])
-        yield start, read_batch(model, z, loop, seed, how, **search)
+    "Check all vectors now, and read them batch by batch when they are asked for."
+    stored = (vectors if isinstance(vectors, StoredVectors)
+              else StoredVectors(model.take_vectors(vectors)))
+    check_batches(model, stored, bool(loop or search), batch_size, first, check, how)
+    def parts():
+        for start in range(first, len(stored), batch_size):
+            z = model.take_vectors(stored.z[start:start + batch_size], start)
+            yield start, read_batch(model, z, loop, seed, how, **search)
+    return parts()
 
 # %% ../../nbs/sgdd/57_read.ipynb #c4d4cd5c
 def read_vectors(
@@ -326,7 +384,7 @@ def vectors_digest(
     z, # (N, dim) array
 )->str: # 16 hexadecimal digits
     "Compute a hash of the shape and of up to 64 rows spread evenly."
-    rows = np.ascontiguousarray(z[::max(1, len(z)//64)])
+    rows = np.ascontiguousarray(z[::max(1, -(-len(z)//64))])
     return hashlib.sha256(f'{z.shape} {z.dtype}'.encode() + rows.tobytes()).hexdigest()[:16]
 
 def rows_done(
@@ -344,21 +402,22 @@ def rows_done(
     return done
 
 # %% ../../nbs/sgdd/57_read.ipynb #da1fbc55
-def begin_file(
+def lines_there(
     out:Path, # of lines
     asked:dict, # what the lines depend on
     resume:bool, # go on with a file that is there
     total:int, # lines in the end
 )->int: # lines that are there already
-    "Open a file of texts, or find where it was left."
+    "Find where a file was left; a new one has none. Raise FileExistsError or ValueError."
     record = out.with_name(out.name + '.json')
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, asked)
-        out.touch()
-        return 0
+    there = [path for path in (out, record) if path.exists()]
+    if not there: return 0
     if not resume: raise FileExistsError(
-        f"a file is written once, and {out} exists; give another, or go on with it by --resume")
+        f"a file is written once, and {there[0]} exists; give another, or go on with it by "
+        "--resume")
+    if not out.is_file() or not record.is_file(): raise ValueError(
+        f"a file goes on if what was asked stands beside it, in {record.name}, got {there[0]} "
+        "alone; give another file")
     before, now = read_json(record), json.loads(json.dumps(asked, default=str))
     differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     if differing: raise ValueError(
@@ -366,6 +425,16 @@ def begin_file(
         f"{[before.get(k) for k in differing]} and are {[now.get(k) for k in differing]}; give "
         "another file")
     return rows_done(out, asked['batch_size'], total)
+
+# %% ../../nbs/sgdd/57_read.ipynb #bedb3384
+def begin_file(
+    out:Path, # of lines, new
+    asked:dict, # what the lines depend on
+):
+    "Make an empty file, and beside it the record of what was asked."
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.touch()
+    write_json(out.with_name(out.name + '.json'), asked)
 
 # %% ../../nbs/sgdd/57_read.ipynb #5d106dcf
 def read_file(
@@ -381,10 +450,14 @@ def read_file(
     "Read stored vectors, and write each batch as soon as it is there."
     asked = dict(vectors=stored.name, digest=vectors_digest(stored.z), count=len(stored), run=run,
                  batch_size=batch_size, **how)
-    first = begin_file(Path(out), asked, resume, len(stored)) if out else 0
+    if resume and not out: raise ValueError(
+        "resume goes on with a file, got none; say which by out= (--out)")
+    first = lines_there(Path(out), asked, resume, len(stored)) if out else 0
+    batches = read_batches(model, stored, batch_size=batch_size, first=first, **how)
+    if out and not Path(out).exists(): begin_file(Path(out), asked)
     counts, file = Counter(), open(out, 'a', encoding='utf-8') if out else sys.stdout
     try:
-        for start, found in read_batches(model, stored, batch_size=batch_size, first=first, **how):
+        for start, found in batches:
             names = stored.ids[start:] if stored.ids else [None]*len(found)
             lines = [line_of(start + i, v, n) for i, (v, n) in enumerate(zip(found, names))]
             print('\n'.join(lines), file=file, flush=True)
