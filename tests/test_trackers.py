@@ -183,6 +183,19 @@ def test_a_failed_tracker_is_left_alone_and_taken_up_by_the_resumed_run(monkeypa
     assert tracker_notes(second)['wandb']['id'] == notes['wandb']['id']
     assert 'failed' not in tracker_notes(second)['wandb']
 
+@pytest.mark.parametrize('killed', [False, True])
+def test_what_a_killed_process_may_have_lost_is_written_again(killed, monkeypatch):
+    written = []
+    monkeypatch.setitem(
+        OPENERS, 'wandb', lambda place: (lambda step, values: written.append(step), None))
+    first, second = [start_run('loop', dict(tracker='wandb')) for _ in range(2)]
+    tracker = open_tracker('wandb', first).__enter__()
+    for step in range(1, 6): first.log(step=step); tracker.log(step)
+    if not killed: tracker.__exit__(None)
+    for row in first.history[:3]: second.log(**row)
+    with open_tracker('wandb', second, origin=first) as tracker: tracker.log(4)
+    assert written == [1, 2, 3, 4, 5] + ([1, 2, 3] if killed else []) + [4]
+
 # a training with three trackers, taken up at step 3, and what each has of it by its own reader
 
 TRACKED = """
