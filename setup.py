@@ -11,8 +11,9 @@ cfg = config['DEFAULT']
 
 extras = {key.removesuffix('_requirements'): shlex.split(value)
           for key, value in cfg.items() if key.endswith('_requirements')}
-# bench: unmaintained peers, to measure against
-extras['all'] = sorted(set(sum((extras[key] for key in extras if key != 'bench'), [])))
+# bench: unmaintained peers, to measure against; swanlab: another protobuf than what was tested
+extras['all'] = sorted(set(sum(
+    (extras[key] for key in extras if key not in ('bench', 'swanlab')), [])))
 
 class BuildWithNotebooks(build_py):
     "Put copies of the training notebooks into the wheel: an installation has no nbs/."

@@ -114,7 +114,7 @@ TABLE = {  # what: (call, fragments of the message)
     ),
     'no such tracker': (
         lambda p: make_config('smoke', tracker='paper'),
-        ["'none', 'wandb' or 'tensorboard'", "got 'paper'"],
+        ["'none', or of 'wandb', 'tensorboard'", "got 'paper'"],
     ),
     'processes on GPUs': (
         lambda p: make_config('smoke', processes=0),

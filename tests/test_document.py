@@ -228,7 +228,7 @@ def test_results_go_to_the_tracker(own_runs, tmp_path, monkeypatch):
     path = evaluate_run(run, num_samples=4, steps=2)
     found = EventAccumulator(str(run.path/'tensorboard')).Reload()
     scalar = lambda name: found.Scalars(name)[-1].value
-    assert scalar('val_exact_match') == pytest.approx(run.metrics['val_exact_match'])
+    assert scalar('final/val_exact_match') == pytest.approx(run.metrics['val_exact_match'])
     assert scalar(f'{path.stem}/bleu') == pytest.approx(read_json(path)['metrics']['bleu'])
     assert read_json(path)['sampling'] == {**sampling_of(run.config), 'steps': 2}
     assert find_base('train_sgdd').name == run.name

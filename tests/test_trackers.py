@@ -1,13 +1,18 @@
 "Trackers: a copy is complete, and nothing that befalls one ends a run."
-import gzip, json, os, struct, subprocess, sys, tempfile, threading
+import gzip, io, json, os, struct, subprocess, sys, tempfile, threading
+from dataclasses import replace
+from html import unescape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from enigma_lab.lab.runs import list_runs, start_run
-from enigma_lab.lab.trackers import OPENERS, Tracker, check_tracker, open_tracker
+from enigma_lab.lab.runs import Run, finish_run, list_runs, start_run, weights_digest
+from enigma_lab.lab.trackers import (
+    OPENERS, Tracker, check_tracker, open_tracker, show_results, tracker_notes)
 
 KEY = '0123456789' * 4
 LOSSES = [1/step for step in range(1, 21)]
@@ -75,17 +80,22 @@ def test_the_same_object_serves_the_trainer():
         (row['step'], np.float32(row['loss'])) for row in trainer.state.log_history if 'loss' in row
     ]
 
-@pytest.mark.parametrize('kind', ['mlflow', 'WandB', '', None, ['wandb']])
+@pytest.mark.parametrize('kind', [
+    'mlflow', 'WandB', '', None, ['wandb'], 'none,wandb', 'wandb,wandb'])
 def test_unknown_kind(kind):
     with pytest.raises(ValueError) as error: check_tracker(kind)
-    assert str(error.value) == f"tracker must be 'none', 'wandb' or 'tensorboard', got {kind!r}"
+    assert str(error.value) == (
+        "tracker must be 'none', or of 'wandb', 'tensorboard', 'swanlab' one or several with "
+        f"commas between them, got {kind!r}"
+    )
 
-@pytest.mark.parametrize('kind', ['wandb', 'tensorboard'])
+@pytest.mark.parametrize('kind', ['wandb', 'tensorboard', 'swanlab'])
 def test_missing_package(kind, monkeypatch):
     run = start_run('loop', {})
     monkeypatch.setitem(sys.modules, kind, None)
+    hint = rf"pip install 'enigma_lab\[{'swanlab' if kind == 'swanlab' else 'lm'}\]'"
     for call in (lambda: check_tracker(kind), lambda: open_tracker(kind, run)):
-        with pytest.raises(ModuleNotFoundError, match=r"pip install 'enigma_lab\[dev\]'"): call()
+        with pytest.raises(ModuleNotFoundError, match=hint): call()
     check_tracker('none')
 
 def test_a_folder_called_wandb_is_no_package(tmp_path):
@@ -111,14 +121,14 @@ def test_a_backend_that_raises_does_not_end_the_loop(fails, monkeypatch, caplog)
         if step >= 3 and fails != 'close': raise RuntimeError('the cable\nis cut')
     def close(failed):
         if fails != 'write': raise OSError('no space left')
-    monkeypatch.setitem(OPENERS, 'tensorboard', lambda run, project, experiment: (write, close))
+    monkeypatch.setitem(OPENERS, 'tensorboard', lambda place: (write, close))
     run = start_run('loop', {})
     with open_tracker('tensorboard', run) as tracker:
         for step in range(1, 9):
             run.log(step=step)
             tracker.log(step, loss=1.)
     assert len(run.history) == 8 and not tracker.on
-    assert one_line(caplog) == 'tracker failed and is off, the run goes on: ' + (
+    assert one_line(caplog) == 'tracker tensorboard failed and is off, the run goes on: ' + (
         'no space left' if fails == 'close' else 'the cable'
     )
 
@@ -140,7 +150,9 @@ def test_a_tracker_that_does_not_open(caplog):
     run = start_run('loop', {})
     (run.path/'tensorboard').write_text('in the way')
     with open_tracker('tensorboard', run) as tracker: tracker.log(1, loss=1.)
-    assert one_line(caplog).startswith('tracker could not be opened, the run goes on without it: ')
+    told = one_line(caplog)
+    assert told.startswith('tracker tensorboard could not be opened, the run goes on without it: ')
+    assert tracker_notes(run)['tensorboard']['failed'] in told
 
 def test_an_error_in_the_loop_is_passed_on_and_marked():
     closed = []
@@ -148,6 +160,149 @@ def test_an_error_in_the_loop_is_passed_on_and_marked():
         with Tracker(lambda step, numbers: None, closed.append):
             raise FloatingPointError('the loss must stay finite')
     assert closed == [True]
+
+def test_a_failed_tracker_is_left_alone_and_taken_up_by_the_resumed_run(monkeypatch, caplog):
+    written, broken = [], [True]
+    def write(step, values):
+        if broken[0] and step == 3: raise OSError('no space left')
+        written.append(step)
+    monkeypatch.setitem(OPENERS, 'wandb', lambda place: (write, None))
+    monkeypatch.setitem(OPENERS, 'tensorboard', lambda place: (lambda *_: None, None))
+    first, second = [start_run('loop', dict(tracker='wandb,tensorboard')) for _ in range(2)]
+    with open_tracker('wandb,tensorboard', first) as tracker:
+        for step in range(1, 6): first.log(step=step); tracker.log(step)
+        assert tracker.on # the other one
+    show_results(finish_run(first, dict(loss=1.)))
+    notes = tracker_notes(first)
+    assert (notes['wandb']['failed'], notes['wandb']['step']) == ('no space left', 2)
+    assert 'no space left' in one_line(caplog) and written == [1, 2]
+    broken[0] = False
+    for row in first.history[:4]: second.log(**row) # resumed at step 4
+    with open_tracker('wandb', second, origin=first) as tracker: tracker.log(5)
+    assert written == [1, 2, 3, 4, 5]
+    assert tracker_notes(second)['wandb']['id'] == notes['wandb']['id']
+    assert 'failed' not in tracker_notes(second)['wandb']
+
+@pytest.mark.parametrize('killed', [False, True])
+def test_what_a_killed_process_may_have_lost_is_written_again(killed, monkeypatch):
+    written = []
+    monkeypatch.setitem(
+        OPENERS, 'wandb', lambda place: (lambda step, values: written.append(step), None))
+    first, second = [start_run('loop', dict(tracker='wandb')) for _ in range(2)]
+    tracker = open_tracker('wandb', first).__enter__()
+    for step in range(1, 6): first.log(step=step); tracker.log(step)
+    if not killed: tracker.__exit__(None)
+    for row in first.history[:3]: second.log(**row)
+    with open_tracker('wandb', second, origin=first) as tracker: tracker.log(4)
+    assert written == [1, 2, 3, 4, 5] + ([1, 2, 3] if killed else []) + [4]
+
+# a training with three trackers, taken up at step 3, and what each has of it by its own reader
+
+TRACKED = """
+import sys
+from matplotlib import pyplot as plt
+from enigma_lab.lab.runs import finish_run, start_run
+from enigma_lab.lab.trackers import open_tracker, show_results
+config = dict(tracker=sys.argv[1], dim=8)
+first, run = [start_run('loop', config, note) for note in ('first', 'resumed')]
+with open_tracker(config['tracker'], first) as tracker:
+    for step in range(1, 6): first.log(step=step, loss=1/step); tracker.log(step, loss=1/step)
+for row in first.history[:3]: run.log(**row)
+with open_tracker(config['tracker'], run, origin=first) as tracker:
+    for step in range(4, 9): run.log(step=step, loss=1/step); tracker.log(step, loss=1/step)
+show_results(finish_run(run, dict(test_bits=1.5, warnings=['none'])))
+run.figure('loss', plt.figure(figsize=(2, 1)))
+run.sample('poem', 'Roses are <red>')
+for _ in range(2): show_results(run)
+"""
+
+@pytest.fixture(scope='module')
+def tracked(tmp_path_factory):
+    "The record of the resumed run, whose trackers are those that are installed."
+    folder = tmp_path_factory.mktemp('tracked')
+    kinds = [kind for kind in OPENERS if find_spec(kind)]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(('WANDB_', 'SWANLAB_'))}
+    with tempfile.TemporaryDirectory() as scratch: # short, for wandb's socket
+        env = clean | dict(HOME=str(folder), ENIGMA_RUNS=str(folder/'runs'), TMPDIR=scratch)
+        done = subprocess.run(
+            [sys.executable, '-c', TRACKED, ','.join(kinds)],
+            env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and 'tracker ' not in done.stderr, done.stderr
+    path, = folder.glob('runs/loop/*-resumed')
+    assert set(kinds) < tracker_notes(Run(path)).keys()
+    return Run(path)
+
+def read_tensorboard(run, home, id):
+    events = EventAccumulator(str(home/'tensorboard')).Reload()
+    scalars = {k: [(e.step, e.value) for e in events.Scalars(k)] for k in events.Tags()['scalars']}
+    picture, = events.Images('figures/loss')
+    text, = events.Tensors('samples/poem/text_summary')
+    return scalars, picture.encoded_image_string, text.tensor_proto.string_val[0].decode()
+
+def read_wandb(run, home, id):
+    scalars, media = {}, {}
+    folders = sorted((home/'wandb').glob('offline-run-*'))
+    for folder in folders:
+        for record in records(folder/f'run-{id}.wandb'):
+            if record.HasField('run'): assert record.run.run_id == id
+            row = {(*i.nested_key,): json.loads(i.value_json) for i in record.history.item}
+            for (key, *part), value in row.items():
+                if part == ['path']: media[key] = (folder/'files'/value).read_bytes()
+                if not part: scalars.setdefault(key, {})[row['_step',]] = value
+    scalars = {key: [*values.items()] for key, values in scalars.items()}
+    return scalars, media['figures/loss'], unescape(media['samples/poem'].decode())
+
+def read_swanlab(run, home, id):
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+    scalars, media = {}, {}
+    for folder in sorted((home/'swanlog').glob('run-*')):
+        reader = DataStoreReader()
+        reader.open(folder/f'run-{id}.swanlab')
+        for record in map(Record.FromString, reader):
+            if record.HasField('start'): assert record.start.id == id
+            if record.HasField('scalar'):
+                scalars.setdefault(record.scalar.key, {})[record.scalar.step] = (
+                    record.scalar.value.number)
+            if record.HasField('media'):
+                file, = [f for item in record.media.value.items
+                         for f in folder.rglob(item.filename)]
+                media[record.media.key] = file.read_bytes()
+    scalars = {key: [*values.items()] for key, values in scalars.items()}
+    return scalars, media['figures/loss'], media['samples/poem'].decode()
+
+@pytest.mark.parametrize('kind', [*OPENERS])
+def test_a_resumed_run_is_one_run_with_final_numbers_figure_and_sample(tracked, kind):
+    pytest.importorskip(kind)
+    notes = tracker_notes(tracked)[kind]
+    home = tracked.path/notes['home']
+    assert home.resolve().name.endswith('-first') and not (tracked.path/kind).exists()
+    scalars, picture, text = globals()[f'read_{kind}'](tracked, home, notes['id'])
+    kept = np.float32 if kind != 'wandb' else float
+    assert [(s, kept(v)) for s, v in scalars['loss']] == [
+        (row['step'], kept(row['loss'])) for row in tracked.history]
+    assert [v for _, v in scalars['final/test_bits']] == [1.5]
+    pixels = [np.asarray(Image.open(file).convert('RGB')) for file in
+              (io.BytesIO(picture), tracked.path/'figures'/'loss.png')]
+    assert np.array_equal(*pixels)
+    assert 'Roses are <red>' in text
+
+@pytest.mark.parametrize('fails', ['never', 'at the start', 'in the middle', 'at the end'])
+def test_a_tracker_that_raises_leaves_the_same_weights(fails, toy_text, monkeypatch, caplog):
+    from enigma_lab.lm.train import make_config, train
+    def opener(place):
+        if fails == 'at the start': raise ConnectionError('the cable is cut')
+        def write(step, values):
+            if fails == 'in the middle' and step > 1: raise ConnectionError('the cable is cut')
+        def close(failed):
+            if fails == 'at the end': raise ConnectionError('the cable is cut')
+        return write, close
+    monkeypatch.setitem(OPENERS, 'tensorboard', opener)
+    plain = make_config('smoke', data=str(toy_text), max_steps=4)
+    run = train(replace(plain, tracker='tensorboard'), test=False)
+    assert run.finished and ('failed' in tracker_notes(run)['tensorboard']) == (fails != 'never')
+    if fails != 'never': assert 'the cable is cut' in one_line(caplog)
+    assert weights_digest(run.checkpoint) == weights_digest(train(plain, test=False).checkpoint)
 
 # wandb keeps its state for the life of a process, so each of its cases gets one
 
@@ -358,5 +513,6 @@ def test_wandb_process_that_is_killed_midway(tmp_path):
         if 'wandb-core' in line: os.kill(int(line.split()[0]), signal.SIGKILL)"""
     _, printed = loop(tmp_path, kill, WANDB_MODE='offline')
     assert (
-        printed.count('tracker ') == 1 and 'tracker failed and is off, the run goes on: ' in printed
+        printed.count('tracker ') == 1
+        and 'tracker wandb failed and is off, the run goes on: ' in printed
     )

@@ -43,7 +43,7 @@ class TrainingConfig:
     precision:str = 'auto' # 'auto' (bf16 where a GPU has it, else fp32) | 'fp32' | 'bf16' | 'fp16'
     gradient_checkpointing:bool = False # trade time for memory
     sharded:bool = False # divide the parameters among the GPUs
-    tracker:str = 'none' # 'none' | 'wandb' | 'tensorboard'; a copy of the record, shown elsewhere
+    tracker:str = 'none' # 'none', or 'wandb', 'tensorboard', 'swanlab': one or several, with commas
     project:str = 'enigma-lab' # what the tracker files the run under
     experiment:str = '' # the run's name there; empty: that of its record
     resume:str = 'none' # 'none' | 'auto' (the newest run with this config) | a run

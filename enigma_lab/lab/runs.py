@@ -239,6 +239,14 @@ class RunWriter:
         figure.savefig(self.path/'figures'/f'{name}.png', dpi=100, bbox_inches='tight')
         return figure
 
+    def sample(self,
+        name:str, # of the file, without its ending
+        text:str, # what a model wrote
+    ):
+        "Save a text as `samples/<name>.txt`."
+        (self.path/'samples').mkdir(exist_ok=True)
+        (self.path/'samples'/f'{name}.txt').write_text(text, encoding='utf-8')
+
 # %% ../../nbs/lab/10_runs.ipynb #70377ae3
 def read_part(
     folder:Path, # of a run

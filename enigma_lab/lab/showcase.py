@@ -47,7 +47,8 @@ def make_showcase(
     part = path.with_name(path.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(run.path, part, ignore=shutil.ignore_patterns(
-        'checkpoints', 'tensorboard', 'wandb', '*.ipynb', '*.safetensors'))
+        'checkpoints', 'tensorboard', 'wandb', 'swanlog', 'trackers.json', '*.ipynb',
+        '*.safetensors'))
     for f in run.checkpoint.rglob('*.safetensors'): halve(f, part/f.relative_to(run.path))
     for where, source in (more or {}).items():
         if Path(source).is_file(): shutil.copy2(source, part/where); continue

@@ -23,6 +23,7 @@ from .progress import Measure, followed, measure_of, peak_mib, watched
 from .runs import Run, beating, finish_run, headlines, start_run
 from .settings import Settings, make_settings, write_settings
 from .sharded import whole_weights
+from .trackers import show_results
 from .trainer import Stopped, check_measure, fit
 
 # %% ../../nbs/lab/35_task.ipynb #b16fe7c3
@@ -155,7 +156,7 @@ def run_task(
     if run.finished and task.load: task.load(run, parts) # who has the parts wants a trained model
     if run.finished or not first: return run
     with beating(run): metrics = task.evaluate(run, parts, **options)
-    return finish_run(run, metrics)
+    return show_results(finish_run(run, metrics))
 
 # %% ../../nbs/lab/35_task.ipynb #8d358346
 def choose_record(

@@ -566,7 +566,7 @@ def fit(
     check_measure(measure, config)
     clock = Clock(count_steps(config, len(train)), config.minutes)
     tracker = open_tracker('none' if rank() else config.tracker, run, config.project,
-                           config.experiment)
+                           config.experiment, origin and origin[0])
     stop = StopOnSignal()
     ours = [KeepBest(), Budget(clock, config.stop_ppl, config.stop_loss),
             Recorder(run, clock, show, tracker, measure), Sealer(), stop]
@@ -575,8 +575,6 @@ def fit(
     if rank() == 0: run.log(measure=asdict(measure))
     clock.start(take_over(run, *origin) if origin else 0.)
     with listening(stop), quiet_transformers(), tracker:
-        # of the interrupted run
-        for row in [row for row in run.history if 'step' in row]: tracker.log(**row)
         trainer.train(resume_from_checkpoint=str(origin[1]) if origin else None)
     note_end(run, trainer.state, stop)
     if hasattr(getattr(model, 'config', None), 'use_cache'): model.config.use_cache = True

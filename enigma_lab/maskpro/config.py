@@ -53,7 +53,7 @@ class MaskProConfig:
     node_rank:int = 0 # which machine this is, from 0
     master:str = '127.0.0.1:0' # host:port of machine 0, by which several find each other
     seed:int = 0 # of masks and batches
-    tracker:str = 'none' # 'none' | 'wandb' | 'tensorboard'
+    tracker:str = 'none' # 'none', or 'wandb', 'tensorboard', 'swanlab': one or several, with commas
     project:str = 'enigma-lab' # what the tracker files the run under
     experiment:str = '' # its name there; empty: the record's
     resume:str = 'none' # 'none' | 'auto' | a record that was stopped

@@ -41,7 +41,7 @@ from ..lab.stats import minimal_detectable_effect
 from ..lab.task import leads, others_wait, share_record
 
 # %% ../../nbs/maskpro/55_train.ipynb #e78356c0
-from ..lab.trackers import open_tracker
+from ..lab.trackers import open_tracker, show_results
 from ..lab.trainer import StopOnSignal, listening, note_end
 from .config import MaskProConfig, steps_of
 from .estimators import make_method
@@ -430,7 +430,7 @@ def learn_here(
     held_out = task.images.validation.to(task.train.device)
     held_out = fixed_batches(held_out, 2, num_steps=task.num_steps, seed=321)
     if first: forget_rows(run)
-    tracker = open_tracker(c.tracker if first else 'none', run, c.project, c.experiment)
+    tracker = open_tracker(c.tracker if first else 'none', run, c.project, c.experiment, run)
     with tracker, listening(stop := StopOnSignal()):
         found = learn_masks(
             task.unet, task.loss, pool or task.fresh, c.estimator, budget, initial=initial,
@@ -586,7 +586,7 @@ def evaluate(
         found |= dict(distances, generated=samples, floor_images=min(samples, len(held_out)))
         run.figure('samples', compare_samples(drawn))
     write_json(run.path/'evaluation_results.json', found)
-    finish_run(run, metrics_of(run, found) | task.images.card())
+    show_results(finish_run(run, metrics_of(run, found) | task.images.card()))
     return found
 
 # %% ../../nbs/maskpro/55_train.ipynb #085efb19

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['presets', 'settings', 'SAMPLING', 'UNJUDGED', 'task', 'check_engine', 'SGDDTrainConfig', 'make_sgdd_config', 'sides',
            'within', 'read_data', 'vectors_of', 'SGDDTaskData', 'vector_source', 'new_model', 'find_base',
-           'prepare_sgdd', 'collapse_signs', 'sampling_of', 'seeded', 'track_scores', 'evaluate_sgdd', 'loop_scores',
+           'prepare_sgdd', 'collapse_signs', 'sampling_of', 'seeded', 'evaluate_sgdd', 'loop_scores',
            'paraphrase_scores', 'NewNoise', 'save', 'load', 'cosine_rate', 'EngineSettings', 'train_sgdd',
            'score_table', 'read_yaml', 'is_own', 'trained_texts', 'unseen_rows', 'candidates', 'new_evaluation',
            'evaluate_run']
@@ -32,7 +32,7 @@ from ..lab.runs import (
 from ..lab.settings import Settings, check_names, make_settings, read_settings_file
 from ..lab.stats import bootstrap
 from ..lab.task import Task, best_val_loss, main, run_task, training_report
-from ..lab.trackers import open_tracker
+from ..lab.trackers import show_results
 
 # %% ../../nbs/sgdd/70_train.ipynb #691b9ee6
 from .encoder import SemanticEncoder, encode_cached
@@ -316,18 +316,6 @@ def seeded(
     "Give a sampler a source of randomness of its own."
     return dict(how, generator=torch.Generator(model.device).manual_seed(seed))
 
-# %% ../../nbs/sgdd/70_train.ipynb #12825d19
-def track_scores(
-    run:Run, # with the tracker in its config
-    step:int, # number of updates
-    scores:dict, # by name
-):
-    "Copy scores to the tracker of a run."
-    c = run.config
-    name = f"{c.get('experiment') or run.name} evaluation"
-    with open_tracker(c.get('tracker', 'none'), run, c.get('project', 'enigma-lab'), name) as to:
-        to.log(step, **scores)
-
 # %% ../../nbs/sgdd/70_train.ipynb #025f9bcb
 def _evaluate_part(
     run, # open record
@@ -350,6 +338,7 @@ def _evaluate_part(
         scores |= loop_scores(model, examples[:run.config['loop_sentences']])
     failures = [e for e in examples[40:] if not e['exact']]
     write_json(run.path/f'examples_{name}.json', examples[:40] + failures[:40])
+    run.sample(name, '\n'.join(f"{e['wanted']}\n    {e['written']}" for e in examples[:10]))
     written = [e['written'] for e in examples]
     if pairs and parts.corpus.source == 'paraphrase':
         scores |= paraphrase_scores(written, sources)
@@ -376,7 +365,6 @@ def evaluate_sgdd(
         found |= {f'{name}_{k}': v for k, v in scores.items()}
     report = training_report(run)
     if model.encoder is None: report['warnings'] = [UNJUDGED]
-    track_scores(run, report['train_steps'], found)
     return dict(found, **parts.corpus.card(),
         train_too_long=len(parts.corpus.train) - len(parts.train),
         val_denoising_nats=best_val_loss(run), **report,
@@ -651,8 +639,7 @@ def evaluate_run(
         model, examples[:run.config['loop_sentences']])
     scores['perplexity'] = 2**min(1000., scores['nelbo_bits']*len(texts)/num_tokens)
     path = new_evaluation(run, dataset)
-    track_scores(run, run.metrics.get('train_steps', 0), {
-        f'{path.stem}/{k}': v for k, v in scores.items()})
+    show_results(run, **{f'{path.stem}/{k}': v for k, v in scores.items()})
     write_json(path, dict(dataset=dataset, counts=counts, run=run.name, sampling=how,
     loop=loop and sources is None, pairs=sources is not None, verdicts=model.encoder is not None,
     metrics=scores, examples=examples[:20], failures=[e for e in examples if not e['exact']][:50]))
