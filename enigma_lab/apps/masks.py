@@ -6,12 +6,14 @@
 __all__ = ['CASES', 'FILM_JS', 'PLAYER_JS', 'BLIND_JS', 'GAP_JS', 'STRIP_JS', 'MAP_JS', 'GROUP_JS', 'LAYER_JS', 'KNOBS', 'LIMITS',
            'SETTINGS_JS', 'START_JS', 'PAGE_JS', 'MASKS_JS', 'ROWS_CSS', 'MASKS_CSS', 'gap_of', 'about', 'row_names',
            'load_masked', 'toy_masked', 'beside', 'check_dense', 'denoise', 'data_url', 'film', 'mask_cases',
-           'layer_rows', 'layer_facts', 'masked_runs', 'is_whole', 'open_masked', 'MasksApp', 'masks_app']
+           'layer_rows', 'layer_facts', 'sparsegpt_beside', 'masked_runs', 'is_whole', 'open_masked', 'MasksApp',
+           'masks_app']
 
 # %% ../../nbs/apps/50_masks.ipynb #f040110f
 import base64, io, json
 from copy import deepcopy
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,25 +21,31 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .base import BASE_CSS, EnigmaApp, app_module
-from ..data.images import as_pixels
-from ..lab.runs import Run, find_run, list_runs
-from ..ddpm.model import make_scheduler, make_unet, sample_images
+from ..data.images import as_pixels, load_images
+from ..lab.runs import Run, find_run, list_runs, read_json, write_json
+from ..ddpm.model import (
+    DenoisingLoss, draw_batch, fixed_batches, make_scheduler, make_unet, sample_images)
 from ..ddpm.train import find_pipeline, load_pipeline
-from ..maskpro.masks import apply_masks, find_masks, mask_report, without_parts
+from ..maskpro.evaluate import each_loss, loss_report
+from ..maskpro.masks import (
+    apply_masks, find_masks, mask_report, remove_masks, without_parts)
 from ..maskpro.scores import initial_mask
+from ..maskpro.sparsegpt import sparsegpt
 from ..maskpro.train import MaskTask, config_of, need, three_models
 
 # %% ../../nbs/apps/50_masks.ipynb #93c5f278
 def gap_of(
-    metrics:dict, # of a record
+    run:Run|None, # of train_maskpro; `None`: a toy
     name:str, # of a row
 )->list[float]|None: # share of the gap, from, to; `None`: not measured
     "Find the share of the gap that a row wins back."
     fixed = dict(dense=1., initial=0.)
     if name in fixed: return [fixed[name]]*3
-    before = '' if name == 'learned' else f'{name}_'
-    keys = [f'{before}gap_recovered{end}' for end in ('', '_from', '_to')]
-    return [metrics[k] for k in keys] if all(k in metrics for k in keys) else None
+    own = run and run.path/'beside'/name/'gap.json'
+    found = read_json(own) if own and own.is_file() else run.metrics if run else {}
+    keys = [f'gap_recovered{end}' for end in ('', '_from', '_to')]
+    measured = (name == 'learned' or own and own.is_file()) and all(k in found for k in keys)
+    return [found[k] for k in keys] if measured else None
 
 def about(
     run:Run, # of train_maskpro
@@ -54,7 +62,7 @@ def row_names(
 )->dict: # name -> words
     "Name the rows for people."
     kept = f"{config.get('n', 2)} of {config.get('m', 4)}"
-    words = dict(dense='all weights', learned=f'{kept}, learned',
+    words = dict(dense='all weights', learned=f'{kept}, learned', sparsegpt=f'{kept}, by SparseGPT',
                  initial=f"{kept}, by {config.get('initial', 'magnitude')}")
     order = sorted(models, key=lambda name: (name == 'learned', name not in words))
     return {name: words.get(name, f'{kept}, {name}') for name in order}
@@ -181,6 +189,29 @@ def layer_facts(
     return dict(shape=[*case.shape, 1, 1][:4], m=masks.m, along=layer.axis == 1,
         cases=text(case.byte().numpy()), weights=text(w.half().numpy()),
         counts=case.flatten().bincount(minlength=len(CASES)).tolist())
+
+# %% ../../nbs/apps/50_masks.ipynb #a50ca572
+def sparsegpt_beside(
+    run:Run, # of train_maskpro, finished
+    folder:Path, # new; `make_showcase(run, name, kept_beside(run) | dict(beside=folder))` takes it
+    batches:int=8, # of training images, that the inputs of the layers are measured on
+)->dict: # of `loss_report`: losses, and the share of the gap
+    "Prune the dense model of a run by SparseGPT, judge it as the run was, and write it."
+    from diffusers import DDPMPipeline
+    c, (models, scheduler, _) = config_of(run), load_masked(run.name)
+    images, loss = load_images(c.dataset), DenoisingLoss(scheduler)
+    T = len(scheduler.alphas_cumprod)
+    pruned, seeded = deepcopy(models['dense']), torch.Generator().manual_seed(c.seed)
+    some = [draw_batch(images.train, c.batch_size, T, seeded) for _ in range(batches)]
+    sparsegpt(apply_masks(pruned, c.n, c.m, c.targets, groups=c.groups), loss, some)
+    remove_masks(pruned)
+    held_out = images.read_test(run) if run.metrics['split'] == 'test' else images.validation
+    judged = {name: each_loss(model, fixed_batches(held_out, c.repeats, num_steps=T), loss)
+              for name, model in dict(models, learned=pruned).items()}
+    found = loss_report(judged, len(held_out))
+    DDPMPipeline(pruned, scheduler).save_pretrained(folder/'sparsegpt')
+    write_json(folder/'sparsegpt'/'gap.json', dict(found, split=run.metrics['split']))
+    return found
 
 # %% ../../nbs/apps/50_masks.ipynb #edabbc55
 FILM_JS = r"""
@@ -508,8 +539,8 @@ PAGE_JS = r"""
     section('Pick the dense one', 'One image of each model, from the same noise.', blind.node),
     section('How much of the gap is won back', '0 %: the loss with the initial mask. 100 %: the '
       + 'loss of the dense model.', gaps.node),
-    section('Where the masks differ', 'Each piece of the strip is a layer, the darker the more '
-      + 'of its groups changed.', strip.node, map.node))
+    section('Where the masks differ', 'Each piece of the strip is a layer, its colour the stronger '
+      + 'the more of its groups changed.', strip.node, map.node))
   keepKeys(app, () => false)
   look(state.run)
   return player.stop
@@ -624,7 +655,7 @@ def answer_look(self:MasksApp,
     names = row_names(models, found.config if found else {})
     most = max(layers, key=lambda row: (row['changed']/row['groups'], row['groups']))
     return dict(runs=self.runs, note=note, names=names, layers=layers, most=most['name'],
-                gaps={name: gap_of(found.metrics if found else {}, name) for name in names})
+                gaps={name: gap_of(found, name) for name in names})
 
 # %% ../../nbs/apps/50_masks.ipynb #bb2697a8
 @patch
