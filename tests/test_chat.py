@@ -1,7 +1,6 @@
 "The chat as a person uses it: with Python behind it, without a kernel, in JupyterLab."
 import json
 import re
-from functools import cache
 
 import pytest
 from playwright.sync_api import expect
@@ -24,7 +23,8 @@ pytest_plugins = 'jupyter_lab'
 expect.set_options(timeout=60_000) # a busy machine is slow, and not wrong
 
 RUN = 'showcase/train_lora'
-LONG = dict(temperature=2., length=500) # knobs with which a reply does not end soon
+ASK = 'Who was Newton?' # the base says much to it
+WRITING = "document.querySelectorAll('.reply .text')[1]?.textContent.length > 20"
 
 
 # a page, and Python behind it
@@ -59,7 +59,7 @@ def visit(browser, tmp_path):
     for page in pages:
         assert not page.wrong, page.wrong
         assert page.evaluate('window.hacked') is None
-        page.context.close()
+    for page in pages: page.close()
 
 def app(page): return page.locator('.chat').last
 
@@ -101,11 +101,6 @@ def written(text, turns=(), run=RUN, who=0, length=100, **knobs):
     how = dict(temperature=0, top_p=1, top_k=0, seed=0, max_new_tokens=length) | knobs
     return ''.join(stream_reply(voice.model, voice.tokenizer,
                                 heard(turns, text, voice.name), **how))
-
-@cache
-def long_seed(text, least=150):
-    "A seed with which the tuned model says much."
-    return next(seed for seed in range(200) if len(written(text, seed=seed, **LONG)) >= least)
 
 def exam(): return find_run(RUN)
 
@@ -156,21 +151,22 @@ def test_what_was_not_taught(visit):
 # a reply
 
 def test_a_reply_grows_from_pieces(visit):
-    page, seed = visit(), long_seed('the fox')
-    set_knobs(page, seed=seed, **LONG)
+    page, knobs = visit(), dict(temperature=.5, seed=4, length=60)
+    set_knobs(page, **knobs)
     page.evaluate("""() => { window.seen = []; const log = document.querySelector('.log')
         new MutationObserver(() => seen.push(document.querySelector('.reply .text').textContent))
             .observe(log, { childList: true, subtree: true, characterData: true }) }""")
     page.sent.clear()
-    ask(page, 'the fox')
+    ask(page, ASK)
     assert field(page).input_value() == ''
     field(page).press_sequentially('meanwhile')
     tuned, base = ended(page)
-    assert [tuned, base] == [written('the fox', seed=seed, who=i, **LONG) for i in (0, 1)]
+    assert [tuned, base] == [written(ASK, who=i, **knobs) for i in (0, 1)]
     seen = list(dict.fromkeys(page.evaluate('seen')))
     assert len(seen) > 10 and all(b.startswith(a) for a, b in zip(seen, seen[1:]))
     pieces = [m['value']['pieces'] for m in page.sent]
-    assert len(pieces[0][0]) < 5 and not pieces[0][1] and ''.join(p for p, _ in pieces) == tuned
+    assert len(pieces[0][0]) < 5 and not pieces[0][1]
+    assert [''.join(of) for of in zip(*pieces)] == [tuned, base]
     expect(said(page)).to_have_text(re.compile(
         r'\d+ tokens a second\. \d+ of the 256 tokens of its context are in use\.'))
     assert field(page).input_value() == 'meanwhile' and page.apps[0].jobs == {}
@@ -182,43 +178,47 @@ def test_first_letter_comes_at_once(visit):
     page = visit()
     ask(page, 'Spell banana')
     ended(page)
-    waits = [page.evaluate("""text => new Promise(done => { const began = performance.now()
-        const field = document.querySelector('.field textarea'), log = document.querySelector('.log')
-        const first = () => document.querySelector('article:nth-child(' + count + ') .text + *,' +
-            ' article:nth-child(' + count + ') .reply .text')?.textContent
-        const count = document.querySelectorAll('article').length + 1
-        new MutationObserver((_, watch) => { if (!first()) return
-            watch.disconnect(); done(performance.now() - began) }).observe(log,
-            { childList: true, subtree: true, characterData: true })
-        field.value = text; field.dispatchEvent(new Event('input'))
-        document.querySelector('.field .main').click() })""", text) for text in
-        ('Spell apple', 'Reverse hello', 'Sort python')]
+    page.evaluate("""() => { window.waits = []; let began = 0 // milliseconds from click to letter
+        const log = document.querySelector('.log')
+        document.querySelector('.field .main').addEventListener('click',
+            () => { began = performance.now() }, true)
+        new MutationObserver(() => {
+            const text = document.querySelector('article:last-child .reply .text')?.textContent
+            if (began && text) { waits.push(performance.now() - began); began = 0 }
+        }).observe(log, { childList: true, subtree: true, characterData: true }) }""")
+    for text in 'Spell apple', 'Reverse hello', 'Sort python':
+        named(page, 'button', 'New chat').click()
+        field(page).fill(text)
+        named(page, 'button', 'Send').click()
+        expect(app(page).locator('.mark').first).not_to_have_text('')
+    waits = page.evaluate('waits')
+    assert len(waits) == 3
     print('first letter after', *(f'{wait:.0f} ms' for wait in waits))
     assert min(waits) < 300 # 65-100 ms on a machine at rest
-    ended(page)
 
 @pytest.mark.parametrize('how', ['button', 'key'])
 def test_stop_stops(visit, how):
-    page, seed = visit(), long_seed('the fox')
-    set_knobs(page, seed=seed, **LONG)
-    ask(page, 'the fox')
-    page.wait_for_function("document.querySelector('.reply .text')?.textContent.length > 20")
+    page = visit()
+    set_knobs(page, length=500)
+    ask(page, ASK)
+    page.wait_for_function(WRITING)
     named(page, 'button', 'Stop').click() if how == 'button' else field(page).press('Escape')
     expect(said(page)).to_have_text('Stopped.')
-    stopped = ended(page)[0]
+    stopped = ended(page)
     page.wait_for_timeout(700)
-    whole = written('the fox', seed=seed, **LONG)
-    assert replies(page)[0] == stopped and whole.startswith(stopped) and stopped != whole
+    whole = written(ASK, who=1, length=500)
+    assert replies(page) == stopped and whole.startswith(stopped[1]) and stopped[1] != whole
     assert page.apps[0].jobs == {} # nothing is at work
-    set_knobs(page, temperature=0, length=30)
-    turns = [dict(user='the fox', replies={exam().name: stopped})]
+    set_knobs(page, length=30)
+    turns = [dict(user=ASK, replies={exam().name: stopped[0]})]
     ask(page, 'Spell cat') # and the chat goes on
     assert ended(page)[0] == written('Spell cat', turns, length=30)
 
 def test_a_question_that_is_refused_stays(visit):
     page = visit()
     field(page).press('Enter')
-    expect(app(page).locator('.field .wrong')).to_have_text('a question needs text, got an empty one')
+    expect(app(page).locator('.field .wrong')).to_have_text(
+        'a question needs text, got an empty one')
     set_knobs(page, seed='')
     field(page).fill('Spell cat')
     named(page, 'button', 'Send').click()
@@ -236,9 +236,12 @@ def test_edit_retry_and_copy(visit):
     before = replies(page)
     named(page, 'button', 'Retry: ask the same again').click()
     assert ended(page) == before and app(page).locator('article').count() == 2
-    set_knobs(page, seed=long_seed('Spell dog', 20), **LONG)
+    turns = [dict(user='Spell cat', replies={exam().name: 'c-a-t'})]
+    drawn = ((written('Spell dog', turns, temperature=2, seed=i, length=20), i) for i in range(50))
+    again, seed = next(pair for pair in drawn if pair[0] != before[0])
+    set_knobs(page, temperature=2, seed=seed, length=20)
     named(page, 'button', 'Retry: ask the same again').click()
-    expect(app(page).locator('.reply .text').nth(2)).not_to_have_text(before[0])
+    expect(app(page).locator('.reply .text').nth(2)).to_have_text(again)
     ended(page)
     set_knobs(page, temperature=0, length=100)
     field(page).fill('half a thought')
@@ -258,8 +261,8 @@ def test_edit_retry_and_copy(visit):
     named(page, 'button', f'Copy the reply of {exam().name}').click()
     page.wait_for_timeout(200)
     assert read() == 'tac'
-    titles = fold(page, 'history').locator('.title').all_inner_texts()
-    assert titles == ['Reverse cat', 'Spell cat'] # what was edited away is in the history
+    titles = fold(page, 'history').locator('.title')
+    expect(titles).to_have_text(['Reverse cat', 'Spell cat']) # what was edited away is in the history
 
 def test_many_presses_ask_once(visit):
     page = visit()
@@ -270,7 +273,6 @@ def test_many_presses_ask_once(visit):
     for _ in range(5): field(page).press('Enter')
     ended(page)
     assert app(page).locator('article .asked .text').all_inner_texts()[1:] == ['Spell cat']
-    assert page.evaluate('asked.filter(m => m.question === "ask").length') in (2, 3) # an empty one
 
 
 # model, history, files
@@ -279,8 +281,8 @@ def test_the_model_stays_while_it_replies(visit):
     page = visit()
     select = fold(page, 'knobs').get_by_label('model')
     assert select.input_value() == RUN
-    set_knobs(page, seed=long_seed('the fox'), **LONG)
-    ask(page, 'the fox')
+    set_knobs(page, length=500)
+    ask(page, ASK)
     select.select_option('showcase/adapter')
     expect(app(page).locator('.knobs .wrong')).to_contain_text('The model stays while it replies')
     assert select.input_value() == RUN
@@ -289,7 +291,7 @@ def test_the_model_stays_while_it_replies(visit):
     select.select_option('showcase/adapter')
     expect(select).to_have_value('showcase/adapter')
     expect(said(page)).to_have_text('')
-    set_knobs(page, temperature=0, length=20)
+    set_knobs(page, length=20)
     ask(page, 'Spell cat')
     assert ended(page)[0] == written('Spell cat', run='showcase/adapter', length=20)
     named(page, 'checkbox', 'beside its base').uncheck()
@@ -313,11 +315,11 @@ def test_history_export_and_import(visit, tmp_path):
     ask(page, 'Spell dog')
     ended(page)
     rows = fold(page, 'history').locator('li')
-    assert rows.count() == 2
+    expect(rows).to_have_count(2)
     rows.get_by_text('Spell cat').click()
     assert app(page).locator('.asked .text').all_inner_texts() == ['Spell cat']
     named(page, 'button', 'Delete Spell dog').click()
-    assert rows.count() == 1
+    expect(rows).to_have_count(1)
     file['knobs']['seed'], file['turns'][0]['user'] = 9, INJECTION
     other = tmp_path/'chat.json'
     other.write_text(json.dumps(file), encoding='utf-8')
@@ -330,7 +332,7 @@ def test_history_export_and_import(visit, tmp_path):
         other.write_text(wrong, encoding='utf-8')
         app(page).locator('input[type=file]').set_input_files(other)
         expect(app(page).locator('.field .wrong')).to_contain_text('a file that Export has written')
-        field(page).fill('') # what is typed takes the complaint away
+        field(page).fill(wrong) # what is typed takes the complaint away
         expect(app(page).locator('.field .wrong')).to_be_hidden()
 
 def test_two_tabs_and_a_second_visitor(visit):
@@ -344,11 +346,12 @@ def test_two_tabs_and_a_second_visitor(visit):
     ended(tab)
     ask(page, 'Spell fox') # both went on: neither is lost
     ended(page)
-    rows = fold(page, 'history').locator('li').all_inner_texts()
-    assert [row.split('\n')[0] for row in rows] == ['Spell cat']*2
-    assert all('2 questions' in row for row in rows)
+    rows = fold(page, 'history').locator('li')
+    expect(rows).to_have_count(2)
+    assert all(row.startswith('Spell cat') and '2 questions' in row
+               for row in rows.all_inner_texts())
     stranger = visit(file='same.html')
-    assert fold(stranger, 'history').locator('li').count() == 0
+    expect(fold(stranger, 'history').get_by_text('Nothing yet.')).to_be_visible()
 
 def test_two_at_once(visit):
     page = visit(ChatApp(RUN), ChatApp(RUN))
@@ -430,6 +433,7 @@ def test_keyboard_only(visit):
     assert not app(page).locator('article').count()
     to('History')
     page.keyboard.press('Enter')
+    expect(app(page).locator('.history .title')).to_be_visible()
     page.keyboard.press('Tab')
     page.keyboard.press('Enter') # opens it again
     expect(app(page).locator('article')).to_have_count(2)
@@ -473,9 +477,9 @@ def test_every_width_and_both_grounds(visit, axe, dark): # noqa: F811
 
 def test_a_lost_kernel_loses_nothing(visit):
     page = visit(file='lost.html')
-    set_knobs(page, seed=long_seed('the fox'), **LONG)
-    ask(page, 'the fox')
-    page.wait_for_function("document.querySelector('.reply .text')?.textContent.length > 10")
+    set_knobs(page, length=500)
+    ask(page, ASK)
+    page.wait_for_function(WRITING)
     field(page).fill('half a sentence')
     page.evaluate('window.gone = true; models[0].tell("comm_live_update")')
     expect(app(page).locator('.banner')).to_contain_text('The kernel is gone: run the cell again. '
@@ -486,7 +490,7 @@ def test_a_lost_kernel_loses_nothing(visit):
     expect(said(page)).to_contain_text('The last reply was interrupted')
     assert field(page).input_value() == 'half a sentence'
     named(page, 'button', 'Retry: ask the same again').click()
-    assert ended(page)[0] == written('the fox', seed=long_seed('the fox'), **LONG)
+    assert ended(page)[1] == written(ASK, who=1, length=500)
 
 def test_without_a_kernel_the_examples_work(visit):
     page = visit(alone=True)

@@ -51,7 +51,7 @@ def toy_voice()->Voice: # untrained
         toy = EnigmaForCausalLM(config).eval()
     return Voice('untrained toy', toy, tokenizer)
 
-# %% ../../nbs/apps/10_chat.ipynb #bfc2a67c
+# %% ../../nbs/apps/10_chat.ipynb #fd7220db
 @cache
 def load_voices(
     run:str, # name of a run of train_lora; empty: a toy
@@ -69,7 +69,7 @@ def load_voices(
     try: at = find_run(base).checkpoint
     except FileNotFoundError: return voices
     before, own = (kind.from_pretrained(at) for kind in (AutoModelForCausalLM, AutoTokenizer))
-    return [*voices, Voice(base, before.eval(), own)]
+    return [*voices, Voice(f'base: {base}', before.eval(), own)]
 
 # %% ../../nbs/apps/10_chat.ipynb #6877c8ef
 def measured(
@@ -83,7 +83,7 @@ def measured(
             for f, exact, words, can in table.itertuples()}
     return {f: row for f, row in rows.items() if row['shares'][0] is not None}
 
-# %% ../../nbs/apps/10_chat.ipynb #cc83641c
+# %% ../../nbs/apps/10_chat.ipynb #df4667c1
 WORDS = ('cat sun tea map hello apple music water green river banana python summer window '
          'garden').split()
 
@@ -108,6 +108,7 @@ def draw_examples(
     of = lambda t: t[language] if isinstance(t, dict) else t
     for wording in 4*wordings:
         text, right, *fields = FAMILIES[name].draw(rng, 5)
+        if fields and len(set(fields[0].values())) < len(fields[0]): continue # e by e
         form = wording if '{input}' in wording else wording + '\n{input}'
         found[form.format(input=of(text), **(fields[0] if fields else {}))] = of(right)
     strange = lambda q: language == 'en' and sum(not c.isascii() for c in q)
@@ -541,7 +542,7 @@ const fieldPanel = (store, act) => {
 }
 """
 
-# %% ../../nbs/apps/10_chat.ipynb #4e77e1a7
+# %% ../../nbs/apps/10_chat.ipynb #2b3b75ee
 CHIPS_JS = r"""
 const LANGUAGES = ['en', 'zh']
 const FEW = 6  // chips that are seen at first
@@ -565,9 +566,8 @@ const chipsPanel = (store, act) => {
     const title = able.length ? `A small model that knows ${plural(able.length, 'task')}` :
       'A small model'
     const beyond = drawn.tasks.find(task => task.name === 'beyond')
-    const outside = beyond && Object.entries(beyond.examples).map(([name, example]) =>
-      chip(store, act, example, name))
-    const chips = [...firstChips(store, act, able), ...(outside ?? []).slice(0, 1)].filter(Boolean)
+    const outside = beyond && LANGUAGES.map(name => chip(store, act, beyond.examples[name], name))
+    const chips = [...firstChips(store, act, able), ...(outside ?? []).filter(Boolean).slice(0, 1)].filter(Boolean)
     node.replaceChildren(element('h2', {}, title),
       element('p', { class: 'quiet' }, drawn.note || 'Try one: a program checks each answer.'),
       element('div', { class: 'chips', role: 'group', 'aria-label': 'examples' }, chips))
@@ -793,7 +793,7 @@ LOG_CSS = r"""
 .chat .tools { display: flex; gap: 6px; }
 """
 
-# %% ../../nbs/apps/10_chat.ipynb #7b257cde
+# %% ../../nbs/apps/10_chat.ipynb #030bfe0c
 FIELD_CSS = r"""
 .chat { --ea-right: #1d6b35; }
 .chat[data-dark] { --ea-right: #7fd694; }
@@ -806,7 +806,7 @@ FIELD_CSS = r"""
 .chat summary { cursor: pointer; width: fit-content; padding: 4px; }
 .chat :is(ul, ol) { list-style: none; display: grid; gap: 6px; }
 .chat .tasks li { display: grid; gap: 2px 12px; align-items: center;
-  grid-template-columns: 9em 6.5em 5em minmax(0, 1fr); border-top: 1px solid var(--ea-edge);
+  grid-template-columns: 140px 100px 74px minmax(0, 1fr); border-top: 1px solid var(--ea-edge);
   padding-top: 6px; }
 .chat .number { text-align: right; font-variant-numeric: tabular-nums; }
 .chat .history li { display: grid; grid-template-columns: minmax(0, 1fr) auto auto; gap: 2px 10px;
@@ -817,13 +817,14 @@ FIELD_CSS = r"""
 .chat details > :not(summary) { margin-top: 6px; }
 .chat .knobs .grid { display: grid; gap: 10px 24px; padding: 8px 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 180px), 1fr)); }
+.chat .knobs .labelled { display: grid; justify-items: start; }
 .chat .knobs .grid .labelled { display: grid; grid-template-columns: minmax(0, 1fr) 3em;
   gap: 0 8px; align-items: center; }
 .chat .knobs .grid label { grid-column: 1/3; }
 .chat .knobs .grid input { width: 100%; accent-color: var(--ea-way-out); }
 .chat .knobs .grid input[type=range] { padding-inline: 0; }
 @container (max-width: 620px) {
-  .chat .tasks li { grid-template-columns: minmax(0, 1fr) 6.5em 5em; }
+  .chat .tasks li { grid-template-columns: minmax(0, 1fr) 100px 74px; }
   .chat .tasks .chips { grid-column: 1/4; }
   .chat .tasks li > :last-child:not(.chips) { display: none; }
   .chat .history li { grid-template-columns: minmax(0, 1fr) auto; }
@@ -854,7 +855,7 @@ class ChatApp(EnigmaApp):
         except OSError as error: raise ValueError(f'no model: {error}') from None
         return dict(about, runs=list(dict.fromkeys([self.about['run'], *tuned_runs()])))
 
-# %% ../../nbs/apps/10_chat.ipynb #6f423c42
+# %% ../../nbs/apps/10_chat.ipynb #a5a64a6b
 @patch
 def answer_look(self:ChatApp,
     run:str, # name of a run; empty: a toy
@@ -876,7 +877,7 @@ def answer_ask(self:ChatApp,
     if not text.strip(): raise ValueError("a question needs text, got an empty one")
     check_knobs(KNOBS, knobs)
     voices = load_voices(run)[:1 + beside]
-    memories = [self.memories.setdefault(v.name, PrefixCache(v.model)) for v in voices]
+    memories = [self.memories.setdefault((run, v.name), PrefixCache(v.model)) for v in voices]
     told = [heard(turns, text, v.name) for v in voices]
     self.jobs = newest({**self.jobs, job: Replies(voices, told, memories, **knobs)})
     limit = memories[0].limit
