@@ -262,7 +262,7 @@ def test_edit_retry_and_copy(visit):
     page.wait_for_timeout(200)
     assert read() == 'tac'
     titles = fold(page, 'history').locator('.title')
-    expect(titles).to_have_text(['Reverse cat', 'Spell cat']) # what was edited away is in the history
+    expect(titles).to_have_text(['Reverse cat', 'Spell cat']) # what was edited away
 
 def test_many_presses_ask_once(visit):
     page = visit()
