@@ -964,7 +964,7 @@ def answer_stop(self:ChatApp,
     "End the replies; those that have ended already stay so."
     self.jobs.pop(job, None)
 
-# %% ../../nbs/apps/10_chat.ipynb #b6b64b70
+# %% ../../nbs/apps/10_chat.ipynb #2622133b
 @patch
 def static_html(self:ChatApp)->str: # HTML: a place, a style and a module
     "Write the app for a page without a kernel: the examples are answered from a record."
@@ -979,6 +979,7 @@ def chat_app(
     "Show a chat with a tuned model. Raises FileNotFoundError if a named run is missing."
     return ChatApp(run or next(iter(tuned_runs()), ''))
 
+# %% ../../nbs/apps/10_chat.ipynb #285c27ed
 def ask_chat(
     app:ChatApp, # app without a page
     text:str, # question
