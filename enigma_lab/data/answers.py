@@ -49,15 +49,20 @@ class Scripted:
         choices:tuple=(), # every choice, in turn
         words:tuple=(), # words in place of `word`, in turn
     ):
-        self.words, self.numbers, self.choices_ = iter(words), iter(numbers), iter(choices)
+        self.words, self.numbers, self.picks = iter(words), iter(numbers), iter(choices)
         self.typed = word
 
-    def word(self, n)->str: return next(self.words, self.typed)
-    def randrange(self, *bounds)->int: return next(self.numbers)
-    def choice(self, among)->str: return next(self.choices_)
-    def choices(self, among, k)->str: return self.typed
-    def sample(self, among, k)->list[int]: return [next(self.numbers) for _ in range(k)]
-    def random(self)->float: return 1. # not the Chinese word, not the made palindrome
+    def __getattr__(self,
+        name:str, # method of `random.Random`, or `word`
+    ): # function of any arguments
+        "Answer every kind of draw. Raises StopIteration where the script is at its end."
+        draws = dict(
+            word=lambda n: next(self.words, self.typed), choices=lambda among, k: self.typed,
+            choice=lambda among: next(self.picks), randrange=lambda *bounds: next(self.numbers),
+            sample=lambda among, k: [next(self.numbers) for _ in range(k)],
+            random=lambda: 1.) # not the Chinese word, not the made palindrome
+        if name not in draws: raise AttributeError(name)
+        return draws[name]
 
 # %% ../../nbs/data/32_answers.ipynb #d339d894
 @functools.cache
