@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Piece', 'is_byte', 'KNOBS', 'EDIT_JS', 'STORE_JS', 'READ_JS', 'WRITE_JS', 'SHADE_JS', 'FIELD_JS', 'LOOK_JS',
-           'KEYS_JS', 'CLOSELY_JS', 'SUM_JS', 'WAYS_JS', 'KNOBS_JS', 'BUTTONS_JS', 'ACTIONS_JS', 'LOST_JS',
-           'COMPLETE_JS', 'EDITOR_CSS', 'PANELS_CSS', 'load_toy', 'load_model', 'split_pieces', 'predict_tokens',
-           'token_label', 'piece_row', 'read_pieces', 'shaded_html', 'check_knobs', 'newest', 'CompleteApp',
-           'completion_app', 'ask_all']
+           'KEYS_JS', 'CLOSELY_JS', 'SUM_JS', 'WAYS_JS', 'KNOB_FIELD_JS', 'KNOBS_JS', 'BUTTONS_JS', 'ACTIONS_JS',
+           'LOST_JS', 'COMPLETE_JS', 'EDITOR_CSS', 'PANELS_CSS', 'load_toy', 'load_model', 'split_pieces',
+           'predict_tokens', 'token_label', 'piece_row', 'read_pieces', 'shaded_html', 'check_knobs', 'newest',
+           'CompleteApp', 'completion_app', 'ask_all']
 
 # %% ../../nbs/apps/05_complete.ipynb #f5ccf166
 import html, json, math, re
@@ -153,10 +153,11 @@ KNOBS = dict( # name -> label, value at the start, least, most, step
     length=('length', 300, 10, 1000, 10), seed=('seed', 0, 0, 999_999, 1))
 
 def check_knobs(
-    **knobs # a number for each name of `KNOBS`
+    table:dict, # `KNOBS`, or another app's
+    knobs:dict, # a number for each of its names
 ):
     "Refuse a knob that is out of its range, with a ValueError."
-    for name, (label, _, low, high, step) in KNOBS.items():
+    for name, (label, _, low, high, step) in table.items():
         value, whole = knobs.get(name), step >= 1
         fits = isinstance(value, int if whole else (int, float)) and low <= value <= high
         if not fits or isinstance(value, bool): raise ValueError(
@@ -428,7 +429,7 @@ const waysPanel = (store, take) => {
 """
 
 # %% ../../nbs/apps/05_complete.ipynb #039c2a3d
-KNOBS_JS = f'const KNOBS = {json.dumps(KNOBS)}' + r"""
+KNOB_FIELD_JS = r"""
 const knobField = (store, name) => {
   const [label, , min, max, step] = KNOBS[name], value = store.knobs[name]
   const type = step === 1 ? 'number' : 'range', shown = element('output', {}, `${value}`)
@@ -440,6 +441,8 @@ const knobField = (store, name) => {
   if (type === 'number') shown.textContent = ''
   return labelled(label, field, shown)
 }
+"""
+KNOBS_JS = f'const KNOBS = {json.dumps(KNOBS)}' + KNOB_FIELD_JS + r"""
 const knobsPanel = store => {
   const node = element('details', { class: 'knobs', open: store.open, ontoggle() {
     if (store.open !== node.open) { store.open = node.open; store.change() } } },
@@ -653,7 +656,7 @@ def answer_write(self:CompleteApp,
 )->dict: # first piece, and whether it is the last
     "Begin a continuation. Raises ValueError for a knob out of its range."
     from enigma_lab.lm.generate import stream
-    check_knobs(**knobs)
+    check_knobs(KNOBS, knobs)
     knobs['max_new_tokens'] = knobs.pop('length')
     pieces = stream(self.lm, self.tokenizer, text, **knobs)
     self.jobs = newest({**self.jobs, job: pieces})
