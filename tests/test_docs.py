@@ -259,11 +259,13 @@ def build_site(root, pages, contents, **env):
     assert done.returncode == 0, done.stderr
     return done.stdout
 
-def app_site(root, name, **env):
-    "Build a site of two pages, one with the first cells of an app's page; return what it prints."
-    found = json.loads((ROOT/'nbs/apps'/name).read_text(encoding='utf-8'))['cells'][1:4]
-    cells = [(cell['cell_type'], ''.join(cell['source']), []) for cell in found]
-    pages = {'index.ipynb': [('markdown', '# Small\n\n> Two pages.', None)], 'app.ipynb': cells}
+def app_site(root, *names, **env):
+    "Build a site with the first cells of some apps' pages; return what it prints."
+    pages = {'index.ipynb': [('markdown', '# Small\n\n> Some apps.', None)]}
+    for name in names:
+        cells = json.loads((ROOT/'nbs/apps'/name).read_text(encoding='utf-8'))['cells'][1:4]
+        pages[name] = [(cell['cell_type'], ''.join(cell['source']), []) for cell in cells]
+        assert pages[name][2][1].startswith('#| exec_doc')
     return build_site(root, pages, [*pages], **env)
 
 @pytest.fixture(scope='module')

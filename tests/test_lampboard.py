@@ -593,7 +593,7 @@ def small_site(tmp_path_factory):
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_the_built_page_works_without_a_kernel(small_site, browser, axe, width, scheme):
     page = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme)
-    where = (small_site/'app.html').as_uri()
+    where = (small_site/'lampboard.html').as_uri()
     watch(page, where)
     page.goto(where)
     named(page, 'button', 'key A').click()

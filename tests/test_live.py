@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import test_docs
 from enigma_lab.apps.complete import KNOBS, read_pieces, split_pieces
+from enigma_lab.apps.masks import denoise, heat_map, load_masked, mask_cases, show_step
 from enigma_lab.apps.live import LIVE_JS, MOST, RUNTIME, add_live, copy_live
 from enigma_lab.lm.generate import next_token_probs, stream, stream_reply
 
 ROOT = test_docs.ROOT
 browser = test_docs.browser
-proof = pytest.mark.proof('apps.live', 'apps.complete', 'apps.base', 'lm.onnx', seeds=(0,))
+proof = pytest.mark.proof(
+    'apps.live', 'apps.complete', 'apps.masks', 'apps.base', 'lm.onnx', seeds=(0,))
 SHOWCASES = 'train_enigma', 'train_lora'
 
 def checkpoint(name): return ROOT/'runs/showcase'/name/'checkpoint'
@@ -102,11 +104,12 @@ def test_the_same_chances():
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    "A site with the completion page and the model that comes along; what its build printed."
+    "A site with two live pages and the models that come along; what its build printed."
     root = tmp_path_factory.mktemp('live')
-    for name in SHOWCASES:
+    for name in (*SHOWCASES, 'maskpro'):
         shutil.copytree(ROOT/'runs/showcase'/name, root/'runs/showcase'/name)
-    said = test_docs.app_site(root, '05_complete.ipynb', ENIGMA_RUNS=str(root/'runs'))
+    pages = '05_complete.ipynb', '50_masks.ipynb'
+    said = test_docs.app_site(root, *pages, ENIGMA_RUNS=str(root/'runs'))
     if 'is left out' in said: pytest.skip(said) # where npm is missing
     with test_docs.served(root/'_docs') as address: yield root/'_docs', address, said
 
@@ -121,7 +124,7 @@ def page(site, browser):
     page.on('pageerror', lambda e: page.wrong.append(str(e)))
     page.on('console', lambda m: m.type == 'error' and 'favicon' not in m.location['url']
         and page.wrong.append(m.text))
-    page.goto(f'{address}/app.html')
+    page.goto(f'{address}/complete.html')
     field = page.get_by_role('textbox', name='text', exact=True)
     expect(field).not_to_be_editable()
     page.first_asked = [*page.asked]
@@ -272,7 +275,7 @@ def test_no_error_was_seen(page):
 def test_a_folder_is_no_host(site, browser):
     "Opened from a file, the page says what to do."
     page = browser.new_page()
-    page.goto((site[0]/'app.html').as_uri())
+    page.goto((site[0]/'complete.html').as_uri())
     page.get_by_role('button', name='Run in this page').click()
     expect(page.locator('.complete .offer')).to_contain_text('python -m http.server')
     page.close()
@@ -282,7 +285,7 @@ def test_without_npm_the_site_is_whole(site, tmp_path, monkeypatch):
     "The build says so, and the page offers nothing."
     folder = tmp_path/'site'
     shutil.copytree(site[0], folder, ignore=shutil.ignore_patterns('live'))
-    page = folder/'app.html'
+    page = folder/'complete.html'
     before = re.sub(" data-bytes='\\d+'", '', page.read_text(encoding='utf-8'))
     page.write_text(before, encoding='utf-8')
     monkeypatch.setenv('ENIGMA_CACHE', str(tmp_path/'cache'))
@@ -290,3 +293,25 @@ def test_without_npm_the_site_is_whole(site, tmp_path, monkeypatch):
     assert add_live(folder) == ['live: showcase/train_enigma is left out: '
         f'{RUNTIME} comes from npm, and npm is not installed']
     assert page.read_text(encoding='utf-8') == before and not (folder/'_static/live').exists()
+
+@proof
+def test_frames_of_masks_need_no_kernel(site, browser):
+    "The slider shows the frames of the models, the list the map of a layer."
+    models, scheduler, _ = load_masked()
+    frames = denoise(models, scheduler, 8, 25)
+    page = browser.new_page()
+    wrong = []
+    page.on('pageerror', lambda e: wrong.append(str(e)))
+    page.goto(f'{site[1]}/masks.html')
+    app = page.locator('[data-app=frames] .frames')
+    sources = lambda part: app.locator(f'.{part} img').evaluate_all('all => all.map(x => x.src)')
+    for step in 25, 0, 12:
+        app.get_by_label('after step').fill(f'{step}')
+        assert sources('rows') == re.findall('src="([^"]+)"', show_step(frames, step))
+    names = app.locator('option').all_text_contents()
+    cases = mask_cases(models)
+    assert sorted(names) == sorted(cases)
+    app.get_by_label('layer').select_option(names[-1])
+    assert sources('map') == re.findall('src="([^"]+)"', heat_map(cases[names[-1]]))
+    assert wrong == []
+    page.close()
