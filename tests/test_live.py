@@ -16,7 +16,7 @@ import test_docs
 from enigma_lab.apps.complete import KNOBS, read_pieces, split_pieces
 from enigma_lab.apps.masks import denoise, heat_map, load_masked, mask_cases, show_step
 from enigma_lab.apps.live import LIVE_JS, MOST, RUNTIME, add_live, copy_live
-from enigma_lab.lm.generate import next_token_probs, stream, stream_reply
+from enigma_lab.lm.generate import fit_context, next_token_probs, stream, stream_reply
 
 ROOT = test_docs.ROOT
 browser = test_docs.browser
@@ -41,7 +41,7 @@ def run_node(text, said):
 ALPHABETS = [ # ranges of characters: all of Unicode, ASCII, Chinese, emoji, marks, and few but odd
     range(0x110000), range(128), range(0x4e00, 0xa000), range(0x1f300, 0x1faff),
     range(0x300, 0x370), [*map(ord, ' \t\n\r\0\x85\xa0\u2028\u200d\ufe0f\ufeff\ufffdéß𝔘🏽a')]]
-WORDS = '<|user|>', '<|eos|>', '<|', '|>', '<0x41>', '__proto__', '👩‍👩‍👧‍👦', 'e\u0301'
+WORDS = '<|user|>', '<|user|>!', '<|eos|>', '<|', '|>', '<0x41>', '__proto__', '👩‍👩‍👧‍👦', 'e\u0301'
 
 def draw_strings(count):
     dice = random.Random(0)
@@ -55,6 +55,7 @@ def draw_strings(count):
 def test_the_same_tokens(name):
     "10,000 strings: as they stand, with marks that are read, and back; random tokens as well."
     tokenizer = AutoTokenizer.from_pretrained(checkpoint(name))
+    tokenizer.backend_tokenizer.add_special_tokens(['<|user|>!']) # the longest mark counts
     wild = draw_strings(10_000)
     # half a surrogate pair comes only from JavaScript; it counts as U+FFFD
     texts = [re.sub('[\ud800-\udfff]', '\ufffd', text) for text in wild]
@@ -62,7 +63,7 @@ def test_the_same_tokens(name):
     asis = tokenizer(texts, split_special_tokens=True, **plain).input_ids
     read = tokenizer(texts, **plain).input_ids
     dice, rows = random.Random(1), range(len(tokenizer))
-    tokens = [dice.choices(rows, k=dice.randrange(9)) for _ in range(10_000)]
+    tokens = [*asis, *(dice.choices(rows, k=dice.randrange(9)) for _ in range(10_000))]
     text = """const tokenizer = makeTokenizer(said.file), { wild, tokens } = said
       console.log(JSON.stringify([wild.map(tokenizer.encode), wild.map(tokenizer.read),
         tokens.map(tokenizer.decode), wild.map(text => tokenizer.pieces(text))]))"""
@@ -206,7 +207,7 @@ def test_what_is_typed_is_measured(page, ours):
     expect(page.locator('.complete')).to_contain_text(f'{total:.2f} bits per character')
 
 @proof
-@pytest.mark.parametrize('text, length', [('Return the number of ', 300), ('', 40)])
+@pytest.mark.parametrize('text, length', [('Return the number of values. '*8, 40), ('', 30)])
 def test_the_likeliest_text_is_torchs(page, ours, text, length):
     "A text longer than the window, so that it goes on from half of it; a text from nothing."
     editor(page).fill(text)
@@ -239,9 +240,11 @@ def test_a_seed_writes_the_same_again(page):
     expect(page.locator('.complete .said')).to_have_text(
         'seed must be a number from 0 to 999999, got NaN')
 
-TALK = [[dict(role='user', content='What is 17 + 25?')],
-        [dict(role='user', content='Reverse the word lantern.'),
-         dict(role='assistant', content='nretnal'), dict(role='user', content='你好 <|eos|>!')]]
+asked = lambda *texts: [dict(role=role, content=text) for role, text in zip(
+    ('user', 'assistant')*len(texts), texts)]
+TALKS = [asked('What is 17 + 25?'), asked('Reverse the word lantern.', 'nretnal', '你好 <|eos|>!'),
+         [dict(role='system', content='Be brief.'), *asked(*['Count to three. '*3, 'one']*5, 'Go')],
+         asked('What is the capital of France? '*20)]
 
 @proof
 def test_the_chats_model_answers_as_in_torch(page, site):
@@ -253,19 +256,18 @@ def test_the_chats_model_answers_as_in_torch(page, site):
     tokenizer = AutoTokenizer.from_pretrained(found)
     ask = """async ([root, name, talk]) => {
       const engine = await loadEngine(root, name), pieces = []
-      for await (const piece of writeReply(engine, talk, { temperature: 0, length: 60 }))
+      for await (const piece of writeReply(engine, talk, { temperature: 0, length: 40 }))
         pieces.push(piece)
-      return [readTalk(engine, talk), pieces.join('')]
+      return [fitTalk(engine, talk, 40), pieces.join('')]
     }"""
-    give = "Object.assign(globalThis, { loadEngine, writeReply, readTalk })"
+    give = "Object.assign(globalThis, { loadEngine, writeReply, fitTalk })"
     page.add_script_tag(content='\n'.join([*LIVE_JS, give]), type='module')
     page.wait_for_function('!!globalThis.writeReply')
-    for talk in TALK:
+    for talk in TALKS:
         ids, text = page.evaluate(ask, [f'{address}/_static/live/', name, talk])
-        whole = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
-        assert ids == whole
-        assert text == ''.join(stream_reply(model, tokenizer, talk, temperature=0,
-                                            max_new_tokens=60))
+        fits, _ = fit_context(tokenizer, talk, model.config.max_len, 40)
+        knobs = dict(temperature=0, max_new_tokens=40)
+        assert ids == fits and text == ''.join(stream_reply(model, tokenizer, talk, **knobs))
 
 @proof
 def test_no_error_was_seen(page):

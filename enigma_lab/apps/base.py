@@ -114,7 +114,8 @@ BASE_CSS = '.enigma-app { ' + palette(LIGHT) + ' }\n' \
 .enigma-app button { cursor: pointer; text-align: center; touch-action: manipulation; }
 .enigma-app button:hover:enabled { border-color: var(--ea-ink); }
 .enigma-app button:disabled { cursor: default; opacity: .55; }
-.enigma-app button.main { background: var(--ea-ink); color: var(--ea-paper); }
+.enigma-app button.main { background: var(--ea-ink); color: var(--ea-paper);
+  display: inline-block; flex: none; } /* Furo has a class of this name */
 .enigma-app :focus-visible { outline: 2px solid var(--ea-way-out); outline-offset: 2px; }
 .enigma-app .quiet { color: var(--ea-quiet); font-size: .87em; }
 .enigma-app .wrong { color: var(--ea-wrong); font-size: .87em; }

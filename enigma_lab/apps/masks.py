@@ -230,6 +230,7 @@ const start = ({ app, model }) => {
 # %% ../../nbs/apps/50_masks.ipynb #dbe98680
 FRAMES_CSS = r"""
 .frames { display: grid; gap: 10px; grid-template-columns: minmax(0, 1fr); }
+.frames .labelled { display: flex; flex-wrap: wrap; gap: 0 .7em; align-items: center; }
 .frames :is(.rows, .map) { overflow: auto; }
 .frames input { width: min(100%, 26em); padding: 0; accent-color: var(--ea-way-out); }
 .frames :is(td, th) { border: 0; }
