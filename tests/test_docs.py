@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,18 +36,23 @@ PAGES = [name for _, names in read_sidebar(QUARTO) for name in names]
 def site(tmp_path_factory):
     return build_docs(tmp_path_factory.mktemp('docs')/'site').parent
 
-@pytest.fixture(scope='module')
-def server(site):
+@contextmanager
+def served(folder):
+    "The address of a folder over http."
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
         def copyfile(self, source, outputfile):
             with suppress(ConnectionError):  # the reader went on
                 super().copyfile(source, outputfile)
-    handler = partial(Quiet, directory=str(site))
+    handler = partial(Quiet, directory=str(folder))
     with ThreadingHTTPServer(('127.0.0.1', 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{httpd.server_port}'
         httpd.shutdown()
+
+@pytest.fixture(scope='module')
+def server(site):
+    with served(site) as address: yield address
 
 @pytest.fixture(scope='module')
 def browser():
@@ -241,22 +246,36 @@ print("found", os.environ.get("LEFT"), *behind, Path("number.txt").read_text())"
     ('markdown', '## One heading\n\nBack to the [start](../index.ipynb).', None),
     ('code', 'never_run()', STALE)]
 
+def build_site(root, pages, contents, **env):
+    "Build a site of a few pages, path -> cells, by the command; return what it prints."
+    shutil.copy(ROOT/'settings.ini', root)
+    quarto = dict(website=dict(title='Small', sidebar=dict(contents=contents)))
+    (root/'_quarto.yml').write_text(yaml.safe_dump(quarto), encoding='utf-8')
+    for name, cells in pages.items(): write(root/'nbs'/name, *cells)
+    (root/'nbs/_quarto.yml').symlink_to('../_quarto.yml')
+    command = [sys.executable, '-m', 'enigma_lab.dev.docs']
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), **env}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+def app_site(root, *names, **env):
+    "Build a site with the first cells of some apps' pages; return what it prints."
+    pages = {'index.ipynb': [('markdown', '# Small\n\n> Some apps.', None)]}
+    for name in names:
+        cells = json.loads((ROOT/'nbs/apps'/name).read_text(encoding='utf-8'))['cells'][1:4]
+        pages[name] = [(cell['cell_type'], ''.join(cell['source']), []) for cell in cells]
+        assert pages[name][2][1].startswith('#| exec_doc')
+    return build_site(root, pages, [*pages], **env)
+
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
     "A project of two pages, built by the command."
     root = tmp_path_factory.mktemp('small')
-    shutil.copy(ROOT/'settings.ini', root)
-    contents = ['index.ipynb', dict(section='Parts', contents=['parts/10_part.ipynb'])]
-    quarto = dict(website=dict(title='Small', sidebar=dict(contents=contents)))
-    (root/'_quarto.yml').write_text(yaml.safe_dump(quarto), encoding='utf-8')
-    write(root/'nbs/index.ipynb', *INDEX)
-    write(root/'nbs/parts/10_part.ipynb', *PART)
-    (root/'nbs/_quarto.yml').symlink_to('../_quarto.yml')
     (root/'number.txt').write_text('a fresh number', encoding='utf-8')
-    command = [sys.executable, '-m', 'enigma_lab.dev.docs']
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith(str(Path('_docs')/'index.html'))
+    contents = ['index.ipynb', dict(section='Parts', contents=['parts/10_part.ipynb'])]
+    said = build_site(root, {'index.ipynb': INDEX, 'parts/10_part.ipynb': PART}, contents)
+    assert said.strip().endswith(str(Path('_docs')/'index.html'))
     return root
 
 def test_result_cells_run_again_and_others_do_not(small):

@@ -1,15 +1,12 @@
 "The lampboard as a person uses it: on a page without a kernel, on a built site, in JupyterLab."
-import json
 import os
 import random
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
-import yaml
 from playwright.sync_api import expect
 
 import test_docs
@@ -588,30 +585,15 @@ def test_axe_would_find_something(visit, axe):
 
 @pytest.fixture(scope='module')
 def small_site(tmp_path_factory):
-    "A site of two pages, one with the first cells of the lampboard's page, built by the command."
     root = tmp_path_factory.mktemp('site')
-    shutil.copy(test_docs.ROOT/'settings.ini', root)
-    contents = ['index.ipynb', 'board.ipynb']
-    quarto = dict(website=dict(title='Small', sidebar=dict(contents=contents)))
-    (root/'_quarto.yml').write_text(yaml.safe_dump(quarto), encoding='utf-8')
-    nb = json.loads((test_docs.ROOT/'nbs/apps/30_lampboard.ipynb').read_text(encoding='utf-8'))
-    cells = [(c['cell_type'], ''.join(c['source']), []) for c in nb['cells'][1:4]]
-    assert [text for _, text, _ in cells[1:]] == [
-        'from enigma_lab.apps.lampboard import lampboard_app', '#| exec_doc\nlampboard_app()']
-    test_docs.write(root/'nbs/index.ipynb', ('markdown', '# Small\n\n> Two pages.', None))
-    test_docs.write(root/'nbs/board.ipynb', *cells)
-    (root/'nbs/_quarto.yml').symlink_to('../_quarto.yml')
-    command = [sys.executable, '-m', 'enigma_lab.dev.docs']
-    env = {**os.environ, 'PYTHONPATH': str(test_docs.ROOT)}
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    test_docs.app_site(root, '30_lampboard.ipynb')
     return root/'_docs'
 
 @pytest.mark.parametrize('width', WIDTHS)
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_the_built_page_works_without_a_kernel(small_site, browser, axe, width, scheme):
     page = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme)
-    where = (small_site/'board.html').as_uri()
+    where = (small_site/'lampboard.html').as_uri()
     watch(page, where)
     page.goto(where)
     named(page, 'button', 'key A').click()

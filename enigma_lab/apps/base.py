@@ -114,7 +114,8 @@ BASE_CSS = '.enigma-app { ' + palette(LIGHT) + ' }\n' \
 .enigma-app button { cursor: pointer; text-align: center; touch-action: manipulation; }
 .enigma-app button:hover:enabled { border-color: var(--ea-ink); }
 .enigma-app button:disabled { cursor: default; opacity: .55; }
-.enigma-app button.main { background: var(--ea-ink); color: var(--ea-paper); }
+.enigma-app button.main { background: var(--ea-ink); color: var(--ea-paper);
+  display: inline-block; flex: none; } /* Furo has a class of this name */
 .enigma-app :focus-visible { outline: 2px solid var(--ea-way-out); outline-offset: 2px; }
 .enigma-app .quiet { color: var(--ea-quiet); font-size: .87em; }
 .enigma-app .wrong { color: var(--ea-wrong); font-size: .87em; }
@@ -222,11 +223,11 @@ const newest = ask => {  // an answer that a later question has overtaken is dro
 
 # %% ../../nbs/apps/02_base.ipynb #895d8f8c
 STATE_JS = r"""
-const withoutKernel = (name, state, which) => {
+const withoutKernel = (name, state, which, dataset = {}) => {
   const place = `enigma-lab ${name} ${which} ${location.pathname}`
   try { state = JSON.parse(sessionStorage.getItem(place)) ?? state } catch {}
   const values = { state }
-  return { alone: true, on() {}, off() {}, get: key => values[key],
+  return { alone: true, dataset, on() {}, off() {}, get: key => values[key],
     send() { throw new Error('this page has no kernel') },
     set(key, value) { values[key] = value },
     save_changes() {
@@ -290,7 +291,7 @@ const mountStills = async name => {
     const el = element('div'), state = JSON.parse(place.dataset.state)
     place.replaceChildren(el)
     place.hidden = false
-    render({ model: withoutKernel(name, state, places.indexOf(place)), el })
+    render({ model: withoutKernel(name, state, places.indexOf(place), place.dataset), el })
   }
 }
 """
@@ -316,6 +317,7 @@ class EnigmaApp(anywidget.AnyWidget):
     _esm = app_module('const start = () => {}') # a subclass brings its own
     _css = BASE_CSS
     name = 'app' # of the app, one word
+    live = '' # name of a run whose model a page without a kernel may load
     still = 'This app needs a browser that runs scripts.' # HTML for where no script runs
     state = traitlets.Dict().tag(sync=True) # what a person did, as the JavaScript keeps it
 
@@ -363,7 +365,8 @@ def static_html(self:EnigmaApp)->str: # HTML: a place, a style and a module
     state = html.escape(json.dumps(self.state))
     script = self._esm.replace('const TOLD = {}', f'const TOLD = {told}', 1)
     script += f'\nmountStills({self.name!r})'
-    return (f"<div data-app='{self.name}' data-state='{state}'>{self.still}</div>\n"
+    live = f" data-model='{html.escape(self.live)}'" if self.live else ''
+    return (f"<div data-app='{self.name}'{live} data-state='{state}'>{self.still}</div>\n"
             f'<style>{self._css}</style>\n<script type="module">\n{script}\n</script>')
 
 @patch

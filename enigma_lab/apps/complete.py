@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Piece', 'is_byte', 'KNOBS', 'EDIT_JS', 'STORE_JS', 'READ_JS', 'WRITE_JS', 'SHADE_JS', 'FIELD_JS', 'LOOK_JS',
            'KEYS_JS', 'CLOSELY_JS', 'SUM_JS', 'WAYS_JS', 'KNOB_FIELD_JS', 'KNOBS_JS', 'BUTTONS_JS', 'ACTIONS_JS',
-           'LOST_JS', 'COMPLETE_JS', 'EDITOR_CSS', 'PANELS_CSS', 'load_toy', 'load_model', 'split_pieces',
-           'predict_tokens', 'token_label', 'piece_row', 'read_pieces', 'shaded_html', 'check_knobs', 'newest',
-           'CompleteApp', 'completion_app', 'ask_all']
+           'LOST_JS', 'MEASURE_JS', 'ANSWER_JS', 'LAYOUT_JS', 'COMPLETE_JS', 'EDITOR_CSS', 'PANELS_CSS', 'load_toy',
+           'load_model', 'split_pieces', 'predict_tokens', 'token_label', 'piece_row', 'read_pieces', 'shaded_html',
+           'check_knobs', 'newest', 'CompleteApp', 'completion_app', 'ask_all']
 
 # %% ../../nbs/apps/05_complete.ipynb #f5ccf166
 import html, json, math, re
@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .base import BASE_CSS, EnigmaApp, app_module
+from .live import LIVE_JS, live_name
 
 # %% ../../nbs/apps/05_complete.ipynb #d889446c
 def load_toy()->tuple: # model in eval mode, its tokenizer, and a sentence on what they are
@@ -527,32 +528,114 @@ const findLost = store => {
 }
 """
 
-# %% ../../nbs/apps/05_complete.ipynb #c8b6ab7f
-COMPLETE_JS = r"""
-const NO_KERNEL = 'This page has no kernel, so nothing is written: `make lab` opens it with one.'
-const start = ({ app, model, ask, save }) => {
-  const store = makeStore(model.get('state'), save)
-  store.alone = model.alone
-  if (!store.alone) findLost(store)
-  const shade = makeShade(store), field = makeField(store), act = actions(store, ask, field)
+# %% ../../nbs/apps/05_complete.ipynb #313caf22
+MEASURE_JS = r"""
+const tokenLabel = ({ tokenizer: { names, byteOf }, about }, token) =>
+  token === about.eos ? 'end of the text' :
+    byteOf.has(token) ? `byte ${names[token].slice(3, 5)}` : names[token]
+const pieceRow = (engine, { text, tokens, known }, logits) => {
+  const chances = tokens.map((_, i) => softmax(logits[i]))
+  const bits = tokens.reduce((sum, token, i) => sum - Math.log2(chances[i][token]), 0)
+  const five = likeliest(chances[0]).slice(0, 5)
+  return [text, bits, known, five.map(token => [tokenLabel(engine, token), chances[0][token]])]
+}
+const predictTokens = async ({ logits, about }, ids, first) => {
+  const half = Math.max(1, about.limit >> 1)
+  const begin = Math.max(0, Math.floor(first/half) - 1)*half
+  const window = (await logits(ids.slice(begin, begin + 2*half))).slice(0, -1)
+  return first ? window.slice(first - begin - 1) : [...await logits([about.eos]), ...window]
+}
+const readPieces = async (engine, pieces, keep) => {
+  const ids = pieces.flatMap(({ tokens }) => tokens), left = pieces.slice(keep), rows = []
+  let place = pieces.slice(0, keep).flatMap(({ tokens }) => tokens).length, logits = []
+  while (left.length && !rows.length) {
+    const more = await predictTokens(engine, ids, place)
+    logits = [...logits, ...more]
+    place += more.length
+    while (left[0]?.tokens.length <= logits.length)
+      rows.push(pieceRow(engine, left[0], logits.splice(0, left.shift().tokens.length)))
+  }
+  return rows
+}
+"""
+
+# %% ../../nbs/apps/05_complete.ipynb #e7e49898
+ANSWER_JS = r"""
+const checkKnobs = knobs => {
+  for (const [name, [label, , low, high]] of Object.entries(KNOBS))
+    if (!(knobs[name] >= low && knobs[name] <= high))
+      throw new Error(`${label} must be a number from ${low} to ${high}, got ${knobs[name]}`)
+}
+const answerer = engine => {
+  const views = new Map(), jobs = new Map()
+  const answers = {
+    async read({ view, text, have }) {
+      const got = views.get(view)?.length === have ? views.get(view) : []
+      const pieces = engine.tokenizer.pieces(text)
+      let keep = 0
+      while (keep < Math.min(got.length, pieces.length) && got[keep] === pieces[keep].text) keep++
+      const rows = await readPieces(engine, pieces, keep), upto = keep + rows.length
+      views.set(view, pieces.slice(0, upto).map(piece => piece.text))
+      return { keep, rows, done: upto === pieces.length }
+    },
+    async write({ job, text, ...knobs }) {
+      checkKnobs(knobs)
+      const ids = engine.tokenizer.encode(text)
+      jobs.set(job, writeText(engine, ids.length ? ids : [engine.about.eos], knobs))
+      return answers.more({ job })
+    },
+    async more({ job }) {
+      const { value = '', done = true } = await jobs.get(job)?.next() ?? {}
+      return { piece: value, done }
+    },
+    async stop({ job }) { jobs.delete(job) } }
+  return (question, content) => answers[question](content)
+}
+"""
+
+# %% ../../nbs/apps/05_complete.ipynb #bc0d02e4
+LAYOUT_JS = r"""
+const layOut = ({ app, store, field, shade, act, hint, offer }) => {
   const closely = closelyPanel(store), sum = sumPanel(store), knobs = knobsPanel(store)
   const buttons = buttonsPanel(store, act), ways = waysPanel(store, act.take)
-  const hint = element('p', { class: 'quiet hint' }, store.alone ? NO_KERNEL : HINT)
-  hint.id = `ea-${newName()}`
+  if (store.alone) hint.textContent = offer ? IN_THE_PAGE : NO_KERNEL
   setProperties(field.field, { 'aria-describedby': hint.id, readonly: store.alone })
   store.panels.push(field, shade, closely, sum, ways, buttons)
   app.classList.add('complete')
-  app.append(element('div', { class: 'editor' }, labelled('text', field.field, shade.node)), hint,
-    buttons.node, ways.node, closely.node, sum.node, knobs.node,
-    element('p', { class: 'quiet note', dir: 'auto' }, store.note))
+  app.append(...[element('div', { class: 'editor' }, labelled('text', field.field, shade.node)),
+    offer, hint, buttons.node, ways.node, closely.node, sum.node, knobs.node,
+    element('p', { class: 'quiet note', dir: 'auto' }, store.note)].filter(Boolean))
+}
+"""
+
+# %% ../../nbs/apps/05_complete.ipynb #c8b6ab7f
+COMPLETE_JS = r"""
+const NO_KERNEL = 'This page has no kernel, so nothing is written: `make lab` opens it with one.'
+const IN_THE_PAGE = 'This page has no kernel. The model can run in the page itself.'
+const wake = (store, field, hint, ask) => {
+  store.alone = false
+  hint.textContent = HINT
+  setProperties(field, { readonly: false })
+  store.read = makeReader(ask, store)
+  store.show()
+  store.read()
+}
+const start = ({ app, model, ask: askKernel, save }) => {
+  const store = makeStore(model.get('state'), save)
+  let answer = askKernel
+  const ask = (question, content) => answer(question, content)
+  store.alone = model.alone
+  if (!store.alone) findLost(store)
+  const shade = makeShade(store), field = makeField(store), act = actions(store, ask, field)
+  const hint = element('p', { class: 'quiet hint', id: `ea-${newName()}` })
+  const begin = () => wake(store, field.field, hint, ask)
+  const offer = store.alone && offerModel(model, engine => { answer = answerer(engine); begin() })
+  layOut({ app, store, field, shade, act, hint, offer })
   hearKeys(store, field.field, act.go)
   followEyes(store, field.field, shade)
   keepKeys(app, key => key === 'Escape' && (leave(store), true))
   store.show()
-  if (store.alone) return
-  store.read = makeReader(ask, store)
-  store.read()
-  return whenLost(model, store)
+  if (!store.alone) { begin(); return whenLost(model, store) }
 }
 """
 
@@ -611,9 +694,9 @@ def newest(
 class CompleteApp(EnigmaApp):
     "Show an editor in which a model writes on; `completion_app` makes one."
     _esm = app_module(
-        EDIT_JS, STORE_JS, READ_JS, WRITE_JS, SHADE_JS, FIELD_JS, LOOK_JS, KEYS_JS, CLOSELY_JS,
-        SUM_JS, WAYS_JS, KNOBS_JS, BUTTONS_JS, ACTIONS_JS,
-        LOST_JS, COMPLETE_JS)
+        *LIVE_JS, EDIT_JS, STORE_JS, READ_JS, WRITE_JS, SHADE_JS, FIELD_JS, LOOK_JS, KEYS_JS,
+        CLOSELY_JS, SUM_JS, WAYS_JS, KNOBS_JS, BUTTONS_JS, ACTIONS_JS,
+        LOST_JS, MEASURE_JS, ANSWER_JS, LAYOUT_JS, COMPLETE_JS)
     _css, name = BASE_CSS + EDITOR_CSS + PANELS_CSS, 'complete'
 
     def __init__(self,
@@ -625,7 +708,7 @@ class CompleteApp(EnigmaApp):
         self.lm, self.tokenizer, self.seen, self.jobs = model, tokenizer, {}, {}
         rows = [row for part in read_pieces(model, tokenizer, split_pieces(tokenizer, text))
                 for row in part]
-        self.still = shaded_html(rows, note)
+        self.still, self.live = shaded_html(rows, note), live_name(model)
         knobs = {name: knob[1] for name, knob in KNOBS.items()}
         super().__init__(text=text, rows=rows, note=note, knobs=knobs, open=False)
 

@@ -26,6 +26,7 @@ from tokenize import COMMENT, OP, generate_tokens
 from unittest.mock import patch
 from urllib.parse import unquote
 
+from ..apps.live import find_asked
 from ..lab.runs import checkout
 
 # %% ../../nbs/dev/10_docs.ipynb #e8787b7d
@@ -769,6 +770,7 @@ def _run(what, *command, cwd):
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f"{what}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout
 
 def _checkout():
     root = checkout()
@@ -798,6 +800,7 @@ def build_docs(
         source.mkdir()
         write_source(root, sections, quarto['website']['title'], source)
         _run_sphinx(source, site, cwd=root)
+        _add_live(site, cwd=root)
         if out.exists(): out.rename(old)
         site.rename(out)
     return out/'index.html'
@@ -810,6 +813,13 @@ def _run_sphinx(source, site, cwd):
     if ends := loose_ends(site):
         raise ValueError('every link of the site must lead somewhere on it:\n' + '\n'.join(ends))
     (site/'.nojekyll').touch()  # or GitHub's pages leave out the folders that begin with _
+
+# %% ../../nbs/dev/10_docs.ipynb #28cdb8af
+def _add_live(site, cwd):
+    "Give the pages that ask for a model what they need, and print what they have got."
+    if find_asked(site):
+        print(_run('the pages must get their models', '-m', 'enigma_lab.apps.live', site, cwd=cwd),
+              end='')
 
 # %% ../../nbs/dev/10_docs.ipynb #89b53eb6
 def readme_text(
