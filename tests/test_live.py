@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import test_docs
 from enigma_lab.apps.complete import KNOBS, read_pieces, split_pieces
-from enigma_lab.apps.masks import KNOBS, denoise, film, load_masked, row_names
+from enigma_lab.apps import masks
+from enigma_lab.apps.masks import denoise, film, load_masked, row_names
 from enigma_lab.apps.live import LIVE_JS, MOST, RUNTIME, add_live, copy_live
 from enigma_lab.lm.generate import fit_context, next_token_probs, stream, stream_reply
 
@@ -308,7 +309,7 @@ def test_the_masks_page_needs_no_kernel(site, browser):
     urls = app.locator('.film').evaluate_all("""rows => rows.map(row =>
         getComputedStyle(row.firstChild).backgroundImage.slice(5, -2))""")
     drawn = denoise({name: models[name] for name in row_names(models, {})}, scheduler,
-                    KNOBS['images'], KNOBS['steps'], KNOBS['seed'])
+                    *(masks.KNOBS[name] for name in ('images', 'steps', 'seed')))
     assert urls == [film(x) for x in drawn.values()]
     assert app.locator('.group').inner_text() != '' and wrong == []
     page.close()

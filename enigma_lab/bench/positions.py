@@ -169,6 +169,7 @@ def answer()->str: # Markdown
             f"{len(apart)} seeds).")
     return ' '.join(said)
 
+# %% ../../nbs/bench/49_positions.ipynb #af1e9f81
 def plot(): # matplotlib axes, one for each way of telling
     "Plot nats a token over the length."
     import matplotlib.pyplot as plt

@@ -19,6 +19,8 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from fastcore.basics import patch
+
 import enigma_lab
 
 # %% ../../nbs/lab/10_runs.ipynb #a4ee408d
@@ -239,13 +241,15 @@ class RunWriter:
         figure.savefig(self.path/'figures'/f'{name}.png', dpi=100, bbox_inches='tight')
         return figure
 
-    def sample(self,
-        name:str, # of the file, without its ending
-        text:str, # what a model wrote
-    ):
-        "Save a text as `samples/<name>.txt`."
-        (self.path/'samples').mkdir(exist_ok=True)
-        (self.path/'samples'/f'{name}.txt').write_text(text, encoding='utf-8')
+# %% ../../nbs/lab/10_runs.ipynb #d7a4ed2f
+@patch
+def sample(self:RunWriter,
+    name:str, # of the file, without its ending
+    text:str, # what a model wrote
+):
+    "Save a text as `samples/<name>.txt`."
+    (self.path/'samples').mkdir(exist_ok=True)
+    (self.path/'samples'/f'{name}.txt').write_text(text, encoding='utf-8')
 
 # %% ../../nbs/lab/10_runs.ipynb #70377ae3
 def read_part(

@@ -19,6 +19,8 @@ from math import inf
 from numbers import Real
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .runs import Run, read_json, write_json
 
 # %% ../../nbs/lab/22_trackers.ipynb #4e023784
@@ -263,12 +265,15 @@ class Trackers:
         "Copy what belongs to one step."
         for tracker in self.each: tracker.show(step, **values)
 
-    def __enter__(self):
-        self.each = [opener() for opener in self.openers]
-        return self
+# %% ../../nbs/lab/22_trackers.ipynb #cc5f776f
+@patch
+def __enter__(self:Trackers):
+    self.each = [opener() for opener in self.openers]
+    return self
 
-    def __exit__(self, error, *_):
-        for tracker in self.each: tracker.finish(failed=error is not None)
+@patch
+def __exit__(self:Trackers, error, *_):
+    for tracker in self.each: tracker.finish(failed=error is not None)
 
 # %% ../../nbs/lab/22_trackers.ipynb #c67343c9
 def open_tracker(
