@@ -56,6 +56,7 @@ def about(
     return (f"Run {run.name}: {c['n']}:{c['m']} masks of a model of {c['dataset']}, learned "
             f"with the estimator {c['estimator']!r}.{split}")
 
+# %% ../../nbs/apps/50_masks.ipynb #38d7d333
 def row_names(
     models:dict, # name -> UNet2DModel
     config:dict, # of the run; empty: a toy
