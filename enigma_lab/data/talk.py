@@ -272,8 +272,8 @@ WITHOUT_WORDS = ('to_hanzi', 'to_digits', 'day_after', 'add', 'larger', 'to_nume
                  'from_numeral')
 # how many questions of the training, beside 1 for each other family
 SHARES = dict(
-    add=4, subtract=3, palindrome=3, lookup=3, day_after=2, caesar=2, sort=2, count=2, replace=2,
-    reverse=2, double=1.5, enigma=1.5, upper=.7, lower=.7, first=.7, last=.7, successor=.7,
+    add=3, subtract=3, day_after=2, caesar=2, sort=2, count=2, palindrome=2, replace=2, reverse=2,
+    double=1.5, lookup=1.5, enigma=1.5, upper=.7, lower=.7, first=.7, last=.7, successor=.7,
     to_hanzi=.7, to_digits=.7)
 LENGTHS = 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 9, 10 # of the words of the training
 
