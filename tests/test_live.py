@@ -110,7 +110,7 @@ def site(tmp_path_factory):
     root = tmp_path_factory.mktemp('live')
     for name in (*SHOWCASES, 'maskpro'):
         shutil.copytree(ROOT/'runs/showcase'/name, root/'runs/showcase'/name)
-    pages = '05_complete.ipynb', '50_masks.ipynb'
+    pages = '05_complete.ipynb', '10_chat.ipynb', '50_masks.ipynb'
     said = test_docs.app_site(root, *pages, ENIGMA_RUNS=str(root/'runs'))
     if 'is left out' in said: pytest.skip(said) # where npm is missing
     with test_docs.served(root/'_docs') as address: yield root/'_docs', address, said
@@ -269,6 +269,34 @@ def test_the_chats_model_answers_as_in_torch(page, site):
         fits, _ = fit_context(tokenizer, talk, model.config.max_len, 40)
         knobs = dict(temperature=0, max_new_tokens=40)
         assert ids == fits and text == ''.join(stream_reply(model, tokenizer, talk, **knobs))
+
+@proof
+def test_the_chat_speaks_in_the_page(site, browser):
+    "An example is checked, another question is answered as torch does, and an empty one is not."
+    found, name = checkpoint('train_lora'), 'showcase/train_lora'
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(found).eval(), \
+        AutoTokenizer.from_pretrained(found)
+    page, wrong = browser.new_page(), []
+    page.on('pageerror', lambda e: wrong.append(str(e)))
+    page.goto(f'{site[1]}/chat.html')
+    field = page.locator('.chat').get_by_role('textbox', name='question')
+    def ask(text):
+        field.fill(text)
+        field.press('Enter')
+        return page.locator('.chat article').last
+    expect(ask('Reverse the word zebra.').or_(page.locator('.chat .wrong:visible')).last
+           ).to_contain_text('has no kernel')
+    page.get_by_role('button', name='Run in this page').click()
+    expect(page.get_by_text('The model runs in this page now.')).to_be_visible(timeout=60_000)
+    talk = []
+    for text in 'Reverse the word zebra.', 'Sort the letters of piano.':
+        talk.append(dict(role='user', content=text))
+        said = ''.join(stream_reply(model, tokenizer, talk, temperature=0, max_new_tokens=100))
+        talk.append(dict(role='assistant', content=said))
+        expect(ask(text)).to_contain_text(said)
+        assert name in page.locator('.chat article').last.inner_text()
+    assert wrong == []
+    page.close()
 
 @proof
 def test_no_error_was_seen(page):
