@@ -52,12 +52,16 @@ def rescaled(
     z:Tensor, # (B, dim) vectors
     mean:Tensor, # (dim,) mean of the training vectors
     std:Tensor, # (dim,) their standard deviation
-    most:float=.25, # how far the median norm may be from the usual one, relative
+    most:float=.25, # how far a norm that all have may be from the usual one, relative
+    far:float=3., # how many times shorter or longer no text makes a vector
 )->tuple[Tensor,bool]: # (B, dim); True if only the direction of a vector is known
-    "Give vectors of another length the usual one."
+    "Give vectors that have lost their length the usual one."
     usual, norm = usual_norm(mean, std), z.norm(dim=1, keepdim=True)
-    if abs(norm.median()/usual - 1) <= most: return z, False
-    warnings.warn(f"the vectors have the norm {norm.median():.3g} and not {usual:.3g}, as in "
+    middle = norm.median()
+    equal = len(z) > 1 and (norm/middle - 1).abs().max() < .005
+    if not (abs(middle/usual - 1) > most if equal else max(middle/usual, usual/middle) > far):
+        return z, False
+    warnings.warn(f"the vectors have the norm {middle:.3g} and not {usual:.3g}, as in "
                   "training: they are read by their direction", stacklevel=3)
     return z*usual/norm.clamp(min=1e-12), True
 
