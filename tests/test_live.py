@@ -16,7 +16,7 @@ import test_docs
 from enigma_lab.apps.complete import KNOBS, read_pieces, split_pieces
 from enigma_lab.apps import masks
 from enigma_lab.apps.masks import denoise, film, load_masked, row_names
-from enigma_lab.apps.live import LIVE_JS, MOST, RUNTIME, add_live, copy_live
+from enigma_lab.apps.live import LIVE_JS, MOST, RUNTIME, add_live
 from enigma_lab.lm.generate import fit_context, next_token_probs, stream, stream_reply
 
 ROOT = test_docs.ROOT
@@ -250,9 +250,8 @@ TALKS = [asked('What is 17 + 25?'), asked('Reverse the word lantern.', 'nretnal'
 @proof
 def test_the_chats_model_answers_as_in_torch(page, site):
     "The engine alone, as any page may use it: text in, text out."
-    folder, address, _ = site
+    _, address, _ = site
     name, found = 'showcase/train_lora', checkpoint('train_lora')
-    copy_live(name, folder/'_static/live')
     model = AutoModelForCausalLM.from_pretrained(found).eval()
     tokenizer = AutoTokenizer.from_pretrained(found)
     ask = """async ([root, name, talk]) => {
@@ -316,14 +315,16 @@ def test_without_npm_the_site_is_whole(site, tmp_path, monkeypatch):
     "The build says so, and the page offers nothing."
     folder = tmp_path/'site'
     shutil.copytree(site[0], folder, ignore=shutil.ignore_patterns('live'))
-    page = folder/'complete.html'
-    before = re.sub(" data-bytes='\\d+'", '', page.read_text(encoding='utf-8'))
-    page.write_text(before, encoding='utf-8')
+    before = {}
+    for page in (folder/'complete.html', folder/'chat.html'):
+        before[page] = re.sub(" data-bytes='\\d+'", '', page.read_text(encoding='utf-8'))
+        page.write_text(before[page], encoding='utf-8')
     monkeypatch.setenv('ENIGMA_CACHE', str(tmp_path/'cache'))
     monkeypatch.setattr(shutil, 'which', lambda name: None)
-    assert add_live(folder) == ['live: showcase/train_enigma is left out: '
-        f'{RUNTIME} comes from npm, and npm is not installed']
-    assert page.read_text(encoding='utf-8') == before and not (folder/'_static/live').exists()
+    assert add_live(folder) == [f'live: showcase/{name} is left out: {RUNTIME} comes from npm, '
+                                'and npm is not installed' for name in SHOWCASES]
+    for page, text in before.items(): assert page.read_text(encoding='utf-8') == text
+    assert not (folder/'_static/live').exists()
 
 @proof
 def test_the_masks_page_needs_no_kernel(site, browser):
