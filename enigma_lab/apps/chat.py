@@ -170,15 +170,16 @@ NOTES = dict( # what is said of a model that has no exam
 @cache
 def about_chat(
     run:str, # name of a run of train_lora; empty: a toy
-)->dict: # 'run', 'voices', 'limit' of tokens, 'tasks', 'note'
+)->dict: # 'run', 'voices', 'limit' of tokens, 'tasks', 'least' share of what it can, 'note'
     "Say who speaks, what it can do, and what it cannot."
+    from enigma_lab.lm.lora import CAN
     voices, found = load_voices(run), find_run(run, 'train_lora') if run else None
     exam = measured(found) if run else {}
     shown = [f for f, row in exam.items() if row['can'] or f == 'beyond']
     tried = tried_examples(voices, example_rows(shown, found.metrics['data']) if exam else [])
     tasks = [dict(name=f.replace('_', ' '), **row, examples=tried.get(f, {}))
              for f, row in exam.items()]
-    return dict(run=run, voices=[voice.name for voice in voices], tasks=tasks,
+    return dict(run=run, voices=[voice.name for voice in voices], tasks=tasks, least=CAN,
                 limit=voices[0].model.config.max_position_embeddings,
                 note='' if exam else NOTES['own' if run else 'toy'])
 
@@ -217,7 +218,7 @@ def example_turns(
 # %% ../../nbs/apps/10_chat.ipynb #11238d91
 KNOBS = dict( # name -> label, value at the start, least, most, step
     temperature=('temperature', 0, 0, 2, .05), top_p=('top-p', 1, .05, 1, .05),
-    top_k=('top-k (0: all)', 0, 0, 50, 1), length=('length', 100, 1, 500, 1),
+    top_k=('top-k (0: all)', 0, 0, 50, 1), length=('length (tokens)', 100, 1, 500, 1),
     seed=('seed', 0, 0, 999_999, 1))
 
 def heard(
@@ -433,7 +434,7 @@ const openTalk = (store, talk, words = '') => {
   Object.assign(store, { talk, editing: null, wrong: '', beside, knobs: { ...store.knobs,
     ...knobs }, words: here ? words : `Its model ${model} is not here.` })
   store.change()
-  if (here && model !== store.run) store.choose(model)
+  if (here && model !== store.run) store.choose(model, words)
 }
 """
 
@@ -445,6 +446,9 @@ const actions = (store, field) => {
     Object.assign(store, { editing: i, draft: text, wrong: '' })
     store.change()
     field().focus()
+  }
+  const stop = () => {
+    store.job = null; store.words = 'Stopped.'; store.keep(); field().focus()
   }
   const send = text => {
     if (store.job || !store.about) return
@@ -458,7 +462,11 @@ const actions = (store, field) => {
     field().focus()
   }
   return { edit, send,
-    stop() { store.job = null; store.words = 'Stopped.'; store.keep(); field().focus() },
+    stop,
+    leave() {  // what Escape ends
+      if (store.job) return stop(), true
+      return store.editing !== null && (edit(null, store.kept), true)
+    },
     retry() {
       const { turns } = store.talk
       reply(store, turns.at(-1).user, turns.slice(0, -1), () => {})
@@ -564,7 +572,7 @@ const questionField = (store, act) => {
   }, oncompositionstart() { composing = true },
   oncompositionend() { composing = false; store.draft = field.value; store.change() },
   onkeydown(event) {
-    if (event.key === 'Escape' && store.job) { event.preventDefault(); return act.stop() }
+    if (event.key === 'Escape' && act.leave()) return event.preventDefault()
     if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return
     event.preventDefault()
     act.send(field.value)
@@ -632,7 +640,8 @@ const chipsPanel = (store, act) => {
     const outside = chip(store, act, beyond?.examples.en, 'en')
     const chips = [...firstChips(store, act, able), outside].filter(Boolean)
     node.replaceChildren(element('h2', {}, title),
-      element('p', { class: 'quiet' }, drawn.note || 'Try one: a program checks each answer.'),
+      element('p', { class: 'quiet' }, drawn.note || 'Try one, or ask in like words: '
+        + 'a program checks what can be right or wrong.'),
       element('div', { class: 'chips', role: 'group', 'aria-label': 'examples' }, chips))
   }
   return { node, show }
@@ -662,8 +671,9 @@ const tasksPanel = (store, act) => {
     drawn = store.about
     panel.node.hidden = !drawn.tasks.length
     inside.replaceChildren(element('p', { class: 'quiet' }, 'Measured shares of exact answers to '
-      + 'questions that it had not met.'),
-      ...taskList(store, act, 'It can', drawn.tasks.filter(task => task.can)),
+      + 'questions that it had not met, each asked alone in a chat.'),
+      ...taskList(store, act, `It can: ${share(drawn.least)} or more`,
+        drawn.tasks.filter(x => x.can)),
       ...taskList(store, act, 'It cannot, or not well enough', drawn.tasks.filter(x => !x.can)))
   }
   return { node: panel.node, show }
@@ -744,13 +754,13 @@ const historyPanel = (store, act) => {
 # %% ../../nbs/apps/10_chat.ipynb #abd1a517
 CHOOSE_JS = KNOB_FIELD_JS + r"""
 const LATER = 'The model stays while it replies. Stop it, or wait, and choose again.'
-const chooser = (store, say) => async run => {
+const chooser = (store, say) => async (run, words = '') => {
   say(store.job ? LATER : '')
   if (store.job) return
   store.say('It loads …')
   try { store.about = await store.ask('look', { run }) }
   catch (error) { store.say(''); return say(error.message) }
-  Object.assign(store, { run: store.about.run, words: '' })
+  Object.assign(store, { run: store.about.run, words })
   store.change()
 }
 """
@@ -821,7 +831,7 @@ const start = ({ app, model, ask, save }) => {
     buttonsPanel(store, act), historyPanel(store, act), knobsPanel(store)]
   app.classList.add('chat')
   app.append(...panels.map(panel => panel.node))
-  keepKeys(app, key => key === 'Escape' && store.job !== null && (act.stop(), true))
+  keepKeys(app, key => key === 'Escape' && act.leave())
   const offer = model.alone && offerModel(model, engine => {
     store.ask = answerInPage(engine, store.about)
     store.say('The model runs in this page now.')
