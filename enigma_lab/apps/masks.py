@@ -477,8 +477,13 @@ const makeSettings = (state, draw) => {
   }
   const knobs = () => Object.fromEntries(
     Object.keys(LIMITS).map(name => [name, Number(fields[name].value)]))
-  return { knobs, node: element('details', { class: 'knobs' }, element('summary', {}, 'Knobs'),
-    node) }
+  const anew = last => {  // or the same knobs draw the same images
+    if (JSON.stringify(knobs()) === JSON.stringify(last))
+      fields.seed.value = (last.seed + 1) % (LIMITS.seed[1] + 1)
+    draw()
+  }
+  return { knobs, anew, node: element('details', { class: 'knobs' },
+    element('summary', {}, 'Knobs'), node) }
 }
 """
 
@@ -513,7 +518,8 @@ const start = ({ app, model, ask, save }) => {
     map.load(name, await layered('layer', { run: state.run, name }))
   })
   const strip = makeStrip(showLayer), settings = makeSettings(state, draw)
-  const button = element('button', { class: 'main', onclick: draw }, 'Draw anew')
+  const button = element('button', { class: 'main', onclick: () => model.alone ? draw() :
+    settings.anew(state.knobs) }, 'Draw anew')
   const runs = element('select', { onchange: () => look(runs.value) })
   const about = element('p', { class: 'quiet' })
 """
@@ -537,11 +543,13 @@ PAGE_JS = r"""
   app.append(element('h2', {}, 'Half the weights removed. Can you tell?'),
     labelled('run', runs), about, player.node, element('div', { class: 'bar' }, button),
     settings.node, said,
-    section('Pick the dense one', 'One image of each model, from the same noise.', blind.node),
-    section('How much of the gap is won back', '0 %: the loss with the initial mask. 100 %: the '
-      + 'loss of the dense model.', gaps.node),
-    section('Where the masks differ', 'Each piece of the strip is a layer, its colour the stronger '
-      + 'the more of its groups changed.', strip.node, map.node))
+    section('Pick the one with all weights', 'One image of each model, from the same noise.',
+      blind.node),
+    section('How much of the gap is won back', '0 %: the loss with the mask that '
+      + 'learning begins with. 100 %: the loss with all weights.', gaps.node),
+    section('Where the masks differ', 'The mask that learning begins with, and the learned one. '
+      + 'Each piece of the strip is a layer, its colour the stronger the more of its groups '
+      + 'changed.', strip.node, map.node))
   keepKeys(app, () => false)
   look(state.run)
   return player.stop
