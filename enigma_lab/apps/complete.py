@@ -496,7 +496,7 @@ const actions = (store, ask, field) => {
     },
     take(text) { begin(); stop(store, 'Taken'); take(text); field.field.focus() },
     undo() {
-      store.text = store.past.pop().before
+      Object.assign(store, { text: store.past.pop().before, words: 'Undone.' })
       field.field.focus(store.change())
     } }
 }
