@@ -873,7 +873,7 @@ const presetsPanel = store => {
   const about = element('div', { class: 'about', dir: 'auto' }), buttons = {}
   const four = element('button', { onclick() {
     store.change({ key: writeKey({ ...store.key, ...(store.key.wheels.length === 4 ? toThree :
-      toFour)(store.key) }), open: false })
+      toFour)(store.key) }), open: false, preset: null })
   } })
   const chip = (name, onclick) => buttons[name] = element('button', { class: 'chip', onclick },
     name)
