@@ -1,4 +1,5 @@
 "The monitor and `stop` beside real processes: death is said, and what is stopped goes on."
+import functools
 import json, os, pty, select, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
@@ -226,8 +227,11 @@ def test_damaged_records_are_counted_and_hide_nothing(own_runs):
 def test_the_terminal_view_goes_on_until_ctrl_c(own_runs):
     write_record(own_runs, 1)
     ours, theirs = pty.openpty()
+    # a shell that starts these tests in the background lets them ignore Ctrl-C
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(['enigma-lab', 'monitor', '--every', '.2'], stdin=theirs,
                                stdout=theirs, stderr=theirs, start_new_session=True,
+                               preexec_fn=hear,
                                env=dict(own_environment(), TERM='xterm', COLUMNS='60', LINES='12'))
     os.close(theirs)
     seen = b''

@@ -197,7 +197,8 @@ def test_a_table_for_each_sweep():
     for folder in sorted((COMMITTED/'sweeps').iterdir()):
         table, packed = pd.read_csv(folder/'table.csv'), read_records(folder)
         known = {key for run in packed for key in run.metrics} & set(table)
-        scores = 'bits_per_token', 'loss', 'exact_match', 'learned_loss', 'val_nll_nats', 'val_mse'
+        scores = ('bits_per_token', 'loss', 'exact_match', 'learned_loss', 'val_nll_nats',
+                  'val_mse', 'val_nats_16')
         column = next(c for c in scores if c in known)
         recorded = [run.metrics[column] for run in packed if column in run.metrics]
         assert len(table) <= len(packed)

@@ -8,7 +8,7 @@ __all__ = ['LEAST', 'MOST', 'FULL', 'SMALL', 'WAYS', 'pieces_of', 'seen_twice', 
            'hidden_states', 'loss_of', 'Training', 'held_out', 'write_questions', 'scores_of', 'watch', 'train_for',
            'score_loop', 'score_verdicts', 'score_questions', 'prepare', 'train_reader', 'start_training', 'start_test',
            'unfinished_run', 'read_test', 'main', 'records', 'spent', 'looks_of', 'table', 'facts', 'examples',
-           'plot_curves', 'answer', 'longer', 'lessons']
+           'plot_curves', 'answer', 'longer', 'by_loop', 'lessons']
 
 # %% ../../nbs/bench/49_questions.ipynb #97a84668
 import argparse, json, math, random, sys
@@ -757,7 +757,18 @@ def longer(
         f"{many.metrics['learned_from']:,} questions. The best of its {len(looks)} looks wrote "
         f"{100*best['val_exact_match_8']:.1f} % of {few.config['watched']} validation sentences "
         f"exactly, after {best['cpu_s']:.0f} of {looks[-1]['cpu_s']:.0f} CPU seconds, and the last "
-        f"one {100*looks[-1]['val_exact_match_8']:.1f} %.")
+        f"one {100*looks[-1]['val_exact_match_8']:.1f} %.{by_loop(other[max(other)][1])}")
+
+def by_loop(
+    tested:Run|None, # that read the test part
+)->str: # a sentence, or none
+    "Say how many test sentences are found at once, and with the loop."
+    if tested is None: return ''
+    m = {k.removeprefix('test_'): v for k, v in tested.metrics.items()}
+    return (f" Of {m['questions']:,} test sentences {m['calls_8_exact_match']:.0%} come back at "
+            f"once; with the loop {m['loop_exact_match']*m['loop_questions']:.0f} of "
+            f"{m['loop_questions']}, {m['loop_proved_right']} of {m['loop_proved']} proofs right, "
+            f"for {m['loop_encoded']:,.0f} encoded texts each.")
 
 # %% ../../nbs/bench/49_questions.ipynb #98b652ac
 def lessons(

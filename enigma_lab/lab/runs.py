@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'ALIASES', 'TASK_ALIASES', 'PARTS', 'FOUR', 'MODEL_FILES', 'HEADLINES', 'BEAT', 'checkout', 'runs_root',
            'write_json', 'write_whole', 'read_json', 'device_names', 'load_average', 'environment', 'slug', 'renamed',
-           'RecordNames', 'RunReader', 'cut_half_line', 'RunWriter', 'read_part', 'Run', 'new_run_dir', 'process_began',
-           'this_process', 'start_run', 'finish_run', 'PackedRun', 'read_records', 'small_files', 'pack_runs',
-           'pack_sweep', 'is_model', 'weights_digest', 'runs_in', 'list_runs', 'open_run', 'ModelFolder', 'runs_roots',
-           'named_run', 'reference', 'find_run', 'find_model', 'load_runs', 'compare_runs', 'plot_runs', 'headlines',
-           'run_state', 'age_text', 'beating', 'is_beating']
+           'RecordNames', 'RunReader', 'cut_half_line', 'HistoryWriter', 'RunWriter', 'read_part', 'Run', 'new_run_dir',
+           'process_began', 'this_process', 'start_run', 'finish_run', 'PackedRun', 'read_records', 'small_files',
+           'pack_runs', 'pack_sweep', 'is_model', 'weights_digest', 'runs_in', 'list_runs', 'open_run', 'ModelFolder',
+           'runs_roots', 'named_run', 'reference', 'find_run', 'find_model', 'load_runs', 'compare_runs', 'plot_runs',
+           'headlines', 'run_state', 'age_text', 'beating', 'is_beating']
 
 # %% ../../nbs/lab/10_runs.ipynb #448834c2
 import hashlib, io, json, os, platform, re, subprocess, threading, time, zipfile
@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from fastcore.basics import patch
 
 import enigma_lab
 
@@ -212,8 +210,8 @@ def cut_half_line(
 
 
 # %% ../../nbs/lab/10_runs.ipynb #d4e82bce
-class RunWriter:
-    "Add to the record in the folder `path`."
+class HistoryWriter:
+    "Add to the history and the facts of the record in the folder `path`."
     def log(self,
         **numbers, # of one step
     ):
@@ -232,6 +230,9 @@ class RunWriter:
         "Add to env.json."
         write_json(self.path/'env.json', {**self.part('env'), **more})
 
+# %% ../../nbs/lab/10_runs.ipynb #98c73ee8
+class RunWriter(HistoryWriter):
+    "Add to the record in the folder `path`."
     def figure(self,
         name:str, # of the file, without its ending
         figure, # matplotlib's
@@ -241,15 +242,13 @@ class RunWriter:
         figure.savefig(self.path/'figures'/f'{name}.png', dpi=100, bbox_inches='tight')
         return figure
 
-# %% ../../nbs/lab/10_runs.ipynb #d7a4ed2f
-@patch
-def sample(self:RunWriter,
-    name:str, # of the file, without its ending
-    text:str, # what a model wrote
-):
-    "Save a text as `samples/<name>.txt`."
-    (self.path/'samples').mkdir(exist_ok=True)
-    (self.path/'samples'/f'{name}.txt').write_text(text, encoding='utf-8')
+    def sample(self,
+        name:str, # of the file, without its ending
+        text:str, # what a model wrote
+    ):
+        "Save a text as `samples/<name>.txt`."
+        (self.path/'samples').mkdir(exist_ok=True)
+        (self.path/'samples'/f'{name}.txt').write_text(text, encoding='utf-8')
 
 # %% ../../nbs/lab/10_runs.ipynb #70377ae3
 def read_part(

@@ -19,8 +19,6 @@ from math import inf
 from numbers import Real
 from pathlib import Path
 
-from fastcore.basics import patch
-
 from .runs import Run, read_json, write_json
 
 # %% ../../nbs/lab/22_trackers.ipynb #4e023784
@@ -240,11 +238,8 @@ def _opened(kind, run, project, experiment, origin):
 
 # %% ../../nbs/lab/22_trackers.ipynb #f08f105f
 class Trackers:
-    "Copy a run to several places, of which each may fail alone."
-    def __init__(self,
-        openers:list, # functions that give a `Tracker` each
-    ):
-        self.openers, self.each = openers, []
+    "Copy a run to several places, each opened by a function, of which each may fail alone."
+    def __init__(self, openers): self.openers, self.each = openers, []
 
     @property
     def on(self)->bool: # while one of them works
@@ -265,15 +260,12 @@ class Trackers:
         "Copy what belongs to one step."
         for tracker in self.each: tracker.show(step, **values)
 
-# %% ../../nbs/lab/22_trackers.ipynb #cc5f776f
-@patch
-def __enter__(self:Trackers):
-    self.each = [opener() for opener in self.openers]
-    return self
+    def __enter__(self):
+        self.each = [opener() for opener in self.openers]
+        return self
 
-@patch
-def __exit__(self:Trackers, error, *_):
-    for tracker in self.each: tracker.finish(failed=error is not None)
+    def __exit__(self, error, *_):
+        for tracker in self.each: tracker.finish(failed=error is not None)
 
 # %% ../../nbs/lab/22_trackers.ipynb #c67343c9
 def open_tracker(

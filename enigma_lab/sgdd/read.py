@@ -189,6 +189,8 @@ def load_vectors(
         found = read(io.BytesIO(data), 'standard input', column)
     else:
         path = Path(source)
+        if path.is_dir(): raise ValueError(f"vectors are read from a file, got none: {path} is a "
+                                           "folder; behind a run stand sentences or a file")
         if not path.is_file(): raise FileNotFoundError(
             f"vectors are read from a file, and {path} is none")
         if path.suffix.lower() not in VECTOR_FILES: raise ValueError(
