@@ -10,7 +10,7 @@ __all__ = ['OPENERS', 'Copying', 'Writer', 'Tracker', 'Place', 'tracker_notes', 
 import hashlib, json, os, threading
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from importlib.util import find_spec
@@ -237,9 +237,11 @@ def _opened(kind, run, project, experiment, origin):
     return tracker
 
 # %% ../../nbs/lab/22_trackers.ipynb #f08f105f
+@dataclass(eq=False)
 class Trackers:
-    "Copy a run to several places, each opened by a function, of which each may fail alone."
-    def __init__(self, openers): self.openers, self.each = openers, []
+    "Copy a run to several places, of which each may fail alone."
+    openers:list # functions that give a `Tracker` each
+    each:list = field(default_factory=list, init=False) # the trackers, while it is open
 
     @property
     def on(self)->bool: # while one of them works
