@@ -7,10 +7,11 @@ import torch
 from playwright.sync_api import expect
 
 import test_lampboard
+from app_pages import open_apps # noqa: F401, a fixture
 from enigma_lab.apps.complete import KNOBS, CompleteApp, load_model, split_pieces
 from enigma_lab.lm.generate import stream
 from jupyter_lab import NBS, WAIT, keys_stay, no_cell_failed, opened
-from test_lampboard import INJECTION, NAME, PAGE, WIDTHS, watch
+from test_lampboard import INJECTION, NAME, WIDTHS
 
 pytestmark = pytest.mark.proof('apps.base', 'apps.complete')
 
@@ -19,60 +20,13 @@ axe = test_lampboard.axe
 loaded = cache(load_model)
 
 BEGIN = 'Return the number of '
-BRIDGE = """
-window.asked = []; window.models = []
-const bridge = (state, i) => {
-  const ears = [], values = { state }
-  const model = { get: key => values[key], set(key, value) { values[key] = value },
-    save_changes() {}, off() {}, on: (name, ear) => ears.push([name, ear]),
-    tell: (name, said) => ears.forEach(([heard, ear]) => heard === name && ear(said)),
-    send: content => { if (window.gone) return
-      asked.push(content)
-      kernel(i, content).then(said => window.gone || model.tell('msg:custom', said)) } }
-  models.push(model)
-  return model
-}
-document.querySelectorAll('.place').forEach((el, i) => render({ el, model:
-  bridge(JSON.parse(el.dataset.state), i) }))
-"""
-
-
 # a page, and Python behind it
 
 @pytest.fixture
-def visit(browser, tmp_path):
-    "Open a page whose apps ask Python; it may load nothing else and report no error."
-    pages = []
-    def visit(*texts, width=800, dark=False, alone=False):
-        apps = [CompleteApp(*loaded(), text) for text in texts or [BEGIN]]
-        place = lambda app: element('div', '', **{'class': 'place', 'data-state':
-            json.dumps(app.state)}) + element('style', app._css)
-        body = ''.join(app.static_html() if alone else place(app) for app in apps)
-        if not alone: body += element('script', f'{apps[0]._esm}\n{BRIDGE}', type='module')
-        path = tmp_path/f'page{len(pages)}.html'
-        frame = PAGE.replace('Lampboard', 'Complete')
-        path.write_text(frame.format('#111' if dark else '#fff', body), encoding='utf-8')
-        page = browser.new_page(viewport=dict(width=width, height=900),
-            permissions=['clipboard-read', 'clipboard-write'])
-        watch(page, path.as_uri())
-        page.apps, page.sent = apps, []
-        def kernel(i, content):
-            page.sent.append(apps[i].answer(content))
-            return page.sent[-1]
-        page.expose_function('kernel', kernel)
-        page.goto(path.as_uri())
-        page.locator('.complete textarea').first.wait_for()
-        pages.append(page)
-        return page
-    yield visit
-    for page in pages:
-        assert not page.wrong, page.wrong
-        page.close()
-
-def element(tag, inside, **properties):
-    quoted = {name: value.replace('&', '&amp;').replace('"', '&quot;')
-              for name, value in properties.items()}
-    return f'<{tag}{"".join(f""" {k}="{v}" """ for k, v in quoted.items())}>{inside}</{tag}>'
+def visit(open_apps): # noqa: F811
+    "Open a page whose apps ask Python."
+    return lambda *texts, **how: open_apps(*(CompleteApp(*loaded(), text) for text in
+        texts or [BEGIN]), ready='textarea', **how)
 
 def field(page): return page.locator('.complete textarea').last
 

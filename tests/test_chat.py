@@ -5,6 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
+from app_pages import open_apps # noqa: F401, a fixture
 from enigma_lab.apps.chat import KNOBS, ChatApp, chat_app, heard, load_voices
 from enigma_lab.data.answers import right_answer
 from enigma_lab.data.talk import DECLINE
@@ -12,8 +13,7 @@ from enigma_lab.lab.runs import find_run
 from enigma_lab.lm.generate import stream_reply
 from enigma_lab.lm.lora import can_do, talk_table
 from jupyter_lab import WAIT, keys_stay, no_cell_failed, opened
-from test_app import BRIDGE, element
-from test_lampboard import INJECTION, PAGE, WIDTHS, axe, reach, watch # noqa: F401, a fixture
+from test_lampboard import INJECTION, WIDTHS, axe, reach # noqa: F401, a fixture
 from test_monitor_page import picture
 
 pytestmark = pytest.mark.proof('apps.base', 'apps.chat')
@@ -30,36 +30,9 @@ WRITING = "document.querySelectorAll('.reply .text')[1]?.textContent.length > 20
 # a page, and Python behind it
 
 @pytest.fixture
-def visit(browser, tmp_path):
-    "Open a page whose apps ask Python; it may load nothing else and report no error."
-    pages = []
-    def visit(*apps, width=800, dark=False, alone=False, context=None, file=None, **options):
-        apps = apps or [chat_app(RUN)]
-        place = lambda app: element('div', '', **{'class': 'place', 'data-state':
-            json.dumps(app.state)}) + element('style', app._css)
-        body = ''.join(app.static_html() if alone else place(app) for app in apps)
-        if not alone: body += element('script', f'{apps[0]._esm}\n{BRIDGE}', type='module')
-        path = tmp_path/(file or f'page{len(pages)}.html')
-        frame = PAGE.replace('Lampboard', 'Chat')
-        path.write_text(frame.format('#111' if dark else '#fff', body), encoding='utf-8')
-        page = (context or browser.new_context(viewport=dict(width=width, height=900),
-            permissions=['clipboard-read', 'clipboard-write'], **options)).new_page()
-        watch(page, path.as_uri())
-        page.set_default_timeout(60_000)
-        page.apps, page.sent = apps, []
-        def kernel(i, content):
-            page.sent.append(apps[i].answer(content))
-            return page.sent[-1]
-        page.expose_function('kernel', kernel)
-        page.goto(path.as_uri())
-        for one in page.locator('.chat').all(): one.locator('h2').wait_for()
-        pages.append(page)
-        return page
-    yield visit
-    for page in pages:
-        assert not page.wrong, page.wrong
-        assert page.evaluate('window.hacked') is None
-    for page in pages: page.close()
+def visit(open_apps): # noqa: F811
+    "Open a page whose apps ask Python."
+    return lambda *apps, **how: open_apps(*apps or [chat_app(RUN)], ready='h2', **how)
 
 def app(page): return page.locator('.chat').last
 

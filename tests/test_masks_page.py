@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
+from app_pages import open_apps # noqa: F401, a fixture
 from enigma_lab.apps.masks import CASES, KNOBS, MasksApp, film, load_masked, row_names
 from enigma_lab.ddpm.model import sample_images
 from enigma_lab.lab.runs import find_run
 from jupyter_lab import keys_stay, no_cell_failed, opened
-from test_lampboard import axe, reach, watch # noqa: F401, `axe` is a fixture
+from test_lampboard import axe, reach # noqa: F401, `axe` is a fixture
 from test_monitor_page import picture
-from test_sampler import PAGE, WIDGET
 
 pytestmark = pytest.mark.proof('apps.base', 'apps.masks')
 
@@ -25,28 +25,9 @@ RUN = 'showcase/maskpro'
 INJECTION = '<img src=x onerror="window.hacked = true">'
 
 @pytest.fixture
-def visit(browser, tmp_path):
+def visit(open_apps): # noqa: F811
     "Open a page with apps whose questions these tests answer, as a kernel does."
-    pages = []
-    def visit(*apps, width=800, dark=False, **options):
-        apps = apps or [MasksApp(RUN)]
-        widgets = [WIDGET.format(i=i, module=app._esm.replace('export default', ''),
-                                 state=json.dumps(app.state)) for i, app in enumerate(apps)]
-        path = tmp_path/f'page{len(pages)}.html'
-        path.write_text(PAGE.format(css=apps[0]._css, ground='#111' if dark else '#fff',
-                                    body=''.join(widgets)), encoding='utf-8')
-        page = browser.new_page(viewport=dict(width=width, height=900), **options)
-        watch(page, path.as_uri())
-        page.expose_function('python', lambda i, content: apps[i].answer(content))
-        page.goto(path.as_uri())
-        for app in page.locator('.masks').all(): app.locator('canvas[width]').wait_for()
-        pages.append(page)
-        return page
-    yield visit
-    for page in pages:
-        assert not page.wrong, page.wrong
-        assert page.evaluate('window.hacked') is None
-        page.close()
+    return lambda *apps, **how: open_apps(*apps or [MasksApp(RUN)], ready='canvas[width]', **how)
 
 @pytest.fixture(scope='module')
 def models(): return load_masked(RUN)
@@ -207,13 +188,8 @@ def test_every_width_and_both_grounds(visit, axe, dark): # noqa: F811
         assert [(v['id'], [n['html'][:90] for n in v['nodes']]) for v in found
                 if v['impact'] in ('serious', 'critical')] == []
 
-def test_without_a_kernel_the_first_film_plays(browser, tmp_path, models):
-    path, made = tmp_path/'still.html', MasksApp(RUN)
-    path.write_text(PAGE.format(css='', ground='#fff', body=made.static_html()), encoding='utf-8')
-    page = browser.new_page()
-    watch(page, path.as_uri())
-    page.goto(path.as_uri())
-    app(page).locator('canvas[width]').wait_for()
+def test_without_a_kernel_the_first_film_plays(open_apps, models): # noqa: F811
+    page = open_apps(made := MasksApp(RUN), ready='canvas[width]', alone=True)
     last_images(films(page), models, **KNOBS)
     layers = {json.loads(key)[1]['name'] for key in made.told if '"layer"' in key}
     other = next(row['name'] for row in made.answer_look(RUN)['layers']
@@ -223,8 +199,7 @@ def test_without_a_kernel_the_first_film_plays(browser, tmp_path, models):
         expect(app(page).locator('.wrong')).to_contain_text(says)
     app(page).locator('.choice').first.click()
     expect(app(page).get_by_text('of 1 right')).to_be_visible()
-    assert page.locator('.banner:visible').count() == 0 and page.wrong == []
-    page.close()
+    assert page.locator('.banner:visible').count() == 0
 
 def test_in_jupyterlab(lab, browser):
     with opened(lab, browser, '50_masks.ipynb', '.enigma-view .masks canvas[width]') as page:

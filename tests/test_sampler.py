@@ -1,5 +1,4 @@
 "The sampler as a person uses it: with Python behind it, without a kernel, in JupyterLab."
-import json
 import re
 import shutil
 
@@ -8,6 +7,7 @@ import torch
 from playwright.sync_api import expect
 
 import test_docs
+from app_pages import PAGE, open_apps # noqa: F401, a fixture
 from enigma_lab.apps.sampler import KNOBS, OUTSIDE, QUESTIONS, SamplerApp, open_reader
 from enigma_lab.sgdd.sampling import maskgit_sample
 from jupyter_lab import TOKEN, WAIT, click_run_all, keys_stay, no_cell_failed, opened
@@ -23,49 +23,15 @@ expect.set_options(timeout=60_000) # a busy machine is slow, and not wrong
 WIDTHS = 390, 800, 1280
 INJECTION = '<img src=x onerror="window.hacked = true"><script>window.hacked = true</script>'
 READER, GRAMMAR = 'showcase/questions', 'showcase/sgdd'
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>Sampler</title>
-<style>{css}</style><body style="margin: 12px; background: {ground}"><main><h1>Sampler</h1>
-{body}</main></body></html>"""
-WIDGET = """<div id="app{i}"></div><script type="module">{module}
-const values = {{ state: {state} }}, heard = []
-const model = {{ off() {{}}, on(kind, hear) {{ if (kind === 'msg:custom') heard.push(hear) }},
-  get: key => values[key], set(key, value) {{ values[key] = value }},
-  save_changes() {{ window.saved = values.state }},
-  send: content => window.python({i}, content).then(said => heard.forEach(hear => hear(said))) }}
-render({{ model, el: document.querySelector('#app{i}') }})</script>"""
 
 
 # a page with Python behind it
 
 @pytest.fixture
-def visit(browser, tmp_path):
+def visit(open_apps): # noqa: F811
     "Open a page with apps whose questions these tests answer, as a kernel does."
-    pages = []
-    def visit(*apps, width=800, dark=False, **options):
-        apps = apps or [SamplerApp(READER)]
-        widgets = [WIDGET.format(i=i, module=app._esm.replace('export default', ''),
-                                 state=json.dumps(app.state)) for i, app in enumerate(apps)]
-        path = tmp_path/f'page{len(pages)}.html'
-        path.write_text(PAGE.format(css=apps[0]._css, ground='#111' if dark else '#fff',
-                                    body=''.join(widgets)), encoding='utf-8')
-        page = browser.new_page(viewport=dict(width=width, height=900), **options)
-        watch(page, path.as_uri())
-        page.set_default_timeout(120_000)
-        page.asked = []
-        def python(i, content):
-            page.asked.append(content['question'])
-            return apps[i].answer(content)
-        page.expose_function('python', python)
-        page.goto(path.as_uri())
-        for app in page.locator('.sampler').all(): app.locator('.main-row .piece').first.wait_for()
-        pages.append(page)
-        return page
-    yield visit
-    for page in pages:
-        assert not page.wrong, page.wrong
-        assert page.evaluate('window.hacked') is None
-        page.close()
+    return lambda *apps, **how: open_apps(*apps or [SamplerApp(READER)],
+                                          ready='.main-row .piece', **how)
 
 def app(page): return page.locator('.sampler').last
 
@@ -340,7 +306,7 @@ def still():
 
 def test_without_a_kernel_the_examples_work(still, browser, tmp_path):
     path = tmp_path/'still.html'
-    path.write_text(PAGE.format(css='', ground='#fff', body=still), encoding='utf-8')
+    path.write_text(PAGE.format('#fff', still), encoding='utf-8')
     page = browser.new_page()
     watch(page, path.as_uri())
     page.goto(path.as_uri())
