@@ -294,6 +294,13 @@ def test_the_chat_speaks_in_the_page(site, browser):
         talk.append(dict(role='assistant', content=said))
         expect(ask(text)).to_contain_text(said)
         assert name in page.locator('.chat article').last.inner_text()
+    page.get_by_text('Model and knobs').click() # knobs are checked here as in Python
+    page.locator('.chat').get_by_label('length (tokens)').fill('')
+    field.fill('Spell cat.')
+    field.press('Enter')
+    expect(page.locator('.chat .wrong:visible')).to_have_text(
+        'length (tokens) must be a number from 1 to 500, got NaN')
+    assert field.input_value() == 'Spell cat.'
     assert wrong == []
     page.close()
 

@@ -337,21 +337,21 @@ const heardBy = (voice, turns, text) => {
   return [...told, { role: 'user', content: text }]
 }
 const answerInPage = (engine, about) => {
-  const jobs = new Map(), [voice] = about.voices
+  const writer = pieceWriter(), [voice] = about.voices
+  const pieces = async said => {
+    const { piece, done } = await said
+    return { pieces: [piece], done }
+  }
   const answers = {
     look: async () => about,
     async ask({ job, turns, text, beside, run, ...knobs }) {
       if (!text.trim()) throw new Error('a question needs text, got an empty one')
-      jobs.set(job, writeReply(engine, heardBy(voice, turns, text), knobs))
+      const said = await pieces(writer.begin(job, knobs, () =>
+        writeReply(engine, heardBy(voice, turns, text), knobs)))
       const { task, example } = exampleOf(about, text) ?? {}
-      const right = task ? [task.name, example.right] : null
-      return { ...await answers.more({ job }), voices: [voice], right, note: '' }
+      return { ...said, voices: [voice], right: task ? [task.name, example.right] : null, note: '' }
     },
-    async more({ job }) {
-      const { value = '', done = true } = await jobs.get(job)?.next() ?? {}
-      return { pieces: [value], done }
-    },
-    async stop({ job }) { jobs.delete(job) } }
+    more: asked => pieces(writer.more(asked)), stop: writer.stop }
   return (question, content) => answers[question](content)
 }
 """

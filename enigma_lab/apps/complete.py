@@ -561,13 +561,8 @@ const readPieces = async (engine, pieces, keep) => {
 
 # %% ../../nbs/apps/05_complete.ipynb #e7e49898
 ANSWER_JS = r"""
-const checkKnobs = knobs => {
-  for (const [name, [label, , low, high]] of Object.entries(KNOBS))
-    if (!(knobs[name] >= low && knobs[name] <= high))
-      throw new Error(`${label} must be a number from ${low} to ${high}, got ${knobs[name]}`)
-}
 const answerer = engine => {
-  const views = new Map(), jobs = new Map()
+  const views = new Map(), writer = pieceWriter()
   const answers = {
     async read({ view, text, have }) {
       const got = views.get(view)?.length === have ? views.get(view) : []
@@ -579,16 +574,11 @@ const answerer = engine => {
       return { keep, rows, done: upto === pieces.length }
     },
     async write({ job, text, ...knobs }) {
-      checkKnobs(knobs)
       const ids = engine.tokenizer.encode(text)
-      jobs.set(job, writeText(engine, ids.length ? ids : [engine.about.eos], knobs))
-      return answers.more({ job })
+      return writer.begin(job, knobs, () =>
+        writeText(engine, ids.length ? ids : [engine.about.eos], knobs))
     },
-    async more({ job }) {
-      const { value = '', done = true } = await jobs.get(job)?.next() ?? {}
-      return { piece: value, done }
-    },
-    async stop({ job }) { jobs.delete(job) } }
+    more: writer.more, stop: writer.stop }
   return (question, content) => answers[question](content)
 }
 """
