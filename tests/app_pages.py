@@ -1,8 +1,10 @@
 "A bare page with apps on it and Python behind them, for the tests of all apps."
+import itertools
 import json
 
 import pytest
 
+from enigma_lab.apps import chat, complete
 from test_lampboard import watch
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
@@ -41,9 +43,11 @@ def page_of(apps, dark=False, alone=False):
     return PAGE.format('#111' if dark else '#fff', body)
 
 @pytest.fixture
-def open_apps(browser, tmp_path):
+def open_apps(browser, tmp_path, monkeypatch):
     "Open a page whose apps ask Python; it may load nothing else and report no error."
-    pages = []
+    pages, clock = [], itertools.count(0, .05)
+    # a piece for each question, however fast the machine writes
+    for app in chat, complete: monkeypatch.setattr(app, 'monotonic', lambda: next(clock))
     def open_apps(*apps, ready, width=800, dark=False, alone=False, context=None, file=None,
                   **options):
         path = tmp_path/(file or f'page{len(pages)}.html')
