@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'PICTURES', 'HUB', 'as_floats', 'as_pixels', 'stack_images', 'digit_images', 'archive_images',
-           'folder_images', 'rows_images', 'table_images', 'hub_images', 'read_images', 'Images', 'first_of_equals',
-           'split_images', 'load_images', 'count_images', 'show_images']
+           'folder_images', 'rows_images', 'table_images', 'hub_images', 'read_images', 'shrink_images', 'Images',
+           'first_of_equals', 'split_images', 'load_images', 'count_images', 'show_images']
 
 # %% ../../nbs/data/50_images.ipynb #6b5dd526
 import hashlib, io, lzma, re, time
@@ -193,6 +193,27 @@ def read_images(
                                 "or folder of images, or a hub id 'owner/name', "
                                 f"got {data!r}")
     return hub_images(data)
+
+# %% ../../nbs/data/50_images.ipynb #26d4fc7d
+def shrink_images(
+    data, # a source without parts of its own, as for `read_images`
+    to:Path, # a new .npz
+    side:int, # pixels, at most the smaller side of a picture
+)->tuple: # shape of the pixels that were written
+    "Write smaller, square pictures to an archive. Raise FileExistsError for one that is there."
+    from PIL import Image
+    parts = read_images(data)
+    if len(parts) > 1: raise ValueError(
+        f"one archive holds pictures without parts, got {sorted(parts)}; shrink each by itself")
+    (pixels, labels), = parts.values()
+    if not 1 <= side <= (most := min(pixels.shape[1:3])): raise ValueError(
+        f"side must be 1 to {most}, as many pixels as a picture has, got {side}")
+    grey = pixels[..., 0] if pixels.shape[3:] == (1,) else pixels # as Pillow wants it
+    small = np.stack([np.asarray(Image.fromarray(x).resize((side, side), Image.BOX))
+                      for x in grey])
+    with open(to, 'xb') as f:
+        np.savez_compressed(f, images=small, **({} if labels is None else dict(labels=labels)))
+    return small.shape
 
 # %% ../../nbs/data/50_images.ipynb #136d1822
 @dataclass(frozen=True)

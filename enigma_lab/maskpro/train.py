@@ -674,7 +674,15 @@ def train_maskpro(
 def kept_beside(
     run:Run, # of train_maskpro, finished
 )->dict: # name -> path, for `make_showcase`
-    "List what a showcase of masks keeps beside the checkpoint."
-    names = ('initial_masks.safetensors', 'learned_masks.safetensors')
-    masks = {name: need(run, name, 'learn') for name in names}
-    return masks | dict(dense=Path(find_pipeline(run.config['model'])))
+    "Write the masks for weights in half the bytes; list them, and the dense model."
+    folder = run.path/'checkpoints'/'halved' # a showcase leaves the checkpoints out
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    kept = dict(dense=Path(find_pipeline(run.config['model'])))
+    for name in ('initial_masks.safetensors', 'learned_masks.safetensors'):
+        unet, _ = load_pipeline(run.config['model'])
+        masks = load_masks(need(run, name, 'learn'), unet)
+        with torch.no_grad():
+            for p in unet.parameters(): p.copy_(p.bfloat16())
+        kept[name] = save_masks(masks, folder/name)
+    return kept
