@@ -20,7 +20,8 @@ from nbdev.process import NBProcessor
 from nbdev.processors import _do_eval
 from playwright.sync_api import sync_playwright
 
-from enigma_lab.dev.docs import build_docs, check_imports, read_sidebar, readme_text, write_readme
+from enigma_lab.dev.docs import (
+    READMES, build_docs, check_imports, read_sidebar, readme_text, write_readme)
 from enigma_lab.lab.runs import checkout
 
 pytestmark = pytest.mark.proof('dev.docs') # the site is built, and a browser reads it
@@ -336,7 +337,9 @@ def test_readme(small, monkeypatch):
     assert '(nbs/parts/10_part.ipynb#One-heading)' in text and '#|' not in text
     assert write_readme().read_text(encoding='utf-8') == text
 
-def test_the_readme_is_up_to_date():
-    index = json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8'))
-    written = (ROOT/'README.md').read_text(encoding='utf-8')
-    assert written == readme_text(index), "run write_readme() of enigma_lab.dev.docs"
+def test_the_readmes_are_up_to_date():
+    for name, readme in READMES.items():
+        front = json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))
+        written = (ROOT/readme).read_text(encoding='utf-8')
+        assert written == readme_text(front, name=name), "run `make readme`"
+        assert all(other == readme or f']({other})' in written for other in READMES.values())
