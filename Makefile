@@ -44,7 +44,7 @@ docs: .venv/ready           ## build the site and print its path
 lab: .venv/ready            ## JupyterLab on the front page
 	jupyter lab nbs/index.ipynb
 
-readme: .venv/ready         ## README.md from nbs/index.ipynb
+readme: .venv/ready         ## README.md, README_ZH.md and MODEL_CARD.md, from their pages
 	python -c "from enigma_lab.dev.docs import write_readme; write_readme()"
 
 hooks: .venv/ready          ## notebooks are merged cell by cell; the tree stays as it was

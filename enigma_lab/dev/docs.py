@@ -822,7 +822,8 @@ def _add_live(site, cwd):
               end='')
 
 # %% ../../nbs/dev/10_docs.ipynb #89b53eb6
-READMES = {'index.ipynb': 'README.md', 'index_zh.ipynb': 'README_ZH.md'} # front pages
+READMES = {'index.ipynb': 'README.md', 'index_zh.ipynb': 'README_ZH.md',
+           'results/20_models.ipynb': 'MODEL_CARD.md'} # page -> file of the checkout
 
 def readme_text(
     nb:dict, # a front page
@@ -831,7 +832,9 @@ def readme_text(
 )->str: # Markdown
     "Make a front page a README."
     parts = [f'<!-- made from {folder}/{name}: edit there -->']
-    here = lambda m: READMES.get(m[0]) or posixpath.normpath(posixpath.join(folder, m[0]))
+    def here(link):
+        to = posixpath.normpath(posixpath.join(folder, link[0]))
+        return READMES.get(to.removeprefix('nbs/'), to)
     links = r'(?:(?<=\]\()|(?<=src=")|(?<=href="))(?!\w+:|#|/)[^)"\s]+'
     for cell in nb['cells']:
         text = ''.join(cell['source'])
@@ -840,17 +843,18 @@ def readme_text(
         elif cell['cell_type'] == 'code' and not directives & {'hide', 'export', 'default_exp'}:
             source = re.sub(r'(?m)^#\|.*\n?', '', text).strip()
             if source and 'echo' not in directives: parts.append(f'```python\n{source}\n```')
-            parts += [_readme_output(output) for output in cell['outputs']]
+            parts += [re.sub(links, here, _readme_output(out)) for out in cell['outputs']]
     return '\n\n'.join(filter(None, parts)) + '\n'
 
 # %% ../../nbs/dev/10_docs.ipynb #0970a577
 def write_readme()->Path: # README.md of the checkout
-    "Write the README of each front page; a second time changes nothing."
+    "Write README.md and its like; a second time changes nothing."
     root = _checkout()
     for name, readme in READMES.items():
-        if not (root/'nbs'/name).is_file(): continue
-        nb = json.loads((root/'nbs'/name).read_text(encoding='utf-8'))
-        (root/readme).write_text(readme_text(nb, name=name), encoding='utf-8')
+        page = root/'nbs'/name
+        if not page.is_file(): continue
+        nb, folder = json.loads(page.read_text(encoding='utf-8')), page.parent.relative_to(root)
+        (root/readme).write_text(readme_text(nb, folder.as_posix(), page.name), encoding='utf-8')
     return root/'README.md'
 
 # %% ../../nbs/dev/10_docs.ipynb #e2ff63bd
