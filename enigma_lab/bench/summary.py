@@ -8,7 +8,7 @@ __all__ = ['LANGUAGES', 'REVERSIBLE', 'SENTENCE', 'MASKS', 'MODELS', 'RANGE', 'B
            'sentence_promise', 'mask_board', 'mask_promise', 'promises', 'seconds_of', 'cost_of', 'bits_row',
            'text_table', 'share_row', 'sentence_table', 'mask_table']
 
-# %% ../../nbs/bench/60_summary.ipynb #109699a6
+# %% ../../nbs/bench/60_summary.ipynb #02ade5a0
 from functools import cache
 
 from .maskpro import RECORDS, leaderboard, whole_models
@@ -16,7 +16,7 @@ from .questions import MOST, records as question_records
 from .reversible_checks import BEHAVIOURS
 from ..lab.runs import Run, list_runs
 
-# %% ../../nbs/bench/60_summary.ipynb #5a59ac94
+# %% ../../nbs/bench/60_summary.ipynb #a0fd858f
 LANGUAGES = 'en', 'zh'
 
 def word_of(
@@ -28,7 +28,7 @@ def word_of(
         f"the summary is written in {' and '.join(LANGUAGES)}, got {lang!r}")
     return pair[LANGUAGES.index(lang)]
 
-# %% ../../nbs/bench/60_summary.ipynb #3d40d5fe
+# %% ../../nbs/bench/60_summary.ipynb #855f7799
 def rows_of(
     head:list[tuple[str, str]], # a pair for each column
     rows:list[list[str]], # cells
@@ -48,7 +48,7 @@ def finished(
             and not run.env['git_dirty']
             and all(run.config.get(name) == value for name, value in wanted.items())]
 
-# %% ../../nbs/bench/60_summary.ipynb #14beb6f4
+# %% ../../nbs/bench/60_summary.ipynb #a9453216
 REVERSIBLE = (
     '**Training memory that does not grow with depth.** {depth} transformer blocks keep '
     '{ours:.1f} MiB for the backward pass where autograd keeps {plain:.0f}, at {time:.2f} times '
@@ -71,7 +71,7 @@ def reversible_promise(
         right=round(asked*m['ours_default_right_share']),
         other=round(asked*m['RevTorch_right_share']))
 
-# %% ../../nbs/bench/60_summary.ipynb #741ace95
+# %% ../../nbs/bench/60_summary.ipynb #2f036a43
 SENTENCE = (
     '**A sentence, read back from its vector.** Of {n} real questions of at most {most} word '
     'pieces, unseen in training, {once:.0f} % come back word for word from {numbers:,} numbers '
@@ -94,7 +94,7 @@ def sentence_promise(
         proved=m['test_certified_proved'], judged=m['test_certified_questions'],
         wrong=m['test_certified_proved'] - m['test_certified_right'])
 
-# %% ../../nbs/bench/60_summary.ipynb #3011080b
+# %% ../../nbs/bench/60_summary.ipynb #b402c24a
 MASKS = (
     '**Half the weights removed, and the right half.** In a diffusion model two of every four '
     'weights go. With the others frozen, a learned mask wins back {simple:.0f} % of what the mask '
@@ -121,7 +121,7 @@ def mask_promise(
         simple=100*best['gap'], low=100*best['from'], high=100*best['to'], n=best['n'],
         sparsegpt=100*board.loc['sparsegpt', 'gap'])
 
-# %% ../../nbs/bench/60_summary.ipynb #24f19ac4
+# %% ../../nbs/bench/60_summary.ipynb #64a4741b
 def promises(
     lang:str='en', # or 'zh'
 )->str: # Markdown, a numbered list
@@ -129,7 +129,7 @@ def promises(
     said = reversible_promise(lang), sentence_promise(lang), mask_promise(lang)
     return '\n'.join(f'{i}. {text}' for i, text in enumerate(filter(None, said), 1))
 
-# %% ../../nbs/bench/60_summary.ipynb #9d1b22d7
+# %% ../../nbs/bench/60_summary.ipynb #50b366c3
 MODELS = [
     ('train_enigma', '-three-minutes-seed', {}, ('**Language model**, as `make train` makes it',
                                                  '**语言模型**，即 `make train` 所得')),
@@ -146,7 +146,7 @@ COST = ('seeds {seeds}, {size:,} parameters, {minutes} minutes on {threads} thre
 NOTE = ('{n:,} characters of test documents. {costs}. Processor: {cpu}.',
         '测试文档共 {n:,} 个字符。{costs}。处理器：{cpu}。')
 
-# %% ../../nbs/bench/60_summary.ipynb #b77b125b
+# %% ../../nbs/bench/60_summary.ipynb #8b675866
 def seconds_of(
     run:Run, # of a language model
 )->float: # seconds of counting and training
@@ -164,7 +164,7 @@ def cost_of(
         size=runs[0].metrics['parameters'], minutes=', '.join(minutes),
         threads=runs[0].env['threads'])
 
-# %% ../../nbs/bench/60_summary.ipynb #fd345fbe
+# %% ../../nbs/bench/60_summary.ipynb #0f62d256
 def bits_row(
     name:str, # of the row
     runs:list[Run], # at least one
@@ -193,7 +193,7 @@ def text_table(
     return rows_of(BITS, rows, lang) + '\n\n' + word_of(NOTE, lang).format(
         n=first.metrics['test_characters'], costs=costs, cpu=first.env['cpu'])
 
-# %% ../../nbs/bench/60_summary.ipynb #9e7200de
+# %% ../../nbs/bench/60_summary.ipynb #ef5f5456
 SCORES = {'exact_match': ('exact at once', '一次读回逐字相同'),
           'loop_exact_match': ('with the encoder in the loop', '编码器参与循环'),
           'loop_proved_precision': ('of those called proved, right', '判为已证实者中正确'),
@@ -209,7 +209,7 @@ SEEDS = ('{n} seeds, {steps} updates each, each place told its part of the vecto
          '{n} 个种子，各 {steps} 步，每个位置得到向量中自己的部分，'
          '单线程 {low:.0f} 至 {high:.0f} 秒。')
 
-# %% ../../nbs/bench/60_summary.ipynb #38e024fa
+# %% ../../nbs/bench/60_summary.ipynb #834b255b
 def share_row(
     name:str, # of the row
     runs:list[Run], # of one training, a seed each
@@ -236,7 +236,7 @@ def sentence_table(
         n=len(found), steps=found[0].metrics['train_steps'], low=min(seconds),
         high=max(seconds))
 
-# %% ../../nbs/bench/60_summary.ipynb #9df8e8ac
+# %% ../../nbs/bench/60_summary.ipynb #282d7a4e
 METHODS = {'wanda': ('Wanda',)*2, 'fisher': ('diagonal Fisher', '对角 Fisher'),
            'simple': ('learned, with gradients (SIMPLE)', '学习，用梯度（SIMPLE）'),
            'pge': ('learned, forward passes alone (PGE)', '学习，只用前向（PGE）'),
