@@ -660,13 +660,15 @@ def _code_cell(cell, text, rewrite):
     "A code cell without its directives; a source that is part of the library is tagged."
     hidden = re.search(r'(?m)^#\|\s*echo:\s*false', text)
     tags = ['exported', 'hide-input'] * ('#| code-fold: show' in text)
-    tags += ['remove-input'] * bool(hidden)
+    tags += ['remove-input'] * bool(hidden) + ['hide-input'] * ('#| code-fold: true' in text)
+    words = re.findall(r'(?m)^#\|\s*code-summary:\s*(.+)$', text)
+    fold = {f'code_prompt_{way}': words[0] for way in ('show', 'hide') if words}
     for output in cell['outputs']:
         data = output.get('data', {})
         if 'text/markdown' in data: data['text/markdown'] = rewrite(''.join(data['text/markdown']))
     text = re.sub(r'(?m)^#\|.*\n?', '', text)
-    return dict(cell_type='code', metadata=dict(tags=tags), source=text, outputs=cell['outputs'],
-                execution_count=None)
+    return dict(cell_type='code', metadata=dict(tags=tags, mystnb=fold), source=text,
+                outputs=cell['outputs'], execution_count=None)
 
 # %% ../../nbs/dev/10_docs.ipynb #96dee9a0
 def sphinx_config(
