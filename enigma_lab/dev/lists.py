@@ -63,7 +63,8 @@ def find_messages(
         if module.partition('.')[0] not in ROOMS: continue
         for text in read_messages(path.read_text(encoding='utf-8')):
             said, _, cure = text.partition('; ')
-            if re.search(r'\w{3}', cure): found.setdefault((said, cure), Message(module, said, cure))
+            if not re.search(r'\w{3}', cure): continue # it is filled in
+            found.setdefault((said, cure), Message(module, said, cure))
     order = [*ROOMS]
     place = lambda m: (order.index(m.module.partition('.')[0]), m.module)
     return sorted(found.values(), key=place)
