@@ -32,6 +32,7 @@ SMALL = [ # what a guide says -> what is run here
     (r'--nproc_per_node 5', '--nproc_per_node 2'),
     (r'launch --config_file \S+', 'launch --cpu'), (r'--finetune 400', '--finetune 2'),
     (r'(train_\w+ (?!.*preset).*=.*|lm\.train .*)', r'\1 preset=smoke'),
+    (r'(train_enigma .*=.*)', r'\1 max_len=64'), # a question and its answer fit
     (r'(train_sgdd .*=.*)', r'\1 loop=False test_sentences=8 max_steps=4'),
     (r'sgdd read - "a cat ran" .*', 'sgdd read - "a cat ran"')]
 
