@@ -103,7 +103,8 @@ def asked_speeds(
     return found
 
 # %% ../../nbs/bench/04_budget.ipynb #06bab487
-# what the documents name, GB of a card at most
+# what the documents name, GB of a card at most; of the first model's 16 sequences they say 45 GB
+# of one card, and 8 GB of each of five
 CASES = {'148M, 256 tokens': dict(preset='brief-148m', batch=16, tokens=256, stated=8.),
          '148M, 2,048 tokens': dict(preset='brief-148m', batch=16, tokens=2048, stated=45.),
          '148M, 2,048, checkpointed': dict(preset='brief-148m', batch=16, tokens=2048,
