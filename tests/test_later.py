@@ -9,10 +9,10 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.quick
 
-# a row of a table, a row of a dictionary (perhaps in several pieces), a claim without a part
+# a row of a table, a row of a dictionary (perhaps in several pieces), a claim that needs hardware
 ROW = re.compile(r"^\| (?P<table>.*?) \| later \|$"
                  r"|(?:^|[{ ])'(?P<original>[^'\n]+)': 'later: (?P<plan>[^']*)'"
-                 r"|^[^\n]*\)\(_later\('(?P<claim>[^']*)'\)\)", re.M)
+                 r"|_hardware\('(?P<claim>[^']*)'", re.M)
 
 def read_rows():
     "Find all that the notebooks put off: what → the plan, where there is one."
@@ -43,7 +43,7 @@ def has_devices(number):
     return any(len(d) >= number and d[0] != 'cpu' for d in devices)
 
 HERE = { # what is put off → a question that is answered with yes as soon as it is here
-    'peak memory on a GPU': lambda: has_devices(1)}
+    'a GPU': lambda: has_devices(1), 'five RTX 4090': lambda: has_devices(5)}
 
 def command_exists(name):
     "Tell whether `enigma-lab` has a command."
