@@ -102,6 +102,7 @@ def free_readings(
     words = [w for i, w in enumerate(words) if low[i] not in SKIPPED and not article(i)]
     form = lambda w: ('a' if re.fullmatch('[a-z]', w) else '0' if w.isdigit() else 'word')
     cue = lambda w: w.lower() if w.lower() in known else form(w)
+    if len(words) > max(map(len, table)) + 1: return # a text, and no question
     for i, typed in enumerate(words):
         if typed.lower() in known: continue
         rest = words[:i] + words[i + 1:]
