@@ -394,5 +394,5 @@ def test_the_front_page_leads_to_every_app():
     links = re.findall(r'\]\((apps/[^)#]+)', '\n'.join(texts))
     pages = sorted((NBS/'apps').glob('[!_]*.ipynb'))
     apps = {page.relative_to(NBS).as_posix() for page in pages
-            if page.stem not in ('01_widget', '02_base', '03_live')}
+            if page.stem not in ('02_base', '03_live')}
     assert len(apps) == 6 and apps <= set(links)

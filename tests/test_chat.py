@@ -93,9 +93,12 @@ def test_every_example_works(visit):
         line = want.loc[name.replace(' ', '_')]
         assert [exact, words] == [percent(line.iloc[0]), percent(line.iloc[1])]
     assert [name.replace(' ', '_') for name, *_ in rows if 'not taught' not in name] == able
-    chips = fold(page, 'tasks').locator('.chip')
+    chips = fold(page, 'tasks').locator('ul').first.locator('.chip')
     texts = chips.all_text_contents()
     assert len(texts) >= 1.8*len(able) and any(re.search('[一-鿿]', text) for text in texts)
+    cannot = fold(page, 'tasks').locator('ul').last.locator('li')
+    count = sum(not task['can'] for task in page.apps[0].about['tasks'])
+    assert cannot.locator('.chip').count() == 2*count > 0
     wrong = 0
     for i, text in enumerate(texts):
         if i: named(page, 'button', 'New chat').click() # shares are those of first questions
@@ -112,6 +115,24 @@ def test_every_example_works(visit):
                             f'✗ wrong. Right is: {right[1]}')
         wrong += '✗' in marks(page)[1]
     assert wrong > len(able)/2 # the base was not taught
+    named(page, 'button', 'New chat').click()
+    chip = cannot.locator('.chip').first # what it cannot do is tried, and judged, as well
+    chip.click()
+    told, right = ended(page)[0].strip(), right_answer(chip.inner_text())[1]
+    assert marks(page)[0] == ('✓ right' if told == right else f'✗ wrong. Right is: {right}')
+
+def test_other_words_are_checked_and_offered_in_taught_ones(visit):
+    page = visit()
+    ask(page, 'Can you reverse the word "water"?')
+    ended(page)
+    assert marks(page)[0].endswith('Right is: retaw')
+    named(page, 'button', 'Reverse water').click()
+    expect(app(page).locator('article')).to_have_count(2)
+    assert ended(page)[0].strip() == 'retaw' and marks(page)[0] == '✓ right'
+    assert named(page, 'button', 'Reverse water').count() == 1 # nothing is offered for it
+    ask(page, 'Do not reverse water')
+    ended(page)
+    assert marks(page) == ['', '']
 
 def test_what_was_not_taught(visit):
     page = visit()

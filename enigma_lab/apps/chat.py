@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from .base import BASE_CSS, EnigmaApp, app_module
 from .complete import KNOB_FIELD_JS, check_knobs, newest
 from .live import LIVE_JS, live_name
-from ..data.answers import right_answer
+from ..data.answers import as_taught, right_answer
 from ..data.talk import BEYOND, DECLINE, MORE, TOPICS
 from ..data.tasks import FAMILIES
 from ..lab.runs import Run, find_run, list_runs
@@ -122,7 +122,7 @@ def draw_examples(
 
 # %% ../../nbs/apps/10_chat.ipynb #d6dcf576
 def example_rows(
-    families:list[str], # names
+    families, # names
     data:str, # of the tuning, 'talk' or 'tasks'
 )->list[dict]: # of `draw_examples`
     "Choose questions of these families; of 'beyond' one that no family answers."
@@ -149,10 +149,12 @@ def replies_to(
 def tried_examples(
     voices:list[Voice], # tuned model and base
     rows:list[dict], # of `example_rows`
+    able:list[str], # families whose example must be right
 )->dict: # family -> language -> 'asked', 'right' and the 'replies' of all voices
-    "Keep an example of each family in each language that the tuned model has just got right."
+    "Keep an example of each family in each language; the tuned model has just got it right."
     said = replies_to(voices[0], rows) if rows else []
-    works = [row for row, reply in zip(rows, said) if reply.strip() == row['right']]
+    works = [row for row, reply in zip(rows, said)
+             if row['family'] not in able or reply.strip() == row['right']]
     kept = list({(r['family'], r['language']): r for r in works[::-1]}.values())
     found = {}
     if not kept: return found
@@ -170,17 +172,19 @@ NOTES = dict( # what is said of a model that has no exam
 @cache
 def about_chat(
     run:str, # name of a run of train_lora; empty: a toy
-)->dict: # 'run', 'voices', 'limit' of tokens, 'tasks', 'least' share of what it can, 'note'
+)->dict: # 'run', 'voices', 'limit', 'tasks', 'least' share of what it can, 'taught' tasks, 'note'
     "Say who speaks, what it can do, and what it cannot."
     from enigma_lab.lm.lora import CAN
     voices, found = load_voices(run), find_run(run, 'train_lora') if run else None
     exam = measured(found) if run else {}
-    shown = [f for f, row in exam.items() if row['can'] or f == 'beyond']
-    tried = tried_examples(voices, example_rows(shown, found.metrics['data']) if exam else [])
+    data = found.metrics['data'] if exam else ''
+    able = [f for f, row in exam.items() if row['can'] or f == 'beyond']
+    tried = tried_examples(voices, example_rows(exam, data), able)
     tasks = [dict(name=f.replace('_', ' '), **row, examples=tried.get(f, {}))
              for f, row in exam.items()]
     return dict(run=run, voices=[voice.name for voice in voices], tasks=tasks, least=CAN,
                 limit=voices[0].model.config.max_position_embeddings,
+                taught=able*(data == 'talk'), # in the wordings of `as_taught`
                 note='' if exam else NOTES['own' if run else 'toy'])
 
 # %% ../../nbs/apps/10_chat.ipynb #3b2469b7
@@ -298,6 +302,7 @@ const download = (name, text) => {
 const isText = x => typeof x === 'string'
 const isTurn = turn => isText(turn?.user) && Object.values(turn.replies ?? [0]).every(isText)
   && (turn.right == null || Array.isArray(turn.right) && turn.right.every(isText))
+  && isText(turn.taught ?? '')
 const knobFits = ([name, value]) => {
   const [, , least, most] = KNOBS[name] ?? []
   return typeof value === 'number' && value >= least && value <= most
@@ -363,7 +368,7 @@ const makeStore = (model, ask, save) => {
   const start = Object.fromEntries(Object.keys(KNOBS).map(name => [name, KNOBS[name][1]]))
   const store = { run, draft, beside, open, knobs: { ...start, ...knobs }, job: null, about: null,
     talk: readTalk(id) ?? newTalk(), editing: null, words: '', panels: [],
-    ask: model.alone ? fromExamples : ask }
+    ask: model.alone ? fromExamples : ask, alone: model.alone }
   store.show = () => { for (const panel of store.panels) panel.show() }
   store.say = words => { store.words = words; store.show() }
   store.change = () => {
@@ -416,7 +421,7 @@ const reply = async (store, text, before, taken) => {
     const said = await store.ask('ask', { job, run, turns, text, beside, ...knobs })
     if (store.job !== job) return void store.ask('stop', { job }).catch(() => {})
     taken()
-    turn.right = said.right
+    Object.assign(turn, { right: said.right, taught: said.taught })
     store.talk.turns = [...before, turn]
     await grow(store, turn, job, said)
   } catch ({ message }) {
@@ -525,17 +530,19 @@ const turnNode = (turn, i, act) => {
   const replies = element('div', { class: 'replies' }), known = {}
   const edit = button('Edit', () => act.edit(i, turn.user), { 'aria-label': 'Edit the question' })
   const retry = button('Retry', act.retry, { 'aria-label': 'Retry: ask the same again' })
+  const again = button(turn.taught, () => act.send(turn.taught), { class: 'chip', dir: 'auto' })
   const show = (writing, last, busy) => {
     for (const who of Object.keys(turn.replies)) {
       if (!known[who]) replies.append((known[who] = replyNode(who)).node)
       known[who].show(turn, writing)
     }
-    edit.disabled = retry.disabled = busy
+    edit.disabled = retry.disabled = again.disabled = busy
     retry.hidden = !last
   }
   return { turn, show, node: element('article', {}, element('div', { class: 'asked' },
     element('p', { class: 'text', dir: 'auto' }, turn.user), element('div', { class: 'tools' },
-      copyButton('Copy', () => turn.user, 'Copy the question'), edit, retry)), replies) }
+      copyButton('Copy', () => turn.user, 'Copy the question'), edit, retry)), replies,
+    turn.taught && element('p', { class: 'quiet' }, 'In words that it was taught: ', again)) }
 }
 """
 
@@ -640,8 +647,9 @@ const chipsPanel = (store, act) => {
     const outside = chip(store, act, beyond?.examples.en, 'en')
     const chips = [...firstChips(store, act, able), outside].filter(Boolean)
     node.replaceChildren(element('h2', {}, title),
-      element('p', { class: 'quiet' }, drawn.note || 'Try one, or ask in like words: '
-        + 'a program checks what can be right or wrong.'),
+      element('p', { class: 'quiet' }, drawn.note || (store.alone ? 'Try one. This page checks '
+        + 'the examples alone: run the cell in JupyterLab, and what you type is checked, too.' :
+        'Try one, or ask in like words: a program checks what can be right or wrong.')),
       element('div', { class: 'chips', role: 'group', 'aria-label': 'examples' }, chips))
   }
   return { node, show }
@@ -968,7 +976,7 @@ def answer_ask(self:ChatApp,
     text:str, # question
     beside:bool, # whether the base replies, too
     **knobs # of `KNOBS`
-)->dict: # 'voices', 'right', 'note', and as of `answer_more`
+)->dict: # 'voices', 'right', 'taught', 'note', and as of `answer_more`
     "Take a question, and begin the replies. Raises ValueError for what cannot be taken."
     from enigma_lab.lm.generate import PrefixCache
     if not text.strip(): raise ValueError("a question needs text, got an empty one")
@@ -979,8 +987,10 @@ def answer_ask(self:ChatApp,
     self.jobs = newest({**self.jobs, job: Replies(voices, told, memories, **knobs)})
     limit = memories[0].limit
     note = '' if len(text) < limit else f'It reads the last {limit} characters, or fewer. '
-    return dict(self.answer_more(job, 0), voices=[v.name for v in voices],
-                right=right_answer(text), note=note)
+    right = right_answer(text)
+    taught = as_taught(text) if right and right[0] in about_chat(run)['taught'] else ''
+    return dict(self.answer_more(job, 0), voices=[v.name for v in voices], right=right,
+                taught=taught, note=note)
 
 # %% ../../nbs/apps/10_chat.ipynb #3c32dd0d
 @patch
