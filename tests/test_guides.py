@@ -23,7 +23,8 @@ from enigma_lab.lab.notebooks import check_parameters
 from enigma_lab.lab.runs import checkout
 
 ROOT = checkout(__file__)
-GUIDES = dict(read_sidebar(yaml.safe_load((ROOT/'_quarto.yml').read_text())))['Guides']
+SIDEBAR = read_sidebar(yaml.safe_load((ROOT/'_quarto.yml').read_text()))
+GUIDES = [page for around, page in SIDEBAR if around[:1] == ('Guides',)]
 NOT_RUN = { # what a command needs -> how many do
     'the network': 8, 'two machines': 2, 'Slurm': 1, 'a person who ends it': 2, 'a minute': 2}
 RUN_OTHERWISE = {'', '5 GPUs', 'a clone'}

@@ -2,6 +2,7 @@
 import ast
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -17,7 +18,11 @@ ROOT = checkout(Path(__file__).parent)
 MODULES = [m.name for m in pkgutil.walk_packages(enigma_lab.__path__, 'enigma_lab.') if not m.ispkg]
 MODULES = [name for name in MODULES if not name.endswith('._modidx')]
 FLOORS = dict(lab=0, machine=1, data=2, ddpm=3, lm=4, flow=4, sgdd=4, maskpro=4, bench=5, apps=5,
-              cli=6, dev=7)
+              cli=6, dev=7, results=8)
+TOP = set(
+    '.ci .gitattributes .gitconfig .github .gitignore CHANGELOG.md CITATION.cff CONTRIBUTING.md '
+    'LICENSE MODEL_CARD.md Makefile README.md README_ZH.md _quarto.yml configs constraints.txt '
+    'enigma_lab nbs pyproject.toml runs settings.ini setup.py tests'.split())
 GONE = { # without a successor: why
     'bench.maskpro.finetuned': 'maskpro.finetune.finetune is for every model',
     'bench.lm.open_run': 'bench.timing.open_record asks for the kind of record',
@@ -181,3 +186,8 @@ def test_names_of_a_module_differ_by_more_than_case():
         names = sorted(set(names), key=str.lower)
         same = [pair for pair in zip(names, names[1:]) if pair[0].lower() == pair[1].lower()]
         assert not same, f'{path.name}: {same}'
+
+@pytest.mark.skipif(not shutil.which('git') or not (ROOT/'.git').exists(), reason='needs git')
+def test_the_top_level_has_its_shape():
+    listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout
+    assert {path.split('/')[0] for path in listed.splitlines()} == TOP

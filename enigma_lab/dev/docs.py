@@ -710,8 +710,10 @@ def write_source(
              for name, nb in notebooks.items()}
     cards = {f'{pages[name]}.html#{card_name(card).lower()}' for name, nb in notebooks.items()
              for cell in nb['cells'] if (card := card_text(cell))}
-    links = Links(pages, cards, f"{settings['doc_host']}{settings['doc_baseurl']}/")
+    address = f"{settings['doc_host']}{settings['doc_baseurl']}/"
     context = _write_context(root, settings['lib_name'], sidebar, notebooks, pages, to)
+    context |= dict(lab_address=address, lab_images=_copy_images(root/'nbs/images', to/'_static'))
+    links = Links(pages, cards, address)
     for name, nb in notebooks.items():
         nb = translate(nb, name, links)
         if name == 'index.ipynb': nb['cells'].append(_markdown(toctree(sidebar, pages)))
@@ -732,7 +734,14 @@ def _write_context(root, library, sidebar, notebooks, pages, to):
     near = {pages[name]: [(words, [pages[other] for other in others]) for words, others in rows]
             for name, rows in related_pages(sources, modules, sidebar).items()}
     return dict(lab_sidebar=sidebar_tree(sidebar, pages, titles), lab_titles=titles,
-                lab_related=near)
+                lab_leads=leads, lab_related=near)
+
+def _copy_images(images, to):
+    "The small picture of a tab, and the one for those who share an address; which there are."
+    found = [name for name in ('favicon.svg', 'share.png') if (images/name).is_file()]
+    to.mkdir(parents=True, exist_ok=True)
+    for name in found: shutil.copy(images/name, to)
+    return found
 
 # %% ../../nbs/dev/10_docs.ipynb #779bd7d3
 def _write_static(to):

@@ -56,7 +56,7 @@ def sidebar_tree(
     pages:dict, # notebook -> page
     titles:dict, # page -> title
 )->list: # of dicts: a page has `page` and `title`, a section `section`, `inside` and `pages`
-    "Nest the pages in their sections, for the template."
+    "Sort the pages into their sections, for the template."
     tree = []
     for around, notebook in sidebar:
         if notebook == 'index.ipynb': continue
@@ -139,6 +139,18 @@ def related_pages(
 # %% ../../nbs/dev/12_layout.ipynb #7523d847
 FOOT = """\
 {% extends "!page.html" %}
+{% block extrahead %}{{ super() }}
+<meta property="og:type" content="website">
+<meta property="og:title" content="{{ lab_titles[pagename] | e }}">
+<meta property="og:description" content="{{ lab_leads[pagename] | e }}">
+{%- if 'favicon.svg' in lab_images %}
+<link rel="icon" type="image/svg+xml" href="{{ pathto('_static/favicon.svg', 1) }}">
+{%- endif %}
+{%- if 'share.png' in lab_images %}
+<meta property="og:image" content="{{ lab_address }}_static/share.png">
+<meta name="twitter:card" content="summary_large_image">
+{%- endif %}
+{% endblock %}
 {% block content %}{{ super() }}
 {%- macro row(words, pages) %}
 {%- if pages | length > 12 %}
@@ -309,6 +321,7 @@ SAME = [ # words that stand for each other
 
 WEIGHTS = {'Guides': 2, 'Train': 1.3, 'Results': 1.2, 'Apps': 1.2, 'Internals': .5}
 
+# %% ../../nbs/dev/12_layout.ipynb #7cb947ba
 def search_data(
     sidebar:list, # from `read_sidebar`
     pages:dict, # notebook -> page

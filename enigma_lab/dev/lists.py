@@ -153,6 +153,7 @@ def papers_table(
                      f'[{number}](https://arxiv.org/abs/{number})', links))
     return markdown_table(['authors', 'title', 'arXiv', 'pages'], sorted(rows))
 
+# %% ../../nbs/dev/35_lists.ipynb #49c990c5
 def page_titles(
     nbs:Path, # the folder of notebooks
 )->dict[str,str]: # page -> title
