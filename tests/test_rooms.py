@@ -24,6 +24,8 @@ TOP = set(
     'LICENSE MODEL_CARD.md Makefile README.md README_ZH.md _quarto.yml configs constraints.txt '
     'enigma_lab nbs pyproject.toml runs settings.ini setup.py tests'.split())
 GONE = { # without a successor: why
+    'lab.docs.CSS': 'the style is that of dev.layout',
+    'lab.docs.toctrees': 'the sidebar is a template of ours, dev.layout.sidebar_tree',
     'bench.maskpro.finetuned': 'maskpro.finetune.finetune is for every model',
     'bench.lm.open_run': 'bench.timing.open_record asks for the kind of record',
     'bench.reversible.open_run': 'bench.timing.open_record asks for the kind of record',
@@ -70,7 +72,8 @@ def faults(graph):
         for other in others:
             here, there = room(name), room(other)
             if here == there: continue
-            if there == 'dev': wrong.append(f'{name} imports {other}: nothing imports dev')
+            if there == 'dev' and here != 'results':
+                wrong.append(f'{name} imports {other}: nothing but the results imports dev')
             elif FLOORS[there] > FLOORS[here]:
                 wrong.append(f'{name} imports {other}: an arrow upward')
             elif FLOORS[there] == FLOORS[here]:
