@@ -53,3 +53,11 @@ def test_a_checker_that_cannot_fail_is_found():
         bad[i] = bad[i][0], bad[i][1].replace(old, new)
         with pytest.raises(AssertionError): check(bad)
     with pytest.raises(AssertionError): check(good[:-3])
+
+@pytest.mark.parametrize('page', '''machine/00_history machine/52_reversible lm/10_tokenizer
+    flow/10_elementwise sgdd/10_encoder ddpm/10_model maskpro/10_subsets'''.split())
+def test_a_system_begins_with_a_few_plain_words(page):
+    cells = json.loads((NBS/f'{page}.ipynb').read_text(encoding='utf-8'))['cells']
+    text = ''.join(cells[2]['source'])
+    assert text.startswith('**In short.** ') and len(text.split()) <= 120
+    assert '$' not in text, 'no mathematics before the idea'
