@@ -12,7 +12,7 @@ GENERATED ?= python -m enigma_lab.dev.parameters --check
 # The suites of `make proof`; empty: all of them.
 SUITES ?=
 
-.PHONY: train check test proof stale tiers docs lab readme hooks clean
+.PHONY: train check test proof stale tiers claims docs lab readme hooks clean
 
 train: .venv/ready          ## train the language model on builtin text, about three minutes
 	enigma-lab train train_enigma
@@ -37,6 +37,9 @@ stale: .venv/ready          ## fails when code has changed since its proof
 
 tiers: .venv/ready          ## write tests/tiers.txt: what each tier runs
 	pytest -q --collect-only --write-tiers tests
+
+claims: .venv/ready         ## judge the documents' claims again, with fresh measurements: 20 minutes
+	python -m enigma_lab.results.claims
 
 docs: .venv/ready           ## build the site and print its path
 	enigma-lab docs
