@@ -13,8 +13,8 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 # what a widget's front end is given, as JupyterLab gives it
 BRIDGE = """
 window.asked = []; window.models = []
-const bridge = (state, i) => {
-  const ears = [], values = { state }
+const bridge = (values, i) => {
+  const ears = []
   const model = { get: key => values[key], set(key, value) { values[key] = value },
     save_changes() { window.saved = values.state }, off() {},
     on: (name, ear) => ears.push([name, ear]),
@@ -26,7 +26,7 @@ const bridge = (state, i) => {
   return model
 }
 document.querySelectorAll('.place').forEach((el, i) => render({ el, model:
-  bridge(JSON.parse(el.dataset.state), i) }))
+  bridge(JSON.parse(el.dataset.values), i) }))
 """
 
 def element(tag, inside, **properties):
@@ -36,8 +36,10 @@ def element(tag, inside, **properties):
 
 def page_of(apps, dark=False, alone=False):
     "Write a page with apps that ask `kernel`, or, `alone`, as they stand in the site."
-    place = lambda app: element('div', '', **{'class': 'place', 'data-state':
-        json.dumps(app.state)}) + element('style', app._css)
+    values = lambda app: json.dumps({name: getattr(app, name) for name in ('state', 'shown')
+                                     if hasattr(app, name)})
+    place = lambda app: element('div', '', **{'class': 'place', 'data-values': values(app)}
+                                ) + element('style', app._css)
     body = ''.join(app.static_html() if alone else place(app) for app in apps)
     if not alone: body += element('script', f'{apps[0]._esm}\n{BRIDGE}', type='module')
     return PAGE.format('#111' if dark else '#fff', body)

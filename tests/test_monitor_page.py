@@ -1,13 +1,18 @@
 "The panel in JupyterLab: it shows a live run, asks once, and stops it."
 import os, subprocess, sys
+from unittest import mock
 
 import pytest
 from playwright.sync_api import expect
 
+from app_pages import open_apps # noqa: F401, a fixture
+from enigma_lab.apps import monitor
+from enigma_lab.lab.runs import start_run
 from jupyter_lab import no_cell_failed, opened
 from test_door import environment
+from test_lampboard import WIDTHS, axe # noqa: F401, a fixture
 
-pytestmark = pytest.mark.proof('apps.monitor')
+pytestmark = pytest.mark.proof('apps.base', 'apps.monitor')
 
 expect.set_options(timeout=30_000) # a busy machine is slow, and not wrong
 
@@ -85,3 +90,102 @@ def test_a_live_run_is_shown_and_stopped(lab, browser, training):
             picture(page, f'panel-{width}')
             wider = part('closely').evaluate('e => e.scrollWidth - e.clientWidth')
             assert wider <= 1 # what does not fit is wrapped
+
+
+# beside Python on a bare page
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    "Two runs of this process, at work."
+    monkeypatch.setenv('ENIGMA_RUNS', str(tmp_path/'runs'))
+    found = [start_run('toys', dict(data='auto'), name) for name in ('one', 'two')]
+    for i, run in enumerate(found):
+        run.log(measure=dict(loss='nll_nats', unit='nats per token', counted='tokens'))
+        for step in range(1, 40):
+            run.log(step=step, progress=step/90, wall_s=step*1., loss=1 + 3/step + i)
+        (run.path/'log.txt').write_text('a <b>line</b> ' + 'long'*80, encoding='utf-8')
+        (run.path/'beat').touch()
+    return found
+
+def tell(page):
+    "Hand what Python shows to the page, as a kernel does."
+    page.evaluate("""shown => { models[0].set('shown', shown)
+        models[0].tell('change:shown') }""", page.apps[0].shown)
+
+def visit(open_apps, **how): # noqa: F811
+    return open_apps(monitor.MonitorApp(), ready='.monitor-run', **how)
+
+def part(page, name): return page.locator(f'.monitor-{name}')
+
+def test_it_asks_before_it_stops(open_apps, runs): # noqa: F811
+    page, stopped = visit(open_apps), []
+    part(page, 'stop').focus()
+    page.keyboard.press('Enter')
+    expect(part(page, 'no')).to_be_focused() # the harmless one
+    expect(part(page, 'said')).to_contain_text('It ends with a checkpoint')
+    page.keyboard.press('Escape')
+    expect(part(page, 'stop')).to_be_focused()
+    expect(part(page, 'said')).to_have_text('')
+    asked = lambda found: stopped.append(found[0].name) or ['it has stopped']
+    with mock.patch.object(monitor, 'stop_runs', asked):
+        part(page, 'stop').click()
+        part(page, 'sure').click()
+        expect(part(page, 'said')).to_contain_text('is asked to stop')
+        while page.apps[0].shown['words'] != 'it has stopped': page.wait_for_timeout(50)
+    tell(page)
+    expect(part(page, 'said')).to_have_text('it has stopped')
+    assert stopped == [part(page, 'run').input_value()] and page.asked == ['stop']
+
+def test_a_look_disturbs_nobody(open_apps, runs): # noqa: F811
+    page = visit(open_apps)
+    first = part(page, 'run').input_value()
+    other = next(run.name for run in runs if run.name != first)
+    part(page, 'run').select_option(other)
+    tell(page) # the kernel was busy: it shows the first one still
+    assert part(page, 'run').input_value() == other
+    expect(part(page, 'closely')).to_contain_text(first)
+    page.wait_for_function(f"window.saved?.run === '{other}'")
+    page.apps[0].state = dict(run=other)
+    tell(page)
+    expect(part(page, 'closely')).to_contain_text(other)
+    expect(part(page, 'closely')).to_contain_text('a <b>line</b>')
+    part(page, 'table').focus()
+    page.evaluate("window.row = document.querySelector('.monitor-table tr')")
+    tell(page)
+    assert page.evaluate('row.isConnected') # what is the same is not drawn again
+    expect(part(page, 'table')).to_be_focused()
+
+def test_a_silent_kernel_is_gone(open_apps, browser, runs): # noqa: F811
+    context = browser.new_context()
+    context.clock.install()
+    page = visit(open_apps, context=context)
+    page.apps[0].every = 2.
+    page.apps[0].refresh()
+    tell(page)
+    banner = page.locator('.banner')
+    page.clock.run_for(15_000)
+    expect(banner).to_be_hidden()
+    page.clock.run_for(15_000)
+    expect(banner).to_contain_text('The kernel is gone: run the cell again. The runs go on')
+    tell(page) # it was asleep
+    expect(banner).to_be_hidden()
+
+@pytest.mark.parametrize('dark', [False, True], ids=['light', 'dark'])
+@pytest.mark.parametrize('alone', [False, True], ids=['kernel', 'alone'])
+def test_it_fits_and_axe_finds_nothing(open_apps, axe, runs, dark, alone): # noqa: F811
+    page = visit(open_apps, dark=dark, alone=alone)
+    app = page.locator('.monitor')
+    if alone: expect(part(page, 'said')).to_contain_text('This page has no kernel')
+    else: part(page, 'stop').click()
+    assert (app.get_attribute('data-dark') is not None) == dark
+    expect(part(page, 'closely').locator('svg[role=img]')).to_be_visible()
+    page.evaluate(axe)
+    for width in WIDTHS:
+        page.set_viewport_size(dict(width=width, height=900))
+        page.wait_for_timeout(300) # colours have settled
+        inner, outer = page.evaluate('[document.documentElement.scrollWidth, innerWidth]')
+        assert inner <= outer
+        picture(page, f"monitor-{width}-{'alone-' * alone}{'dark' if dark else 'light'}")
+        found = page.evaluate("axe.run('.monitor').then(found => found.violations)")
+        assert [(v['id'], [n['html'][:90] for n in v['nodes']]) for v in found
+                if v['impact'] in ('serious', 'critical')] == []
