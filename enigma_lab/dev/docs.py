@@ -22,6 +22,7 @@ from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import dedent
 from tokenize import COMMENT, OP, generate_tokens
 from unittest.mock import patch
 from urllib.parse import unquote
@@ -581,20 +582,24 @@ def in_order(
 
 # %% ../../nbs/dev/10_docs.ipynb #1a70a002
 def read_statements(
-    cells:list, # of a processed notebook
+    cells:list, # of a notebook, processed or not
 )->list: # Python, those of tests last
-    "Read the short statements that a page shows, without loops and definitions."
+    "Read the short statements of a page, also those in loops, without what is exported."
     found = []
     for cell in cells:
         text = ''.join(cell['source'])
-        if cell['cell_type'] != 'code' or card_text(cell) or '#| code-fold: show' in text: continue
-        try: nodes = ast.parse(text).body
+        if cell['cell_type'] != 'code' or card_text(cell): continue
+        if re.search(r'(?m)^#\|\s*(exports?\b|code-fold: show)', text): continue
+        try: todo = ast.parse(text).body
         except SyntaxError: continue # a magic
         lines = text.splitlines()
-        found += ['\n'.join(lines[node.lineno - 1:node.end_lineno]) for node in nodes
-                  if isinstance(node, (ast.Expr, ast.Assign))]
+        while todo:
+            node = todo.pop(0)
+            if isinstance(node, (ast.For, ast.With, ast.If)): todo[:0] = node.body
+            if not isinstance(node, (ast.Expr, ast.Assign, ast.Assert)): continue
+            found.append(dedent('\n'.join(lines[node.lineno - 1:node.end_lineno])))
     short = [part for part in found if part.count('\n') < 4 and 'test_fail' not in part]
-    return sorted(short, key=lambda part: part.startswith('test_'))
+    return sorted(short, key=lambda part: part.startswith(('test_', 'assert')))
 
 def add_example(
     card:str, # Markdown
@@ -621,12 +626,13 @@ def translate(
     nb:dict, # a processed notebook
     notebook:str, # its path
     links:Links, # of the whole site
+    hidden:tuple=(), # cells that the page does not show, for examples
 )->dict: # a notebook for myst-nb
     "Translate one notebook."
     about, name = front_matter(nb), links.pages[notebook]
     lead = f"\n\n{{.lead}}\n{about['description']}" if 'description' in about else ''
     cells, level, heading, above = [_markdown(f"# {about['title']}{lead}")], 1, '', ''
-    statements = read_statements(nb['cells'])
+    statements = read_statements([*nb['cells'], *hidden])
     for cell in in_order(nb['cells'][1:]):
         text = ''.join(cell['source'])
         if card := card_text(cell):
@@ -711,11 +717,15 @@ def write_source(
     cards = {f'{pages[name]}.html#{card_name(card).lower()}' for name, nb in notebooks.items()
              for cell in nb['cells'] if (card := card_text(cell))}
     address = f"{settings['doc_host']}{settings['doc_baseurl']}/"
-    context = _write_context(root, settings['lib_name'], sidebar, notebooks, pages, to)
-    context |= dict(lab_address=address, lab_images=_copy_images(root/'nbs/images', to/'_static'))
     links = Links(pages, cards, address)
+    sources = {name: json.loads((root/'nbs'/name).read_text(encoding='utf-8')) for name in pages}
+    modules = {f"{settings['lib_name']}.{made}": name
+               for name, made in read_modules(root/'nbs').items()}
+    near = related_pages(sources, modules, sidebar)
+    context = _write_context(sidebar, notebooks, pages, near, to)
+    context |= dict(lab_address=address, lab_images=_copy_images(root/'nbs/images', to/'_static'))
     for name, nb in notebooks.items():
-        nb = translate(nb, name, links)
+        nb = translate(nb, name, links, sources[name]['cells'])
         if name == 'index.ipynb': nb['cells'].append(_markdown(toctree(sidebar, pages)))
         (to/pages[name]).parent.mkdir(parents=True, exist_ok=True)
         (to/f'{pages[name]}.ipynb').write_text(json.dumps(nb), encoding='utf-8')
@@ -723,16 +733,14 @@ def write_source(
     (to/'conf.py').write_text(sphinx_config(settings, title, **context), encoding='utf-8')
 
 # %% ../../nbs/dev/10_docs.ipynb #1a70a003
-def _write_context(root, library, sidebar, notebooks, pages, to):
+def _write_context(sidebar, notebooks, pages, near, to):
     "Write the layout; return what its templates ask for."
     about = {pages[name]: front_matter(nb) for name, nb in notebooks.items()}
     titles = {page: matter['title'].replace('`', '') for page, matter in about.items()}
     leads = {page: matter.get('description', '').replace('`', '') for page, matter in about.items()}
     write_layout(to, search_data(sidebar, pages, titles, leads))
-    modules = {f'{library}.{module}': name for name, module in read_modules(root/'nbs').items()}
-    sources = {name: json.loads((root/'nbs'/name).read_text(encoding='utf-8')) for name in pages}
     near = {pages[name]: [(words, [pages[other] for other in others]) for words, others in rows]
-            for name, rows in related_pages(sources, modules, sidebar).items()}
+            for name, rows in near.items()}
     return dict(lab_sidebar=sidebar_tree(sidebar, pages, titles), lab_titles=titles,
                 lab_leads=leads, lab_related=near)
 

@@ -256,7 +256,7 @@ div.cell_output img { background: white; border-radius: .3em; padding: .2em; }
 .sidebar-tree summary:hover { background: var(--color-sidebar-item-background--hover); }
 ul.search li { margin-bottom: 1em; }
 ul.search li p { margin: 0; }
-ul.search li small { color: var(--color-foreground-secondary); }
+ul.search li small { opacity: 1; color: var(--color-foreground-secondary); }
 @media (max-width: 48em) {
     .content table, div.cell_output table { font-size: .8em; }
     .content table :is(td, th), div.cell_output table :is(td, th) { padding: .15em .3em; } }
@@ -278,6 +278,8 @@ ul.search li small { color: var(--color-foreground-secondary); }
 TABLES = """\
 // A table too wide for its box: on a phone each row becomes a list, else the box scrolls.
 document.addEventListener('DOMContentLoaded', () => {
+    for (const summary of document.querySelectorAll('details.hide > summary'))
+        summary.removeAttribute('aria-label'); // it says something else than what is seen
     const boxes = [...document.querySelectorAll('article table:not(.app table)')]
         .map(table => [table, table.closest('.table-wrapper, .cell_output')])
         .filter(([table, box]) => box && table.rows.length > 1 && table.rows[0].cells.length > 1);
@@ -304,24 +306,28 @@ document.addEventListener('DOMContentLoaded', () => {
 """
 
 # %% ../../nbs/dev/12_layout.ipynb #95edb020
-STOP = ("a an and are as at be can could did do does for from get has have how i if in is it "
-        "make me my need of on or our should that the there this to use using want was we what "
-        "when where which who why will with you your") # words that say nothing of the subject
+# words that say nothing of the subject
+STOP = """
+a an and are as at back be can could did do does face for from get has have how i if in into
+is it less make me more my need not of on or our should so something that the there this to
+turn use using want was we went what when where which who why will with work you your
+"""
 
 SAME = [ # words that stand for each other
     'gpu cuda accelerator card', 'five several multiple many', 'cluster node computer machines',
     'data dataset corpus text file', 'install setup pip requirements',
-    'publish upload hub push share huggingface', 'memory oom ram',
+    'publish upload hub push share hugging huggingface', 'memory oom ram',
     'paper reference citation literature', 'prune sparse sparsity mask',
     'error problem fail crash troubleshooting wrong help', 'reversible invertible inverse',
     'encoder embedding vector', 'resume continue interrupt restart',
     'lora finetune peft adapter', 'fast speed throughput', 'result claim verdict',
-    'generate sample', 'term glossary definition meaning', 'record run log',
-    'monitor watch dashboard progress', 'extend plugin component', 'chat talk']
+    'generate sample', 'term glossary definition meaning', 'record run log', 'result record',
+    'monitor watch dashboard progress', 'old original former', 'extend plugin component',
+    'chat talk']
 
+# %% ../../nbs/dev/12_layout.ipynb #70c2d321
 WEIGHTS = {'Guides': 2, 'Train': 1.3, 'Results': 1.2, 'Apps': 1.2, 'Internals': .5}
 
-# %% ../../nbs/dev/12_layout.ipynb #7cb947ba
 def search_data(
     sidebar:list, # from `read_sidebar`
     pages:dict, # notebook -> page
@@ -338,7 +344,7 @@ def search_data(
                            place=': '.join(around), weight=weight)
     return dict(pages=found, stop=STOP, same=SAME)
 
-# %% ../../nbs/dev/12_layout.ipynb #70c2d321
+# %% ../../nbs/dev/12_layout.ipynb #2af1c804
 SEARCH = """\
 // 1 for the word itself, less for its beginning and for a word of the same group, 0 for none
 function likeness(word, words) {
@@ -371,9 +377,10 @@ function readPages() {
     return pages.filter(page => page.title);
 }
 function weigh(page, word) {
-    const in_heading = Math.max(0, ...page.headings.map(({words}) => likeness(word, words)));
+    const inHeading = page.headings.map(({words}) =>
+        words.size === 1 && words.has(word) ? 8 : 4*likeness(word, words)); // 8: a symbol's card
     return Math.max(9*likeness(word, page.titleWords), 5*likeness(word, page.leadWords),
-                    4*in_heading, page.text.has(word) ? 1 : 0);
+                    ...inHeading, page.text.has(word) ? 1 : 0);
 }
 // the pages for a question, the best first; rare words count more
 function findPages(query) {
@@ -424,7 +431,7 @@ Search.query = query => {
 };
 """
 
-# %% ../../nbs/dev/12_layout.ipynb #cfd07339
+# %% ../../nbs/dev/12_layout.ipynb #d1f18f8e
 def write_layout(
     to:Path, # Sphinx's source folder
     data:dict, # from `search_data`
