@@ -96,7 +96,7 @@ def messages_by_room(
         mine = [m for m in messages if m.module.partition('.')[0] == room]
         rows = [(as_markdown(m.said), as_markdown(m.cure),
                  f'[{m.module}](../{pages[m.module]})') for m in mine]
-        if rows: parts += [f'### {title}', markdown_table(['message', 'what to do', 'page'], rows)]
+        if rows: parts += [f'**{title}**', markdown_table(['message', 'what to do', 'page'], rows)]
     return '\n\n'.join(parts)
 
 # %% ../../nbs/dev/35_lists.ipynb #6f24c80a
