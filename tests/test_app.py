@@ -179,6 +179,9 @@ def test_three_ways(visit):
     expect(ways).to_have_count(3)
     page.keyboard.press('Escape')
     expect(ways).to_have_count(0)
+    expect(said(page)).to_have_text('Stopped.')
+    page.keyboard.type('x')
+    expect(said(page)).to_have_text('') # it is of what was done before
 
 def test_knobs_and_a_wrong_one(visit):
     page = visit()
@@ -325,6 +328,7 @@ def test_it_fits_and_axe_finds_nothing_serious(visit, axe, width, dark):
     heights = page.evaluate("""[...document.querySelectorAll('textarea, .shade')].map(
         x => [x.scrollHeight, x.scrollWidth])""")
     assert heights[0] == heights[1] # letters lie on their colours
+    assert field(page).bounding_box()['width'] <= 800 # 80 letters of 9.6 pixels, and its edges
     assert (page.locator('.complete').get_attribute('data-dark') is not None) == dark
     if folder := os.environ.get('ENIGMA_PICTURES'):
         page.screenshot(path=f'{folder}/complete-{width}-{dark}.png', full_page=True)
@@ -339,6 +343,7 @@ def test_without_a_kernel_it_shows_what_was_read(visit):
     expect(page.get_by_text('This page has no kernel')).to_be_visible()
     expect(button(page, 'Continue')).to_be_disabled()
     is_read(page)
+    expect(page.locator('.closely')).to_have_text(re.compile('Point at a letter'))
     field(page).focus()
     page.keyboard.press('Home')
     page.keyboard.press('End')

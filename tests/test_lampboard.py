@@ -271,6 +271,14 @@ def test_presets_and_their_messages(visit):
             buttons.nth(i).click()
             assert paper(page)[0][1].startswith(start)
     assert len(paper(page)) == 4
+    pressed = lambda name: named(page, 'button', name).get_attribute('aria-pressed') == 'true'
+    assert pressed(PRESETS[-1]['name'])
+    named(page, 'combobox', 'left wheel').select_option('I') # another machine by hand
+    assert not any(pressed(preset['name']) for preset in PRESETS)
+    named(page, 'button', 'Undo').click()
+    assert pressed(PRESETS[-1]['name'])
+    set_line(page, PLAIN)
+    assert not pressed(PRESETS[-1]['name'])
     seen = set()
     for _ in range(5):
         named(page, 'button', 'random day key').click()
@@ -422,6 +430,15 @@ def test_copies_and_links(visit):
     assert settings(other) == PRESETS[0]['messages'][0][0]
     named(other, 'button', 'Encipher or decipher').click()
     assert paper(other)[0][1] == 'ATTACKATDAWN'
+    line = settings(other)
+    other.wait_for_timeout(500)
+    other.reload() # what was done since the link stays
+    board(other).locator('article').wait_for()
+    assert settings(other) == line and paper(other)[0][1] == 'ATTACKATDAWN'
+    other.evaluate("location.hash = '#lampboard=C_I-II-III_AAA_AAA_'") # another link is followed
+    other.wait_for_function("document.querySelector('.line').value.startsWith('C_I')")
+    broken = visit(end='#lampboard=%E0%A4%A')
+    expect(board(broken).get_by_text('settings: the link is damaged')).to_be_visible()
     wrong = visit(end='#lampboard=B_I-I-I_AAA_AAA_')
     expect(board(wrong).get_by_text('wheels: three different')).to_be_visible()
     assert settings(wrong) == PLAIN

@@ -133,6 +133,7 @@ def test_the_judge_proves_without_the_sentence(visit):
     page = visit()
     expect(app(page).locator('.badge')).to_have_text('proved')
     expect(app(page).get_by_text('distance 0 · 1 text tried')).to_be_visible()
+    expect(app(page).get_by_text('Write in English')).to_be_visible()
     write(page, QUESTIONS[1])
     expect(app(page).locator('.badge')).to_have_text('unknown')
     expect(app(page).locator('.judge .said')).to_contain_text(f'which is “{QUESTIONS[1]}”')
@@ -157,6 +158,13 @@ def test_from_one_sentence_to_another(visit):
         text = model.generate(torch.stack([a + share*(b - a)]*2), steps=8)[0]
         expect(app(page).locator('.between-text')).to_have_text(text)
         assert slider.get_attribute('aria-valuetext') == f'{round(100*share)} % of the way'
+    way = app(page).locator('.between-text')
+    write(page, 'why do cats sleep?') # it was the way from another sentence
+    expect(way).to_be_hidden()
+    named(page, 'button', 'Go from A to B').click()
+    expect(way).to_be_visible()
+    named(page, 'combobox', 'reader').select_option(GRAMMAR)
+    expect(way).to_be_hidden()
     named(page, 'textbox', 'sentence B').fill('')
     named(page, 'button', 'Go from A to B').click()
     expect(app(page).locator('.wrong:visible')).to_contain_text('a text must hold a word at least')

@@ -307,6 +307,7 @@ const makeField = (store, shade) => {
   const typed = () => {
     store.anchor = moved(store.anchor, edit(store.text, field.value, field.selectionEnd))
     Object.assign(store, { text: field.value, live: false })
+    if (!store.run) store.words = ''  // of what was done before
     store.change()
   }
   field.value = store.text
@@ -366,6 +367,7 @@ const percent = p => p < .001 ? '< 0.1 %' : `${(100*p).toFixed(p < .1 ? 1 : 0)} 
 const fiveLikeliest = ([text, , , five]) => element('ol', {}, five.map(([label, p]) =>
   element('li', { style: `--p: ${100*p}%`, class: label === text ? 'taken' : null, dir: 'ltr' },
     element('b', { dir: 'auto' }, visible(label)), ` ${percent(p)}`)))
+const POINT = 'Point at a letter, or go there with the arrow keys, to see what was likely.'
 const closelyPanel = store => {
   const node = element('div', { class: 'closely' })
   let shown
@@ -374,7 +376,7 @@ const closelyPanel = store => {
     const row = store.drawn.includes(store.look) ? store.look : null
     if (row === shown) return
     shown = row
-    if (!row) return node.replaceChildren()
+    if (!row) return node.replaceChildren(element('p', { class: 'quiet' }, POINT))
     const [text, bits, known] = row
     node.replaceChildren(element('p', {}, element('b', { dir: 'auto' }, visible(text)),
       `: ${bits.toFixed(2)} bits of surprise, ${percent(2**-bits)}.`, known ? '' :
@@ -631,7 +633,7 @@ const start = ({ app, model, ask: askKernel, save }) => {
 
 # %% ../../nbs/apps/05_complete.ipynb #b0cf5f4e
 EDITOR_CSS = r"""
-.complete { display: grid; gap: 10px; grid-template-columns: minmax(0, 1fr); }
+.complete { display: grid; gap: 10px; grid-template-columns: minmax(0, 1fr); max-width: 800px; }
 .complete .labelled { display: grid; grid-template-columns: minmax(0, 1fr); isolation: isolate; }
 .complete .editor :is(textarea, .shade) { grid-area: 2/1; min-height: 140px; margin: 0;
   font: 16px/28px ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; padding: 10px 14px;

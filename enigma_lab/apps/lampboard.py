@@ -368,7 +368,7 @@ const makeStore = (state, changed) => {
     get canUndo() { return past.length > 0 },
     setKey(next, drag) {
       const key = writeKey({ ...store.key, ...next })
-      if (key !== store.state.key) store.change({ key, open: false }, drag)
+      if (key !== store.state.key) store.change({ key, open: false, preset: null }, drag)
     } }
   return store
 }
@@ -758,7 +758,8 @@ const cablePanel = (store, say) => {
   }
   field.addEventListener('blur', () => { if (!wrong.textContent) show() })
   return { show, node: element('section', { class: 'plugs-panel',
-    'aria-label': 'cables' }, board.node, shown) }
+    'aria-label': 'cables' }, element('p', { class: 'quiet' }, 'Sockets: click two letters to '
+      + 'join them by a cable.'), board.node, shown) }
 }
 """
 
@@ -909,7 +910,7 @@ const aboutPreset = (store, preset) => {
 const linkPanel = (store, link) => {
   const wrong = element('p', { class: 'wrong', hidden: true })
   const field = element('input', { spellcheck: 'false', class: 'line', oninput() {
-    try { store.change({ key: writeKey(readKey(field.value)), open: false }, 'line')
+    try { store.setKey(readKey(field.value), 'line')
       complain(field, wrong, '') }
     catch (error) { complain(field, wrong, error.message) }
   } })
@@ -932,7 +933,10 @@ const makeLink = (key, message = '') => location.href.split('#')[0] + HASH + key
   + (message ? `&message=${message}` : '')
 const readHash = hash => {
   if (!hash.startsWith(HASH)) return null
-  const [key, message = ''] = decodeURIComponent(hash.slice(HASH.length)).split('&message=')
+  let text
+  try { text = decodeURIComponent(hash.slice(HASH.length)) }
+  catch { throw new Error('settings: the link is damaged') }
+  const [key, message = ''] = text.split('&message=')
   return { key: writeKey(readKey(key)), message: groupsOf(takeLetters(message).letters) }
 }
 """
@@ -973,12 +977,14 @@ const typedKey = (key, store, type, say) => {
 # %% ../../nbs/apps/30_lampboard.ipynb #6d3db4ce
 FOLLOW_HASH_JS = r"""
 const followHash = (store, say) => {
-  const look = () => {
+  const look = event => {
+    const { hash } = location
+    if (!event && hash === store.state.link) return  // a reload keeps what was done since
     try {
-      const found = readHash(location.hash)
+      const found = readHash(hash)
       if (!found) return
-      store.change({ key: found.key, open: false, preset: null, message: found.message ||
-        store.state.message })
+      store.change({ key: found.key, open: false, preset: null, link: hash, message:
+        found.message || store.state.message })
       if (found.message) say('The link brought a message: decipher it below.')
     } catch (error) { say(error.message) }
   }
@@ -1101,6 +1107,7 @@ WAY_CSS = r"""
 
 # %% ../../nbs/apps/30_lampboard.ipynb #555ce5db
 PAPER_CSS = r"""
+.lampboard .plugs-panel > .quiet { text-align: center; margin-bottom: 6px; }
 .lampboard .plugs { position: relative; margin-bottom: 10px; padding-bottom: 22px; }
 .lampboard .plugs .row { display: flex; justify-content: center; gap: 1.2cqw; margin-bottom: 8px; }
 .lampboard .cables { position: absolute; inset: 0; height: 100%; pointer-events: none; }

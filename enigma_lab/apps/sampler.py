@@ -509,7 +509,8 @@ const betweenPanel = (app, store) => {
   const result = element('div', { class: 'result', hidden: true }, bars.node,
     element('div', { class: 'bar' }, 'A', slider, 'B', count), text)
   const ask = newest(store.ask)
-  let found
+  const ends = ({ run, text, other }) => [run, text, other].join('\n')
+  let found, of
   const show = i => {
     const share = i/(found.texts.length - 1), [a, b] = found.bars.map(readBars)
     bars.show(mixBars(a, b, share), store.facts.rows)
@@ -522,11 +523,14 @@ const betweenPanel = (app, store) => {
     const { run, text: first, other: second } = store.state
     try {
       found = await ask('between', { run, first, second })
+      of = ends({ run, text: first, other: second })
       result.hidden = false
       show(Number(slider.value))
     } catch (error) { result.hidden = true; field.say(error.message) }
   }
-  return { put: field.put, node: element('div', {}, field.node,
+  const look = () => { if (of !== ends(store.state)) result.hidden = true }
+  field.node.addEventListener('input', look)
+  return { put: field.put, look, node: element('div', {}, field.node,
     element('button', { onclick: go }, 'Go from A to B'), result) }
 }
 """
@@ -592,7 +596,9 @@ const knobsPanel = (store, changed) => {
 
 # %% ../../nbs/apps/20_sampler.ipynb #0ca224d9
 READER_JS = r"""
-const factWords = ({ numbers, rows, pieces, most, note }) => `Its decoder knows `
+const ENGLISH = 'Write in English: the encoder has learned no other language. '
+const factWords = ({ numbers, rows, pieces, most, english, note }) => (english ? ENGLISH : '')
+  + 'Its decoder knows '
   + `${plural(pieces, 'piece')} of words and writes ${most} at most. `
   + (rows > 1 ? `The ${numbers.toLocaleString('en')} numbers are ${rows} coefficients of `
     + `${numbers/rows} each. ` : '') + note
@@ -642,6 +648,7 @@ const start = ({ app, model, ask, save }) => {
   const write = async () => {
     const { run, text, knobs } = store.state
     field.say('')
+    between.look()
     try { results.load(await asked('write', { run, text, knobs }), run, text) }
     catch (error) { results.clear(); field.say(error.message) }
   }
@@ -777,6 +784,7 @@ def answer_look(self:SamplerApp,
     c = model.config
     return dict(runs=self.runs, note=note, numbers=c.encoder_dim, rows=c.num_vectors,
                 pieces=len(model.tokenizer), most=c.max_len, guided=c.null_share > 0,
+                english=model.encoder.source == 'minilm', # which has read English alone
                 examples=texts[:-1], other=texts[-1], outside=list(OUTSIDE.items()))
 
 @patch
