@@ -721,8 +721,7 @@ def write_source(
     sources = {name: json.loads((root/'nbs'/name).read_text(encoding='utf-8')) for name in pages}
     modules = {f"{settings['lib_name']}.{made}": name
                for name, made in read_modules(root/'nbs').items()}
-    near = related_pages(sources, modules, sidebar)
-    context = _write_context(sidebar, notebooks, pages, near, to)
+    context = _write_context(sidebar, notebooks, pages, related_pages(sources, modules, sidebar), to)
     context |= dict(lab_address=address, lab_images=_copy_images(root/'nbs/images', to/'_static'))
     for name, nb in notebooks.items():
         nb = translate(nb, name, links, sources[name]['cells'])
