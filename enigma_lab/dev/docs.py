@@ -719,9 +719,9 @@ def write_source(
     address = f"{settings['doc_host']}{settings['doc_baseurl']}/"
     links = Links(pages, cards, address)
     sources = {name: json.loads((root/'nbs'/name).read_text(encoding='utf-8')) for name in pages}
-    modules = {f"{settings['lib_name']}.{made}": name
-               for name, made in read_modules(root/'nbs').items()}
-    context = _write_context(sidebar, notebooks, pages, related_pages(sources, modules, sidebar), to)
+    library, made = settings['lib_name'], read_modules(root/'nbs')
+    near = related_pages(sources, {f'{library}.{m}': name for name, m in made.items()}, sidebar)
+    context = _write_context(sidebar, notebooks, pages, near, to)
     context |= dict(lab_address=address, lab_images=_copy_images(root/'nbs/images', to/'_static'))
     for name, nb in notebooks.items():
         nb = translate(nb, name, links, sources[name]['cells'])
