@@ -17,14 +17,14 @@ import pytest
 import yaml
 
 from enigma_lab.cli import COMMANDS, command_line, find_notebook, read_settings
-from enigma_lab.dev.docs import read_sidebar
 from enigma_lab.dev.lists import find_messages, find_papers, read_bib
 from enigma_lab.lab.notebooks import check_parameters
 from enigma_lab.lab.runs import checkout
 
 ROOT = checkout(__file__)
-SIDEBAR = read_sidebar(yaml.safe_load((ROOT/'_quarto.yml').read_text()))
-GUIDES = [page for around, page in SIDEBAR if around[:1] == ('Guides',)]
+SIDEBAR = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']
+GUIDES, = [item['contents'] for item in SIDEBAR['contents']
+           if isinstance(item, dict) and item['section'] == 'Guides']
 NOT_RUN = { # what a command needs -> how many do
     'the network': 8, 'two machines': 2, 'Slurm': 1, 'a person who ends it': 2, 'a minute': 2}
 RUN_OTHERWISE = {'', '5 GPUs', 'a clone'}

@@ -82,8 +82,8 @@ def markdown_table(
     heads:list[str], # of the columns, Markdown
     rows:list, # of cells, Markdown
 )->str: # Markdown
-    "Write a table."
-    lines = [heads, ['---']*len(heads), *rows]
+    "Write a table whose columns stand at the left."
+    lines = [heads, [':--']*len(heads), *rows]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
 def messages_by_room(
