@@ -1,5 +1,5 @@
 "Records: names that are slugs, packing that loses nothing, and every committed run."
-import json, random, shutil, subprocess, zipfile
+import json, random, re, shutil, subprocess, zipfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import enigma_lab
+from enigma_lab.dev.records import PAGES, evaluation, headline, page_record
 from enigma_lab.lab import runs, sweep
 from enigma_lab.lab.runs import (Run, checkout, find_run, list_runs, load_runs, new_run_dir,
     open_run, pack_runs, pack_sweep, read_records, runs_in, slug, write_json)
@@ -211,3 +212,21 @@ def test_tracked_paths():
     records = [path for path in listed if path.startswith('runs/')] # the rest is code and pages
     assert len(records) <= 256, len(records)
     assert not [path for path in listed if {',', ' ', '^', '+'} & set(path)]
+
+@pytest.mark.parametrize('kind', PAGES)
+def test_a_training_page_shows_its_record(kind):
+    "What is committed is what the record's files say: its name, its seconds, each number."
+    cells = json.loads((ROOT/'nbs'/f'{kind}.ipynb').read_text(encoding='utf-8'))['cells']
+    cell, = (c for c in cells if f"show_record('{kind}')" in ''.join(c['source']))
+    shown = [out['data'] for out in cell['outputs'] if 'data' in out]
+    texts = [''.join(data['text/markdown']) for data in shown if 'text/markdown' in data]
+    run = page_record(kind, PAGES[kind].note)
+    assert texts[:2] == [headline(run), evaluation(run, PAGES[kind].judged)]
+    assert run.path.is_relative_to(COMMITTED) and run.name in texts[0]
+    words = dict(re.findall(r'^\| ([^|]+) \| ([^|]+) \|$', texts[1], re.M))
+    for text, key in PAGES[kind].judged.items():
+        if key in run.metrics: # said to three digits, by no code of ours
+            assert abs(float(words[text].replace(',', '')) - run.metrics[key]) <= .00051, text
+    pictures = [data for data in shown if 'image/png' in data]
+    sample = any(text.startswith('```') and len(text) > 80 for text in texts)
+    assert len(pictures) + sample == 2, 'a curve, and what the model makes'
