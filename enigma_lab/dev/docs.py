@@ -212,7 +212,9 @@ def _argument(info):
     stars = {Parameter.VAR_POSITIONAL: '*', Parameter.VAR_KEYWORD: '**'}.get(info.kind, '')
     default = info.default
     if default is Parameter.empty: return stars + info.name
-    return f'{info.name}={getattr(default, "__name__", None) or repr(default)}'
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r'\1', repr(default))
+    text = re.sub(r'<.*? at 0x\w+>', '...', text) # a function inside a container
+    return f'{info.name}={getattr(default, "__name__", None) or text}'
 
 # %% ../../nbs/dev/10_docs.ipynb #b60930a2
 def _call(sym, name): return f"{name}({', '.join(_argument(info) for info, _ in _rows(sym)[0])})"
