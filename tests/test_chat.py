@@ -130,6 +130,10 @@ def test_other_words_are_checked_and_offered_in_taught_ones(visit):
     expect(app(page).locator('article')).to_have_count(2)
     assert ended(page)[0].strip() == 'retaw' and marks(page)[0] == '✓ right'
     assert named(page, 'button', 'Reverse water').count() == 1 # nothing is offered for it
+    ask(page, 'In apple, write b for p.') # a wording that was taught, of another letter
+    told = ended(page)[0].strip()
+    assert marks(page)[0] == ('✓ right' if told == 'abble' else
+                              '✗ wrong. Right is: abble. Such a question was not taught.')
     ask(page, 'Do not reverse water')
     ended(page)
     assert marks(page) == ['', '']

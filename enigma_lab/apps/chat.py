@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from .base import BASE_CSS, EnigmaApp, app_module
 from .complete import KNOB_FIELD_JS, check_knobs, newest
 from .live import LIVE_JS, live_name
-from ..data.answers import as_taught, right_answer
+from ..data.answers import as_taught, read_question, right_answer
 from ..data.talk import BEYOND, DECLINE, MORE, TOPICS
 from ..data.tasks import FAMILIES
 from ..lab.runs import Run, find_run, list_runs
@@ -112,6 +112,7 @@ def draw_examples(
     for wording in 4*wordings:
         text, right, *fields = FAMILIES[name].draw(rng, 5)
         if fields and len(set(fields[0].values())) < len(fields[0]): continue # e by e
+        if name == 'lookup' and text.count(f"{fields[0]['key']}=") > 1: continue # two answers
         form = wording if '{input}' in wording else wording + '\n{input}'
         found[form.format(input=of(text), **(fields[0] if fields else {}))] = of(right)
     strange = lambda q: language == 'en' and sum(not c.isascii() for c in q)
@@ -421,7 +422,8 @@ const reply = async (store, text, before, taken) => {
     const said = await store.ask('ask', { job, run, turns, text, beside, ...knobs })
     if (store.job !== job) return void store.ask('stop', { job }).catch(() => {})
     taken()
-    Object.assign(turn, { right: said.right, taught: said.taught })
+    Object.assign(turn, { right: said.right, taught: said.taught,
+      strange: said.strange })
     store.talk.turns = [...before, turn]
     await grow(store, turn, job, said)
   } catch ({ message }) {
@@ -505,7 +507,8 @@ const markWords = (turn, said, writing) => {
   if (writing || !turn.right) return ''
   const [, right] = turn.right
   if (!turn.done) return `Stopped. Right is: ${right}`
-  return said.trim() === right ? '✓ right' : `✗ wrong. Right is: ${right}`
+  if (said.trim() === right) return '✓ right'
+  return `✗ wrong. Right is: ${right}${turn.strange ? '. Such a question was not taught.' : ''}`
 }
 const replyNode = who => {
   const text = element('p', { class: 'text', dir: 'auto' })
@@ -976,7 +979,7 @@ def answer_ask(self:ChatApp,
     text:str, # question
     beside:bool, # whether the base replies, too
     **knobs # of `KNOBS`
-)->dict: # 'voices', 'right', 'taught', 'note', and as of `answer_more`
+)->dict: # 'voices', 'note', 'right', 'taught', 'strange'; as of `answer_more`
     "Take a question, and begin the replies. Raises ValueError for what cannot be taken."
     from enigma_lab.lm.generate import PrefixCache
     if not text.strip(): raise ValueError("a question needs text, got an empty one")
@@ -987,10 +990,11 @@ def answer_ask(self:ChatApp,
     self.jobs = newest({**self.jobs, job: Replies(voices, told, memories, **knobs)})
     limit = memories[0].limit
     note = '' if len(text) < limit else f'It reads the last {limit} characters, or fewer. '
-    right = right_answer(text)
-    taught = as_taught(text) if right and right[0] in about_chat(run)['taught'] else ''
-    return dict(self.answer_more(job, 0), voices=[v.name for v in voices], right=right,
-                taught=taught, note=note)
+    read = read_question(text)
+    knows = read is not None and read.family in about_chat(run)['taught']
+    return dict(self.answer_more(job, 0), voices=[v.name for v in voices], note=note,
+                right=right_answer(text), taught=as_taught(text) if knows else '',
+                strange=knows and read.strange)
 
 # %% ../../nbs/apps/10_chat.ipynb #3c32dd0d
 @patch

@@ -12,8 +12,8 @@ import functools, re
 from collections import namedtuple
 from collections.abc import Iterator
 
-from .talk import MORE
-from .tasks import DAYS, DIGITS, FAMILIES, Family, numeral
+from .talk import LENGTHS, MORE
+from .tasks import DAYS, DIGITS, FAMILIES, HANZI, Family, numeral
 
 # %% ../../nbs/data/32_answers.ipynb #ffc7c86e
 FIELDS = dict(old='[a-z]', new='[a-z]', letter='[a-z]', k=r'\d{1,3}', start='AA[A-D]', key='[a-z]+')
@@ -124,16 +124,33 @@ class Scripted:
         words:tuple=(), # words in place of `word`, in turn
     ):
         self.words, self.numbers, self.picks = iter(words), iter(numbers), iter(choices)
-        self.typed = word
+        self.typed, self.strange = word, False
+
+    def given(self,
+        value, # what was typed
+        fits:bool, # whether chance could have given it
+    ): # the value
+        "Note whether the family could have drawn what was typed."
+        self.strange |= not fits
+        return value
+
+    def word(self,
+        n:int, # letters at most
+    )->str:
+        "Give a typed word."
+        w = next(self.words, self.typed)
+        return self.given(w, len(w) <= n and all(c.isascii() or c in HANZI for c in w))
 
     def __getattr__(self,
-        name:str, # method of `random.Random`, or `word`
+        name:str, # method of `random.Random`
     ): # function of any arguments
         "Answer every kind of draw. Raises StopIteration where the script is at its end."
+        one = lambda among, values: self.given(x := next(values), x in among)
         draws = dict(
-            word=lambda n: next(self.words, self.typed), choices=lambda among, k: self.typed,
-            choice=lambda among: next(self.picks), randrange=lambda *bounds: next(self.numbers),
-            sample=lambda among, k: [next(self.numbers) for _ in range(k)],
+            choices=lambda among, k: self.given(self.typed, len(self.typed) <= k),
+            choice=lambda among: one(among, self.picks),
+            randrange=lambda *bounds: one(range(*bounds), self.numbers),
+            sample=lambda among, k: [one(among, self.numbers) for _ in range(k)],
             random=lambda: 1.) # not the Chinese word, not the made palindrome
         if name not in draws: raise AttributeError(name)
         return draws[name]
@@ -169,17 +186,18 @@ def drawn_answer(
     kind:Family, # of the question
     language:str, # 'en' | 'zh'
     said:dict[str,str], # 'input', and the fields of the wording
-)->str|None: # `None`: the family asks no such question
+)->tuple[str,bool]|None: # answer, and whether no draw asks so; `None`: no such question
     "Let a family draw a question again, and return its answer."
     of = lambda t: t[language] if isinstance(t, dict) else t
     squeezed = lambda t: t.replace(' ', '').upper() if kind.name == 'enigma' else t.replace(' ', '')
-    n = 6 if said['input'].count('=') > 2 else 3 # words of a table
-    try: text, answer, *fields = kind.draw(script_for(kind.name, said), n)
+    script, words = script_for(kind.name, said), said['input'].count('=')
+    n = max(LENGTHS) if words == 0 else 6 if words > 2 else 3 # words of a table
+    try: text, answer, *fields = kind.draw(script, n)
     except (StopIteration, IndexError, ValueError): return None
     fields = {name: str(value) for name, value in (fields[0] if fields else {}).items()}
     same = squeezed(of(text)) == squeezed(said['input'])
     same &= all(said[name] == value for name, value in fields.items())
-    return of(answer) if same else None
+    return (of(answer), script.strange) if same else None
 
 # %% ../../nbs/data/32_answers.ipynb #c92672b4
 def taught_readings(
@@ -189,7 +207,7 @@ def taught_readings(
     for name, language, pattern in patterns():
         if match := pattern.fullmatch(text): yield name, language, match.groupdict()
 
-Reading = namedtuple('Reading', 'family language said answer taught')
+Reading = namedtuple('Reading', 'family language said answer taught strange')
 
 def read_question(
     text:str, # a question as typed
@@ -200,9 +218,8 @@ def read_question(
                                 (free_readings, bare, False)):
         found = {}
         for name, language, said in read(typed):
-            answer = drawn_answer(FAMILIES[name], language, said)
-            if answer is not None:
-                found[answer] = Reading(name, language, said, answer, taught)
+            if drawn := drawn_answer(FAMILIES[name], language, said):
+                found[drawn[0]] = Reading(name, language, said, drawn[0], taught, drawn[1])
         if found: return next(iter(found.values())) if len(found) == 1 else None
     return None
 
