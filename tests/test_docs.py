@@ -1,11 +1,13 @@
 "The site in a real browser, from a folder and over http; and what must stop its build."
 import json
 import os
+import posixpath
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +30,10 @@ pytestmark = pytest.mark.proof('dev.docs') # the site is built, and a browser re
 
 ROOT = checkout(Path(__file__).parent)
 QUARTO = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
-PAGES = [name for _, names in read_sidebar(QUARTO) for name in names]
+SIDEBAR = read_sidebar(QUARTO)
+PAGES = [name for _, name in SIDEBAR]
+AXE = 'axe-core@4.14.1'
+WIDTHS = 1600, 1280, 800, 390
 
 
 # the site and a browser
@@ -111,11 +116,9 @@ def test_every_page_is_in_the_sidebar(tab):
     tab.visit('index.html')
     links = tab.locator('.sidebar-tree a.reference')
     names = [name for name in PAGES if name != 'index.ipynb']
-    assert [text.strip() for text in links.all_inner_texts()] == [title(name) for name in names]
-    for i, name in enumerate(names):
-        address = links.nth(i).evaluate('link => link.href')
-        links.nth(i).click()
-        tab.wait_for_url(address)
+    assert [text.strip() for text in links.all_text_contents()] == [title(name) for name in names]
+    for name, address in zip(names, links.evaluate_all('links => links.map(link => link.href)')):
+        tab.goto(address)
         heads = tab.locator('article h1').all_inner_texts()
         assert [text.strip('¶# ') for text in heads] == [title(name)]
         assert tab.locator('article p.lead').count() == 1, name
@@ -149,7 +152,11 @@ def test_a_card_documents_its_symbol(tab):
     assert table.inner_text().split()[:3] == ['parameter', 'type', 'meaning']
     assert 'ValueError' in table.inner_text()
     assert 'stands_at(' in card.inner_text()  # a method, below
-    assert 'class SteppingRotor' in card.locator('.tag_exported').inner_text()
+    assert 'SteppingRotor(' in card.locator('pre').first.inner_text()  # its call
+    source = card.locator('.tag_exported details').last
+    assert not source.locator('pre').is_visible()
+    source.locator('summary').click()
+    assert 'class SteppingRotor' in source.locator('pre').inner_text()
     assert '/enigma_lab/machine/rotor.py#L' in card.locator('a.source').get_attribute('href')
 
 def test_a_link_between_notebooks_lands(tab):
@@ -185,6 +192,184 @@ def test_search(tab):
                           '?.textContent.includes("page")')
     hit.click()
     tab.wait_for_url('**/machine/plugboard.html*')
+
+# what each page looks like
+
+MEASURE = """() => {
+    const page = document.documentElement, boxes = [...document.querySelectorAll('pre')];
+    const clipped = boxes.filter(box => box.scrollWidth > box.clientWidth + 1);
+    return [page.scrollWidth - page.clientWidth, clipped.map(box => box.textContent.slice(0, 60))];
+}"""
+
+def test_no_page_is_wider_than_the_window_and_no_code_is_cut(site, browser):
+    tab, wrong = browser.new_page(viewport=dict(width=WIDTHS[0], height=900)), []
+    for path in sorted(site.rglob('*.html')):
+        name = path.relative_to(site).as_posix()
+        if name.startswith('_static'): continue
+        tab.goto(path.as_uri())
+        tab.evaluate("""async () => { await window.MathJax?.startup?.promise;
+            for (const part of document.querySelectorAll('details')) part.open = true; }""")
+        for width in WIDTHS:
+            tab.set_viewport_size(dict(width=width, height=900))
+            beyond, clipped = tab.evaluate(MEASURE)
+            if beyond > 0 or clipped: wrong.append((name, width, beyond, clipped))
+    tab.close()
+    assert not wrong
+
+def test_the_contents_are_seen_at_1280_and_the_verdict_on_a_phone(browser, site):
+    tab = browser.new_page(viewport=dict(width=1280, height=900))
+    tab.goto((site/'results/claims.html').as_uri())
+    box = tab.locator('.toc-drawer').bounding_box()
+    assert box['x'] + box['width'] <= 1280 and tab.locator('.toc-tree').is_visible()
+    for width in WIDTHS:
+        tab.set_viewport_size(dict(width=width, height=900))
+        for table in tab.locator('article table', has_text='verdict').all():
+            last = table.locator('tr').last.locator('td').last.bounding_box()
+            assert last['x'] >= 0 and last['x'] + last['width'] <= width
+    tab.close()
+
+def articles(site): # page -> the HTML of its article
+    html = {path.relative_to(site).as_posix(): path.read_text(encoding='utf-8')
+            for path in sorted(site.rglob('*.html'))}
+    return {name: text[text.index('<article role="main"'):text.rindex('</article>')]
+            for name, text in html.items() if not name.startswith(('_static', 'search'))}
+
+def test_two_other_pages_lead_to_each_and_each_picture_is_described(site):
+    leads, undescribed, found = Counter(), [], articles(site)
+    for name, article in found.items():
+        links, here = set(re.findall(r'href="([^"#:]+)[#"]', article)), posixpath.dirname(name)
+        leads.update({posixpath.normpath(posixpath.join(here, link)) for link in links} - {name})
+        for image in re.findall(r'<img [^>]*>', article):
+            text = re.search(r'alt="([^"]*)"', image)
+            if not text or not re.search(r'\w\w \w', text[1]): undescribed.append(name)
+    del found['index.html'] # every page leads there, by its name in the corner
+    assert {name: leads[name] for name in found if leads[name] < 2} == {}
+    assert undescribed == []
+
+@pytest.fixture(scope='session')
+def axe(tmp_path_factory):
+    "The script of axe-core, from npm or where `AXE_CORE` points."
+    if path := os.environ.get('AXE_CORE'): return Path(path).read_text(encoding='utf-8')
+    if not shutil.which('npm'): pytest.skip('axe-core comes from npm, and npm is not installed')
+    home = tmp_path_factory.mktemp('axe')
+    done = subprocess.run(['npm', 'install', '--no-save', '--prefix', home, AXE], cwd=home,
+                          capture_output=True, text=True, timeout=120)
+    if done.returncode: pytest.skip(f'npm cannot fetch {AXE}: {done.stderr[-200:]}')
+    return (home/'node_modules/axe-core/axe.min.js').read_text(encoding='utf-8')
+
+LOOKED_AT = ['index', 'guides/clusters', 'train_enigma', 'machine/rotor', 'lm/model', 'bench/lm',
+             'results/claims', 'apps/lampboard', 'cli', 'lab/plot', 'search']
+
+@pytest.mark.parametrize('ground', ['light', 'dark'])
+def test_axe_finds_nothing_serious(site, browser, axe, ground):
+    tab, wrong = browser.new_page(viewport=dict(width=1280, height=900), color_scheme=ground), []
+    for name in LOOKED_AT:
+        tab.goto((site/f'{name}.html').as_uri() + ('?q=plugboard' if name == 'search' else ''))
+        tab.evaluate('document.querySelectorAll("details").forEach(part => part.open = true)')
+        tab.evaluate(axe)
+        found = tab.evaluate('axe.run().then(found => found.violations)')
+        wrong += [(name, part['id'], part['nodes'][0]['html'][:100]) for part in found
+                  if part['impact'] in ('serious', 'critical')]
+    tab.close()
+    assert not wrong
+
+def test_on_paper_folded_parts_are_open_and_the_sides_are_gone(site, browser):
+    tab = browser.new_page()
+    tab.emulate_media(media='print')
+    tab.goto((site/'machine/rotor.html').as_uri())
+    assert tab.locator('.tag_exported pre').first.bounding_box()['height'] > 10
+    assert not tab.locator('.sidebar-drawer').is_visible()
+    tab.close()
+
+
+# what a reader asks
+
+QUESTIONS = [line.split(' -> ') for line in """\
+own data -> guides/your_text
+train on my own text -> guides/your_text
+how do I train it on my documents? -> guides/your_text
+five gpus -> guides/clusters
+several machines with GPUs -> guides/clusters
+resume a training that was stopped -> guides/clusters
+how do I install it? -> guides/install
+pip install -> guides/install
+requirements -> guides/install
+my own encoder -> guides/your_encoder
+turn a vector back into a sentence -> guides/your_encoder
+prune my model -> guides/prune
+2:4 sparsity -> guides/prune
+make my model reversible -> guides/reversible
+train with less memory -> guides/reversible
+upload to the hub -> guides/publish
+share my model on Hugging Face -> guides/publish
+add a component -> guides/new_component
+how do I contribute -> guides/new_component
+where are my results -> guides/read_a_run
+read a run -> guides/read_a_run
+error message -> guides/troubleshooting
+something went wrong -> guides/troubleshooting
+meaning of a word -> guides/glossary
+bibtex -> guides/references
+papers -> guides/references
+MaskPro original settings -> guides/old_projects|dev/migrate_maskpro
+plugboard -> machine/plugboard
+how does a rotor step -> machine/rotor
+SteppingRotor -> machine/rotor
+sinkhorn -> machine/sinkhorn
+crack the enigma -> machine/cracking
+EnigmaConfig -> lm/model
+lora -> train_lora|lm/lora
+train a diffusion model of images -> train_ddpm
+train a language model -> guides/your_text|train_enigma
+onnx -> lm/onnx
+tokenizer -> lm/tokenizer
+learning rate schedule -> lab/trainer|lab/optimizer
+what is claimed and what holds -> results/claims
+claims -> results/claims
+chat with the model -> apps/chat
+command line -> cli
+watch a training -> apps/monitor|lab/monitor|guides/read_a_run
+sweep -> lab/sweep
+how fast does it train -> bench/throughput
+leaks of test data -> data/leaks|bench/leaks
+build the docs -> dev/docs
+wandb -> lab/trackers|guides/read_a_run""".splitlines()]
+
+def test_a_question_finds_its_page_among_the_first_three(site, browser):
+    tab, wrong = browser.new_page(), []
+    tab.goto((site/'search.html').as_uri())
+    there = {page for question, pages in QUESTIONS for page in pages.split('|')
+             if (site/f'{page}.html').is_file()}
+    for question, pages in QUESTIONS:
+        expected = there.intersection(pages.split('|'))
+        found = tab.evaluate('asked => findPages(asked).map(({page}) => page.name)', question)
+        if not expected: assert pages.startswith('guides/'), pages  # a guide to be written
+        elif not expected.intersection(found[:3]): wrong.append((question, pages, found[:3]))
+    tab.close()
+    assert not wrong
+
+def test_the_way_of_a_newcomer(tab):
+    "From the front page to a guide, by the search to a training, by the sidebar to the results."
+    tab.visit('index.html')
+    first = next(name for around, name in SIDEBAR if around == ('Guides',))
+    tab.get_by_role('link', name=title(first)).first.click()
+    assert title(first) in tab.locator('h1').inner_text()
+    tab.locator('input.sidebar-search').fill('train a language model')
+    tab.keyboard.press('Enter')
+    tab.locator('ul.search a[href*="train_enigma.html"]').first.click()
+    assert title('train_enigma.ipynb') in tab.locator('h1').inner_text()
+    tab.locator('.sidebar-tree summary', has_text='Results').click()
+    tab.get_by_role('link', name=title('results/10_claims.ipynb'), exact=True).first.click()
+    assert title('results/10_claims.ipynb') in tab.locator('h1').inner_text()
+
+def test_sections_fold_and_open_where_the_reader_is(tab):
+    tab.visit('machine/rotor.html')
+    assert tab.locator('.sidebar-tree a[aria-current=page]').is_visible()
+    other = tab.locator('.sidebar-tree a', has_text=title('lm/30_model.ipynb')).first
+    assert not other.is_visible()
+    sections = tab.locator('.sidebar-tree nav > ul > li > details > summary').all_inner_texts()
+    assert sections == ['Guides', 'Ideas', 'Train', 'Results', 'Apps', 'Reference', 'Internals']
+
 
 def tables(html): # each a list of rows of text
     words = lambda cell: ' '.join(cell.get_text().split())

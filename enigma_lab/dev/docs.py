@@ -633,7 +633,8 @@ def translate(
     "Translate one notebook."
     about, name = front_matter(nb), links.pages[notebook]
     lead = f"\n\n{{.lead}}\n{about['description']}" if 'description' in about else ''
-    cells, level, heading, above = [_markdown(f"# {about['title']}{lead}")], 1, '', ''
+    cells, level = [_markdown(f"# {about['title']}{lead}")], 1
+    heading, above = about['title'].replace('`', ''), ''
     statements = read_statements([*nb['cells'], *hidden])
     for cell in in_order(nb['cells'][1:]):
         text = ''.join(cell['source'])
