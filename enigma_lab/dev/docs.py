@@ -650,7 +650,7 @@ def translate(
             cells.append(_code_cell(cell, text, lambda text: links.rewrite(text, notebook)))
             if _draws(cell):
                 about_picture = picture_text(text, heading, above)
-                cells[-1]['metadata']['mystnb'] = dict(image=dict(alt=about_picture))
+                cells[-1]['metadata']['mystnb'] |= dict(image=dict(alt=about_picture))
     return dict(cells=cells, metadata=_PYTHON, nbformat=4, nbformat_minor=4)
 
 # %% ../../nbs/dev/10_docs.ipynb #3e7054ce
