@@ -7,8 +7,8 @@ __all__ = ['VERBS', 'LONG_CELLS', 'READMES', 'Definition', 'read_definitions', '
            'SymbolCard', 'public_methods', 'Complaint', 'check_api', 'public_symbols', 'process_notebooks',
            'read_modules', 'check_title', 'check_imports', 'count_lines', 'find_long_cells', 'check_links',
            'find_refused_pages', 'card_label', 'Links', 'card_text', 'card_name', 'in_order', 'read_statements',
-           'add_example', 'front_matter', 'translate', 'sphinx_config', 'write_source', 'loose_ends', 'build_docs',
-           'readme_text', 'write_readme', 'main']
+           'add_example', 'front_matter', 'translate', 'sphinx_config', 'write_source', 'loose_ends', 'check_place',
+           'build_docs', 'readme_text', 'write_readme', 'main']
 
 # %% ../../nbs/dev/10_docs.ipynb #b6e88a36
 import ast, inspect, json, pkgutil, posixpath, re, shutil, subprocess, sys
@@ -672,12 +672,13 @@ def _code_cell(cell, text, rewrite):
     tags += ['remove-input'] * bool(hidden) + ['hide-input'] * ('#| code-fold: true' in text)
     words = re.findall(r'(?m)^#\|\s*code-summary:\s*(.+)$', text)
     fold = {f'code_prompt_{way}': words[0] for way in ('show', 'hide') if words}
-    for output in cell['outputs']:
+    outputs = [out for out in cell['outputs'] if out.get('name') != 'stderr'] # no progress bars
+    for output in outputs:
         data = output.get('data', {})
         if 'text/markdown' in data: data['text/markdown'] = rewrite(''.join(data['text/markdown']))
     text = re.sub(r'(?m)^#\|.*\n?', '', text)
     return dict(cell_type='code', metadata=dict(tags=tags, mystnb=fold), source=text,
-                outputs=cell['outputs'], execution_count=None)
+                outputs=outputs, execution_count=None)
 
 # %% ../../nbs/dev/10_docs.ipynb #96dee9a0
 def sphinx_config(
@@ -806,6 +807,18 @@ def _checkout():
                                 f"and {Path.cwd()} is not inside one")
     return root
 
+# %% ../../nbs/dev/10_docs.ipynb #ea477634
+def check_place(
+    site:Path, # a folder of HTML
+    root:Path, # the checkout
+):
+    "Check that no page shows where it was built. Raise ValueError for one that does."
+    found = [path.relative_to(site).as_posix() for path in sorted(site.rglob('*.html'))
+             if str(root) in path.read_text(encoding='utf-8')]
+    if found: raise ValueError(
+        f"a page must not show where it was built, and {root} stands on {found[:3]}; print a path "
+        "relative to the checkout, or silence the warning that names it")
+
 # %% ../../nbs/dev/10_docs.ipynb #1e92e0ad
 def build_docs(
     out:str|Path|None=None, # the site's folder, replaced; `None`: `_docs/` of the checkout
@@ -827,6 +840,7 @@ def build_docs(
         source.mkdir()
         write_source(root, sidebar, quarto['website']['title'], source)
         _run_sphinx(source, site, cwd=root)
+        check_place(site, root)
         _add_live(site, cwd=root)
         if out.exists(): out.rename(old)
         site.rename(out)
