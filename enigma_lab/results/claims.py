@@ -1033,8 +1033,7 @@ def origin(
 # %% ../../nbs/results/10_claims.ipynb #e22f6496
 # benchmarks of a few minutes on two cores -> their options; a benchmark writes the record
 # `bench_<name>`, which rows read
-AGAIN = dict(machine=[], rotors=[], sgdd=[], budget=[], reversible=['--parts', 'memory', 'drift'],
-             throughput=['--parts', 'configuration', 'workers'])
+AGAIN = dict(machine=[], rotors=[], sgdd=[], budget=[], reversible=['--parts', 'memory', 'drift'])
 
 def head(
     verdict:str, # of a row
