@@ -12,6 +12,8 @@ import functools, re
 from collections import namedtuple
 from collections.abc import Iterator
 
+from fastcore.basics import patch
+
 from .talk import LENGTHS, MORE
 from .tasks import DAYS, DIGITS, FAMILIES, HANZI, Family, numeral
 
@@ -134,26 +136,29 @@ class Scripted:
         self.strange |= not fits
         return value
 
-    def word(self,
-        n:int, # letters at most
-    )->str:
-        "Give a typed word."
-        w = next(self.words, self.typed)
-        return self.given(w, len(w) <= n and all(c.isascii() or c in HANZI for c in w))
+# %% ../../nbs/data/32_answers.ipynb #d8b4034f
+@patch
+def word(self:Scripted,
+    n:int, # letters at most
+)->str:
+    "Give a typed word."
+    w = next(self.words, self.typed)
+    return self.given(w, len(w) <= n and all(c.isascii() or c in HANZI for c in w))
 
-    def __getattr__(self,
-        name:str, # method of `random.Random`
-    ): # function of any arguments
-        "Answer every kind of draw. Raises StopIteration where the script is at its end."
-        one = lambda among, values: self.given(x := next(values), x in among)
-        draws = dict(
-            choices=lambda among, k: self.given(self.typed, len(self.typed) <= k),
-            choice=lambda among: one(among, self.picks),
-            randrange=lambda *bounds: one(range(*bounds), self.numbers),
-            sample=lambda among, k: [one(among, self.numbers) for _ in range(k)],
-            random=lambda: 1.) # not the Chinese word, not the made palindrome
-        if name not in draws: raise AttributeError(name)
-        return draws[name]
+@patch
+def __getattr__(self:Scripted,
+    name:str, # method of `random.Random`
+): # function of any arguments
+    "Answer every kind of draw. Raises StopIteration where the script is at its end."
+    one = lambda among, values: self.given(x := next(values), x in among)
+    draws = dict(
+        choices=lambda among, k: self.given(self.typed, len(self.typed) <= k),
+        choice=lambda among: one(among, self.picks),
+        randrange=lambda *bounds: one(range(*bounds), self.numbers),
+        sample=lambda among, k: [one(among, self.numbers) for _ in range(k)],
+        random=lambda: 1.) # not the Chinese word, not the made palindrome
+    if name not in draws: raise AttributeError(name)
+    return draws[name]
 
 # %% ../../nbs/data/32_answers.ipynb #d339d894
 @functools.cache
