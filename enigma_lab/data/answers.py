@@ -128,15 +128,30 @@ class Scripted:
         self.words, self.numbers, self.picks = iter(words), iter(numbers), iter(choices)
         self.typed, self.strange = word, False
 
-    def given(self,
-        value, # what was typed
-        fits:bool, # whether chance could have given it
-    ): # the value
-        "Note whether the family could have drawn what was typed."
-        self.strange |= not fits
-        return value
+    def __getattr__(self,
+        name:str, # method of `random.Random`
+    ): # function of any arguments
+        "Answer every kind of draw. Raises StopIteration where the script is at its end."
+        one = lambda among, values: self.given(x := next(values), x in among)
+        draws = dict(
+            choices=lambda among, k: self.given(self.typed, len(self.typed) <= k),
+            choice=lambda among: one(among, self.picks),
+            randrange=lambda *bounds: one(range(*bounds), self.numbers),
+            sample=lambda among, k: [one(among, self.numbers) for _ in range(k)],
+            random=lambda: 1.) # not the Chinese word, not the made palindrome
+        if name not in draws: raise AttributeError(name)
+        return draws[name]
 
 # %% ../../nbs/data/32_answers.ipynb #d8b4034f
+@patch
+def given(self:Scripted,
+    value, # what was typed
+    fits:bool, # whether chance could have given it
+): # the value
+    "Note whether the family could have drawn what was typed."
+    self.strange |= not fits
+    return value
+
 @patch
 def word(self:Scripted,
     n:int, # letters at most
@@ -144,21 +159,6 @@ def word(self:Scripted,
     "Give a typed word."
     w = next(self.words, self.typed)
     return self.given(w, len(w) <= n and all(c.isascii() or c in HANZI for c in w))
-
-@patch
-def __getattr__(self:Scripted,
-    name:str, # method of `random.Random`
-): # function of any arguments
-    "Answer every kind of draw. Raises StopIteration where the script is at its end."
-    one = lambda among, values: self.given(x := next(values), x in among)
-    draws = dict(
-        choices=lambda among, k: self.given(self.typed, len(self.typed) <= k),
-        choice=lambda among: one(among, self.picks),
-        randrange=lambda *bounds: one(range(*bounds), self.numbers),
-        sample=lambda among, k: [one(among, self.numbers) for _ in range(k)],
-        random=lambda: 1.) # not the Chinese word, not the made palindrome
-    if name not in draws: raise AttributeError(name)
-    return draws[name]
 
 # %% ../../nbs/data/32_answers.ipynb #d339d894
 @functools.cache
