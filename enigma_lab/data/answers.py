@@ -155,7 +155,7 @@ def given(self:Scripted,
 @patch
 def word(self:Scripted,
     n:int, # letters at most
-)->str:
+)->str: # the word, whole
     "Give a typed word."
     w = next(self.words, self.typed)
     return self.given(w, len(w) <= n and all(c.isascii() or c in HANZI for c in w))
