@@ -12,6 +12,8 @@ import functools, re
 from collections import namedtuple
 from collections.abc import Iterator
 
+from fastcore.basics import patch
+
 from .talk import LENGTHS, MORE
 from .tasks import DAYS, DIGITS, FAMILIES, HANZI, Family, numeral
 
@@ -126,21 +128,6 @@ class Scripted:
         self.words, self.numbers, self.picks = iter(words), iter(numbers), iter(choices)
         self.typed, self.strange = word, False
 
-    def given(self,
-        value, # what was typed
-        fits:bool, # whether chance could have given it
-    ): # the value
-        "Note whether the family could have drawn what was typed."
-        self.strange |= not fits
-        return value
-
-    def word(self,
-        n:int, # letters at most
-    )->str:
-        "Give a typed word."
-        w = next(self.words, self.typed)
-        return self.given(w, len(w) <= n and all(c.isascii() or c in HANZI for c in w))
-
     def __getattr__(self,
         name:str, # method of `random.Random`
     ): # function of any arguments
@@ -154,6 +141,24 @@ class Scripted:
             random=lambda: 1.) # not the Chinese word, not the made palindrome
         if name not in draws: raise AttributeError(name)
         return draws[name]
+
+# %% ../../nbs/data/32_answers.ipynb #d8b4034f
+@patch
+def given(self:Scripted,
+    value, # what was typed
+    fits:bool, # whether chance could have given it
+): # the value
+    "Note whether the family could have drawn what was typed."
+    self.strange |= not fits
+    return value
+
+@patch
+def word(self:Scripted,
+    n:int, # letters at most
+)->str: # the word, whole
+    "Give a typed word."
+    w = next(self.words, self.typed)
+    return self.given(w, len(w) <= n and all(c.isascii() or c in HANZI for c in w))
 
 # %% ../../nbs/data/32_answers.ipynb #d339d894
 @functools.cache
