@@ -262,7 +262,9 @@ LOOKED_AT = ['index', 'guides/clusters', 'train_enigma', 'machine/rotor', 'lm/mo
 
 @pytest.mark.parametrize('ground', ['light', 'dark'])
 def test_axe_finds_nothing_serious(site, browser, axe, ground):
-    tab, wrong = browser.new_page(viewport=dict(width=1280, height=900), color_scheme=ground), []
+    tab = browser.new_page(viewport=dict(width=1280, height=900), color_scheme=ground,
+                           reduced_motion='reduce')
+    wrong = []
     for name in LOOKED_AT:
         tab.goto((site/f'{name}.html').as_uri() + ('?q=plugboard' if name == 'search' else ''))
         tab.evaluate('document.querySelectorAll("details").forEach(part => part.open = true)')

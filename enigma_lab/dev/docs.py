@@ -22,7 +22,7 @@ from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from textwrap import dedent
+from textwrap import dedent, wrap
 from tokenize import COMMENT, OP, generate_tokens
 from unittest.mock import patch
 from urllib.parse import unquote
@@ -220,11 +220,8 @@ def _argument(info):
 def _call(sym, name): return f"{name}({', '.join(_argument(info) for info, _ in _rows(sym)[0])})"
 
 def _signature(sym, name):
-    "A call and what it returns, in one line or one parameter a line."
-    arguments = [_argument(info) for info, _ in _rows(sym)[0]]
-    line = f"{name}({', '.join(arguments)})"
-    if len(line) <= 80: return line
-    return '\n'.join([f'{name}(', *(f'    {argument},' for argument in arguments), ')'])
+    return '\n'.join(wrap(_call(sym, name), 88, subsequent_indent='    ',
+                          break_long_words=False, break_on_hyphens=False))
 
 def _table(sym):
     "What goes in, what comes out and what is raised; '' where the source says none of it."

@@ -272,6 +272,7 @@ ul.search li small { opacity: 1; color: var(--color-foreground-secondary); }
 @media print {
     .sidebar-drawer, .toc-drawer, .see-also, .back-to-top, button.copybtn { display: none; }
     details::details-content { content-visibility: visible; } }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
 """
 
 # %% ../../nbs/dev/12_layout.ipynb #5ba8dbfa
