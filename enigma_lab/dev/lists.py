@@ -33,6 +33,7 @@ def message_text(
         return message_text(node.left) + message_text(node.right)
     return '…'
 
+# %% ../../nbs/dev/35_lists.ipynb #91f92ae6
 def read_messages(
     text:str, # source of a module
 )->list[str]: # in the order of the source
@@ -46,7 +47,7 @@ def read_messages(
         found.append((call.lineno, message_text(call.args[0])))
     return [said for _, said in sorted(found)]
 
-# %% ../../nbs/dev/35_lists.ipynb #761acfda
+# %% ../../nbs/dev/35_lists.ipynb #e56f68fd
 ROOMS = { # folder of modules -> what it is called on the page
     'cli': 'Commands', 'lab': 'Runs, settings, training', 'data': 'Text, tables, images',
     'lm': 'Language models', 'machine': 'The machine and reversible training',
@@ -69,7 +70,7 @@ def find_messages(
     place = lambda m: (order.index(m.module.partition('.')[0]), m.module)
     return sorted(found.values(), key=place)
 
-# %% ../../nbs/dev/35_lists.ipynb #1883bf31
+# %% ../../nbs/dev/35_lists.ipynb #d282d9bf
 def as_markdown(
     text:str, # any
 )->str: # for a cell of a table
@@ -99,7 +100,7 @@ def messages_by_room(
         if rows: parts += [f'**{title}**', markdown_table(['message', 'what to do', 'page'], rows)]
     return '\n\n'.join(parts)
 
-# %% ../../nbs/dev/35_lists.ipynb #6f24c80a
+# %% ../../nbs/dev/35_lists.ipynb #036a81ed
 NUMBER = re.compile(r'arxiv(?:\.org/(?:abs|pdf)/|:\s?)(\d{4}\.\d{4,5})', re.I)
 
 def find_papers(
@@ -129,7 +130,7 @@ def read_bib(
         found[number] = dict(fields, key=key, entry=entry)
     return found
 
-# %% ../../nbs/dev/35_lists.ipynb #260d625d
+# %% ../../nbs/dev/35_lists.ipynb #fd16386e
 def authors_text(
     authors:str, # as BibTeX has them: 'Last, First and Last, First'
 )->str: # last names; of more than three the first
@@ -162,7 +163,7 @@ def page_titles(
     return {path.relative_to(nbs).as_posix(): found[1] for path, text in texts.items()
             if (found := line.search(text))}
 
-# %% ../../nbs/dev/35_lists.ipynb #8b9e0c79
+# %% ../../nbs/dev/35_lists.ipynb #3c0c110d
 def cell_table(
     page:Path, # a notebook
     name:str, # of a dict that one of its cells assigns
