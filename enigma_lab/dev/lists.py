@@ -87,6 +87,7 @@ def markdown_table(
     lines = [heads, [':--']*len(heads), *rows]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
+# %% ../../nbs/dev/35_lists.ipynb #958cbba0
 def messages_by_room(
     messages:list[Message], # of `find_messages`
     nbs:Path, # the folder of notebooks
@@ -100,7 +101,7 @@ def messages_by_room(
         if rows: parts += [f'**{title}**', markdown_table(['message', 'what to do', 'page'], rows)]
     return '\n\n'.join(parts)
 
-# %% ../../nbs/dev/35_lists.ipynb #036a81ed
+# %% ../../nbs/dev/35_lists.ipynb #260d625d
 NUMBER = re.compile(r'arxiv(?:\.org/(?:abs|pdf)/|:\s?)(\d{4}\.\d{4,5})', re.I)
 
 def find_papers(
@@ -130,7 +131,7 @@ def read_bib(
         found[number] = dict(fields, key=key, entry=entry)
     return found
 
-# %% ../../nbs/dev/35_lists.ipynb #fd16386e
+# %% ../../nbs/dev/35_lists.ipynb #0ef18c3f
 def authors_text(
     authors:str, # as BibTeX has them: 'Last, First and Last, First'
 )->str: # last names; of more than three the first
@@ -163,7 +164,7 @@ def page_titles(
     return {path.relative_to(nbs).as_posix(): found[1] for path, text in texts.items()
             if (found := line.search(text))}
 
-# %% ../../nbs/dev/35_lists.ipynb #3c0c110d
+# %% ../../nbs/dev/35_lists.ipynb #cbec2a0a
 def cell_table(
     page:Path, # a notebook
     name:str, # of a dict that one of its cells assigns
