@@ -116,6 +116,7 @@ def find_papers(
         for number in NUMBER.findall(text): found.setdefault(number, {})[page] = True
     return {number: [*found[number]] for number in sorted(found)}
 
+# %% ../../nbs/dev/35_lists.ipynb #fd16386e
 def read_bib(
     text:str, # BibTeX, a field on each line
 )->dict[str,dict]: # arXiv number -> fields, with 'key' and the whole 'entry'
@@ -131,7 +132,7 @@ def read_bib(
         found[number] = dict(fields, key=key, entry=entry)
     return found
 
-# %% ../../nbs/dev/35_lists.ipynb #0ef18c3f
+# %% ../../nbs/dev/35_lists.ipynb #8b9e0c79
 def authors_text(
     authors:str, # as BibTeX has them: 'Last, First and Last, First'
 )->str: # last names; of more than three the first
@@ -164,7 +165,7 @@ def page_titles(
     return {path.relative_to(nbs).as_posix(): found[1] for path, text in texts.items()
             if (found := line.search(text))}
 
-# %% ../../nbs/dev/35_lists.ipynb #cbec2a0a
+# %% ../../nbs/dev/35_lists.ipynb #1be5b0ca
 def cell_table(
     page:Path, # a notebook
     name:str, # of a dict that one of its cells assigns
