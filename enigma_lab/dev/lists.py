@@ -156,6 +156,7 @@ def papers_table(
                      f'[{number}](https://arxiv.org/abs/{number})', links))
     return markdown_table(['authors', 'title', 'arXiv', 'pages'], sorted(rows))
 
+# %% ../../nbs/dev/35_lists.ipynb #3c0c110d
 def page_titles(
     nbs:Path, # the folder of notebooks
 )->dict[str,str]: # page -> title
@@ -165,7 +166,7 @@ def page_titles(
     return {path.relative_to(nbs).as_posix(): found[1] for path, text in texts.items()
             if (found := line.search(text))}
 
-# %% ../../nbs/dev/35_lists.ipynb #1be5b0ca
+# %% ../../nbs/dev/35_lists.ipynb #608a2572
 def cell_table(
     page:Path, # a notebook
     name:str, # of a dict that one of its cells assigns
