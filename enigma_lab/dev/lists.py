@@ -33,6 +33,7 @@ def message_text(
         return message_text(node.left) + message_text(node.right)
     return '…'
 
+# %% ../../nbs/dev/35_lists.ipynb #91f92ae6
 def read_messages(
     text:str, # source of a module
 )->list[str]: # in the order of the source
@@ -46,7 +47,7 @@ def read_messages(
         found.append((call.lineno, message_text(call.args[0])))
     return [said for _, said in sorted(found)]
 
-# %% ../../nbs/dev/35_lists.ipynb #761acfda
+# %% ../../nbs/dev/35_lists.ipynb #e56f68fd
 ROOMS = { # folder of modules -> what it is called on the page
     'cli': 'Commands', 'lab': 'Runs, settings, training', 'data': 'Text, tables, images',
     'lm': 'Language models', 'machine': 'The machine and reversible training',
@@ -69,7 +70,7 @@ def find_messages(
     place = lambda m: (order.index(m.module.partition('.')[0]), m.module)
     return sorted(found.values(), key=place)
 
-# %% ../../nbs/dev/35_lists.ipynb #1883bf31
+# %% ../../nbs/dev/35_lists.ipynb #d282d9bf
 def as_markdown(
     text:str, # any
 )->str: # for a cell of a table
@@ -86,6 +87,7 @@ def markdown_table(
     lines = [heads, [':--']*len(heads), *rows]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
+# %% ../../nbs/dev/35_lists.ipynb #958cbba0
 def messages_by_room(
     messages:list[Message], # of `find_messages`
     nbs:Path, # the folder of notebooks
@@ -99,7 +101,7 @@ def messages_by_room(
         if rows: parts += [f'**{title}**', markdown_table(['message', 'what to do', 'page'], rows)]
     return '\n\n'.join(parts)
 
-# %% ../../nbs/dev/35_lists.ipynb #6f24c80a
+# %% ../../nbs/dev/35_lists.ipynb #260d625d
 NUMBER = re.compile(r'arxiv(?:\.org/(?:abs|pdf)/|:\s?)(\d{4}\.\d{4,5})', re.I)
 
 def find_papers(
@@ -114,6 +116,7 @@ def find_papers(
         for number in NUMBER.findall(text): found.setdefault(number, {})[page] = True
     return {number: [*found[number]] for number in sorted(found)}
 
+# %% ../../nbs/dev/35_lists.ipynb #fd16386e
 def read_bib(
     text:str, # BibTeX, a field on each line
 )->dict[str,dict]: # arXiv number -> fields, with 'key' and the whole 'entry'
@@ -129,7 +132,7 @@ def read_bib(
         found[number] = dict(fields, key=key, entry=entry)
     return found
 
-# %% ../../nbs/dev/35_lists.ipynb #260d625d
+# %% ../../nbs/dev/35_lists.ipynb #8b9e0c79
 def authors_text(
     authors:str, # as BibTeX has them: 'Last, First and Last, First'
 )->str: # last names; of more than three the first
@@ -153,7 +156,7 @@ def papers_table(
                      f'[{number}](https://arxiv.org/abs/{number})', links))
     return markdown_table(['authors', 'title', 'arXiv', 'pages'], sorted(rows))
 
-# %% ../../nbs/dev/35_lists.ipynb #49c990c5
+# %% ../../nbs/dev/35_lists.ipynb #3c0c110d
 def page_titles(
     nbs:Path, # the folder of notebooks
 )->dict[str,str]: # page -> title
@@ -163,7 +166,7 @@ def page_titles(
     return {path.relative_to(nbs).as_posix(): found[1] for path, text in texts.items()
             if (found := line.search(text))}
 
-# %% ../../nbs/dev/35_lists.ipynb #8b9e0c79
+# %% ../../nbs/dev/35_lists.ipynb #608a2572
 def cell_table(
     page:Path, # a notebook
     name:str, # of a dict that one of its cells assigns
