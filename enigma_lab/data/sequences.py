@@ -47,7 +47,7 @@ def draw_places(
     generator:Generator, # of the draws
     power:float=.01, # a: slot g has a weight of g^(a - 1)
 )->Tensor: # (B, D) int64, different slots in each row
-    "Draw places without replacement, by Gumbel's maxima (arXiv:1401.5390, section 3)."
+    "Draw places without replacement, by Gumbel's maxima (arXiv:1903.06059)."
     weights = (power - 1) * torch.arange(1, slots + 1).log()
     uniform = torch.rand(number, slots, generator=generator).clamp(1e-12, 1 - 1e-7)
     return (weights - (-uniform.log()).log()).topk(asked).indices
