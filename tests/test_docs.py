@@ -13,6 +13,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from bs4 import BeautifulSoup
@@ -192,6 +193,31 @@ def test_search(tab):
                           '?.textContent.includes("page")')
     hit.click()
     tab.wait_for_url('**/machine/plugboard.html*')
+
+# `_quarto.yml`, for those who have Quarto
+
+def closed(required=(), **properties):
+    return dict(type='object', properties=properties, required=[*required],
+                additionalProperties=False)
+
+FLAG, TEXT = dict(type='boolean'), dict(type='string')
+CONTENTS = dict(type='array', items=dict(anyOf=[
+    TEXT, closed(('section', 'contents'), section=TEXT, contents={'$ref': '#/$defs/contents'})]))
+# the part that we use of Quarto's src/resources/schema/definitions.yml: base-website,
+# sidebar-contents, both closed
+SCHEMA = {'$defs': dict(contents=CONTENTS), **closed(
+    project=closed(type=dict(enum=['default', 'website', 'book', 'manuscript'])),
+    format=closed(html=closed(theme=closed(light=TEXT, dark=TEXT), toc=FLAG)),
+    website=closed(title=TEXT, sidebar=closed(
+        style=dict(enum=['docked', 'floating']), search=FLAG, contents={'$ref': '#/$defs/contents'},
+        **{'collapse-level': dict(type='number')}), **{'page-navigation': FLAG}),
+    **{'metadata-files': dict(type='array', items=TEXT)})}
+
+def test_quarto_would_read_the_settings():
+    jsonschema.validate(QUARTO, SCHEMA)
+    wrong = {**QUARTO, 'website': {**QUARTO['website'], 'side-bar': {}}}
+    with pytest.raises(jsonschema.ValidationError): jsonschema.validate(wrong, SCHEMA)
+
 
 # what each page looks like
 

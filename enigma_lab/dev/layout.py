@@ -56,7 +56,7 @@ def sidebar_tree(
     pages:dict, # notebook -> page
     titles:dict, # page -> title
 )->list: # of dicts: a page has `page` and `title`, a section `section`, `inside` and `pages`
-    "Sort the pages into their sections, for the template."
+    "Arrange the pages in their sections, for the template."
     tree = []
     for around, notebook in sidebar:
         if notebook == 'index.ipynb': continue
