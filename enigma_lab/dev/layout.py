@@ -178,7 +178,8 @@ def picture_text(
 )->str: # one line
     "Describe a picture for a reader who does not see it."
     if said := re.search(r'(?m)^#\|\s*fig-alt:\s*(.+)$', source): return said[1].strip('"\' ')
-    plain = re.sub(r'\$\$?[^$]*\$\$?|\]\([^)]*\)|[\[\]*`_>#]', '', paragraph.rpartition('\n\n')[2])
+    plain = re.sub(r'\$\$?[^$]*\$\$?|\]\([^)]*\)|[\[\]*`_>#]', '',
+                   re.sub(r'(?m)^#.*', '', paragraph).strip().rpartition('\n\n')[2])
     said = re.sub(r'\s+', ' ', plain).strip()
     words = ', '.join(dict.fromkeys(_plot_words(source)))
     end = said[-250:].partition('. ')[2] or said[-250:]
@@ -233,7 +234,9 @@ div.cell_output table { border: none; border-collapse: collapse; font-size: .85e
 div.cell_output table :is(td, th) {
     border: none; border-bottom: 1px solid var(--color-background-border);
     padding: .2em .8em; text-align: right; }
-mjx-container[display="true"] { overflow-x: auto; overflow-y: hidden; }
+mjx-container { max-width: 100%; }
+article mjx-container > mjx-assistive-mml { width: 1px !important; max-height: 1px; }
+mjx-container > svg { max-width: 100%; height: auto; }
 /* the parts of a page */
 .lead { font-size: 1.15em; color: var(--color-foreground-secondary); }
 a.source { float: right; font-size: .85em; margin-top: -2.4em; }
