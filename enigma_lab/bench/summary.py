@@ -13,6 +13,7 @@ from functools import cache
 
 from .maskpro import RECORDS, leaderboard, whole_models
 from .questions import MOST, records as question_records
+from .reversible import SHAPES as BLOCKS
 from .reversible_checks import BEHAVIOURS
 from ..lab.runs import Run, list_runs
 
@@ -51,12 +52,14 @@ def finished(
 # %% ../../nbs/bench/60_summary.ipynb #a9453216
 REVERSIBLE = (
     '**Training memory that does not grow with depth.** {depth} transformer blocks keep '
-    '{ours:.1f} MiB for the backward pass where autograd keeps {plain:.0f}, at {time:.2f} times '
-    'the time; of {asked} hard questions (double backward, autocast, compilers, hooks …) '
-    '{right} are answered as by autograd, {other} by RevTorch.',
+    '{ours:.1f} MiB for the backward pass where autograd keeps {plain:.0f}. A step of {few} large '
+    'blocks takes {time:.2f} to {slow:.2f} times as long. Of {asked} hard questions (double '
+    'backward, autocast, compilers, hooks …) {right} are answered as by autograd, {other} by '
+    'RevTorch.',
     '**训练显存不随深度增长。** {depth} 个 Transformer 块为反向传播只保留 {ours:.1f} MiB，'
-    '自动求导需要 {plain:.0f} MiB，时间为其 {time:.2f} 倍；{asked} 个难题（二阶导、autocast、'
-    '编译、hook……）中，{right} 个与自动求导答案一致，RevTorch 为 {other} 个。')
+    '自动求导需要 {plain:.0f} MiB；{few} 个大块的一步用时为其 {time:.2f} 至 {slow:.2f} 倍。'
+    '{asked} 个难题（二阶导、autocast、编译、hook……）中，{right} 个与自动求导答案一致，'
+    'RevTorch 为 {other} 个。')
 
 def reversible_promise(
     lang:str='en', # or 'zh'
@@ -67,7 +70,8 @@ def reversible_promise(
     m, asked = runs[-1].metrics, len(BEHAVIOURS)
     return word_of(REVERSIBLE, lang).format(
         depth=max(runs[-1].config['depths']), ours=m['ours_default_memory_mib'],
-        plain=m['plain_memory_mib'], time=m['ours_default_large_time_ratio'], asked=asked,
+        plain=m['plain_memory_mib'], time=m['ours_default_large_time_ratio'],
+        few=BLOCKS['large']['depth'], slow=m['ours_large_time_ratio'], asked=asked,
         right=round(asked*m['ours_default_right_share']),
         other=round(asked*m['RevTorch_right_share']))
 
@@ -75,21 +79,25 @@ def reversible_promise(
 SENTENCE = (
     '**A sentence, read back from its vector.** Of {n} real questions of at most {most} word '
     'pieces, unseen in training, {once:.0f} % come back word for word from {numbers:,} numbers '
-    'in 8 calls of the decoder, and {loop:.0f} % of {looped} with the encoder in the loop. A '
-    'verdict says which are proved: {proved:,} of {judged:,}, {wrong} of them wrong.',
+    'in 8 calls of the decoder, and {loop:.0f} % of {looped} with the encoder in the loop; from '
+    '{few} numbers {low:.0f} % and {found:.0f} %. Of texts read without the loop a verdict proves '
+    '{proved:,} of {judged:,}, {wrong} of them wrong.',
     '**从向量读回句子。** {n} 个未参与训练、至多 {most} 个词片的真实问句，只凭 {numbers:,} 个数，'
     '解码器调用 8 次，{once:.0f} % 逐字读回；让编码器参与循环，{looped} 句中 {loop:.0f} %。'
-    '判定器说明哪些已被证实：{judged:,} 句中 {proved:,} 句，其中错误 {wrong} 句。')
+    '若只有 {few} 个数，则为 {low:.0f} % 与 {found:.0f} %。不用循环时，判定器证实 {judged:,} 句中的'
+    ' {proved:,} 句，其中错误 {wrong} 句。')
 
 def sentence_promise(
     lang:str='en', # or 'zh'
 )->str: # Markdown; empty without a record
     "Say how many real questions come back, from the newest reading of the test questions."
-    trained, test = question_records().get(4, (None, None))
-    if test is None: return ''
-    m, width = test.metrics, trained.config['num_vectors']*384
+    records = question_records()
+    (trained, test), (_, narrow) = (records.get(k, (None, None)) for k in (4, 1))
+    if test is None or narrow is None: return ''
+    m, n, width = test.metrics, narrow.metrics, trained.config['num_vectors']*384
     return word_of(SENTENCE, lang).format(
         n=m['test_questions'], most=MOST, numbers=width, once=100*m['test_calls_8_exact_match'],
+        few=384, low=100*n['test_calls_8_exact_match'], found=100*n['test_loop_exact_match'],
         loop=100*m['test_loop_exact_match'], looped=m['test_loop_questions'],
         proved=m['test_certified_proved'], judged=m['test_certified_questions'],
         wrong=m['test_certified_proved'] - m['test_certified_right'])
@@ -99,7 +107,7 @@ MASKS = (
     '**Half the weights removed, and the right half.** In a diffusion model two of every four '
     'weights go. With the others frozen, a learned mask wins back {simple:.0f} % of what the mask '
     'by magnitude loses [{low:.0f} to {high:.0f}, {n} models × seeds × images]; SparseGPT, which '
-    'moves them, {sparsegpt:.0f} %.',
+    'also changes the weights that stay, {sparsegpt:.0f} %.',
     '**去掉一半权重，而且去对。** 扩散模型中每四个权重去掉两个。其余权重冻结时，学得的掩码挽回'
     '按幅值剪枝所失的 {simple:.0f} % [{low:.0f} 至 {high:.0f}，{n} 个模型 × 种子 × 图像]；'
     '会移动其余权重的 SparseGPT 为 {sparsegpt:.0f} %。')

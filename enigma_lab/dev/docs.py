@@ -537,10 +537,12 @@ class Links:
     def rewrite(self,
         text:str, # Markdown
         notebook:str, # its path
-    )->str: # the same with other addresses; a heading keeps no link to a symbol
+    )->str: # the same with other addresses; a heading and a link keep no link to a symbol
         "Translate all links of a text."
         symbol = rf'\[(`[^`]+`)\]\({re.escape(self.base)}[^)]*\)'
         text = re.sub(r'(?m)^#.*$', lambda m: re.sub(symbol, r'\1', m[0]), text)
+        inner = re.compile(rf'(\[[^\[\]\n]*){symbol}([^\[\]\n]*\]\()') # a link in a link's words
+        while inner.search(text): text = inner.sub(r'\1\2\3', text)
         return re.sub(r'(?<=\]\()[^()\s]+(?=\))', lambda m: self.target(m[0], notebook), text)
 
 # %% ../../nbs/dev/10_docs.ipynb #67991689
@@ -667,7 +669,7 @@ def _code_cell(cell, text, rewrite):
     hidden = re.search(r'(?m)^#\|\s*echo:\s*false', text)
     tags = ['exported', 'hide-input'] * ('#| code-fold: show' in text)
     tags += ['remove-input'] * bool(hidden) + ['hide-input'] * ('#| code-fold: true' in text)
-    words = re.findall(r'(?m)^#\|\s*code-summary:\s*(.+)$', text)
+    words = re.findall(r'(?m)^#\|\s*code-summary:\s*"?(.+?)"?$', text)
     fold = {f'code_prompt_{way}': words[0] for way in ('show', 'hide') if words}
     outputs = [out for out in cell['outputs'] if out.get('name') != 'stderr'] # no progress bars
     for output in outputs:
@@ -779,6 +781,9 @@ def loose_ends(
         if not (site/path).is_file(): found.append(f'{name}: no file for {url}')
         elif fragment and fragment not in ids.get(path, {fragment}):
             found.append(f'{name}: no element for {url}')
+    code = re.compile(r'(?s)<(pre|code|script)\b.*?</\1>')
+    found += [f'{name}: a link that is text, {raw[0]}' for name, text in html.items()
+              if (raw := re.findall(r'\]\([/.\w]*\.(?:ipynb|html)', code.sub('', text)))]
     return found
 
 # %% ../../nbs/dev/10_docs.ipynb #42ecaf0e

@@ -318,12 +318,14 @@ turn use using want was we went what when where which who why will with work you
 """
 
 SAME = [ # words that stand for each other
-    'gpu cuda accelerator card', 'five several multiple many', 'cluster node computer machines',
+    'gpu cuda accelerator card', 'five 5 several multiple multi many',
+    'two 2', 'cluster node computer machines',
     'data dataset corpus text file', 'install setup pip requirements',
     'publish upload hub push share hugging huggingface', 'memory oom ram',
     'paper reference citation literature', 'prune sparse sparsity mask',
     'error problem fail crash troubleshooting wrong help', 'reversible invertible inverse',
-    'encoder embedding vector', 'resume continue interrupt restart',
+    'encoder embedding vector', 
+    'privacy private security inversion invert', 'resume continue interrupt restart',
     'lora finetune peft adapter', 'fast speed throughput', 'result claim verdict',
     'generate sample', 'term glossary definition meaning', 'record run log', 'result record',
     'monitor watch dashboard progress', 'old original former', 'extend plugin component',
