@@ -229,6 +229,9 @@ article { overflow-wrap: break-word; }
 .content table.docutils :is(td, th).text-right { text-align: right; }
 .content table :is(td, th) { vertical-align: top; }
 div.cell_output { overflow-x: auto; }
+.wide { box-shadow: inset -1em 0 1em -1em var(--color-foreground-muted); }
+.wide :is(td, th):first-child { position: sticky; left: 0;
+    background: var(--color-background-primary); }
 [role=main] .table-wrapper.container { box-sizing: border-box; }
 div.cell_output table { border: none; border-collapse: collapse; font-size: .85em; }
 div.cell_output table :is(td, th) {
@@ -297,6 +300,7 @@ document.addEventListener('DOMContentLoaded', () => {
             table.classList.remove('stacked');
             const wide = table.scrollWidth > box.clientWidth + 1;
             table.classList.toggle('stacked', wide && innerWidth < 768);
+            box.classList.toggle('wide', wide && innerWidth >= 768);
             if (wide && innerWidth >= 768) {
                 box.tabIndex = 0;
                 box.setAttribute('role', 'region');
