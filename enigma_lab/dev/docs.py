@@ -214,7 +214,8 @@ def _argument(info):
     if default is Parameter.empty: return stars + info.name
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r'\1', repr(default))
     text = re.sub(r'<.*? at 0x\w+>', '...', text) # a function inside a container
-    return f'{info.name}={getattr(default, "__name__", None) or text}'
+    text = getattr(default, '__name__', None) or text
+    return f'{info.name}={text if len(text) <= 80 else "..."}'
 
 # %% ../../nbs/dev/10_docs.ipynb #b60930a2
 def _call(sym, name): return f"{name}({', '.join(_argument(info) for info, _ in _rows(sym)[0])})"
