@@ -27,7 +27,7 @@ from enigma_lab.dev.docs import (
     READMES, build_docs, check_imports, read_sidebar, readme_text, write_readme)
 from enigma_lab.lab.runs import checkout
 
-pytestmark = pytest.mark.proof('dev.docs') # the site is built, and a browser reads it
+pytestmark = pytest.mark.proof('dev.docs', 'dev.layout') # the site is built, and a browser reads it
 
 ROOT = checkout(Path(__file__).parent)
 QUARTO = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
