@@ -267,7 +267,8 @@ def test_two_other_pages_lead_to_each_and_each_picture_is_described(site):
         leads.update({posixpath.normpath(posixpath.join(here, link)) for link in links} - {name})
         for image in re.findall(r'<img [^>]*>', article):
             text = re.search(r'alt="([^"]*)"', image)
-            if not text or len(text[1].split()) < 3: undescribed.append(name)
+            words = re.findall(r'[\u4e00-\u9fff]|[^\s\u4e00-\u9fff]+', text[1] if text else '')
+            if len(words) < 3: undescribed.append(name)
     del found['index.html'] # every page leads there, by its name in the corner
     assert {name: leads[name] for name in found if leads[name] < 2} == {}
     assert undescribed == []
