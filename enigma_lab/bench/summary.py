@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LANGUAGES', 'REVERSIBLE', 'SENTENCE', 'MASKS', 'MODELS', 'RANGE', 'BITS', 'COST', 'NOTE', 'SCORES', 'SHAPES',
            'SHARES', 'SEEDS', 'METHODS', 'GAPS', 'word_of', 'rows_of', 'finished', 'reversible_promise',
-           'sentence_promise', 'mask_board', 'mask_promise', 'promises', 'seconds_of', 'cost_of', 'bits_row',
-           'text_table', 'share_row', 'sentence_table', 'mask_table']
+           'sentence_promise', 'mask_board', 'mask_promise', 'promises', 'seconds_of', 'cost_of', 'seeds_row',
+           'text_table', 'sentence_table', 'mask_table']
 
 # %% ../../nbs/bench/60_summary.ipynb #02ade5a0
 from functools import cache
@@ -173,14 +173,14 @@ def cost_of(
         threads=runs[0].env['threads'])
 
 # %% ../../nbs/bench/60_summary.ipynb #0f62d256
-def bits_row(
+def seeds_row(
     name:str, # of the row
-    runs:list[Run], # at least one
-    key:str='', # whose bits: the model's own, or such as 'xz_'
-)->list[str]: # cells
-    "Average test bits per character over seeds."
-    bits = [run.metrics[f'test_{key}bits_per_char'] for run in runs]
-    return [name, f'{sum(bits)/len(bits):.3f}', f'{min(bits):.3f} – {max(bits):.3f}']
+    runs:list[Run], # of one training, a seed each
+    key:str, # of a test metric, such as 'bits_per_char' or 'xz_bits_per_char'
+)->list[str]: # cells: name, mean, range
+    "Average a test metric over seeds."
+    values = [run.metrics[f'test_{key}'] for run in runs]
+    return [name, f'{sum(values)/len(values):.3f}', f'{min(values):.3f} – {max(values):.3f}']
 
 def text_table(
     lang:str='en', # or 'zh'
@@ -189,11 +189,13 @@ def text_table(
     models = {word_of(name, lang): runs for kind, note, wanted, name in MODELS
               if (runs := finished(kind, note, **wanted))}
     if not models: return ''
-    rows = [bits_row(name, runs) for name, runs in models.items()]
+    bits = 'bits_per_char'
+    rows = [seeds_row(name, runs, bits) for name, runs in models.items()]
     counts = finished('train_hybrid', '-three-minutes-seed')
-    if counts: rows += [bits_row(word_of(('counts alone', '仅计数'), lang), counts, 'counts_')]
+    alone = word_of(('counts alone', '仅计数'), lang)
+    if counts: rows += [seeds_row(alone, counts, f'counts_{bits}')]
     peers = finished('train_enigma', '-record-', machine='none') or next(iter(models.values()))
-    rows += [bits_row(name, peers, f'{key}_') for name, key in
+    rows += [seeds_row(name, peers, f'{key}_{bits}') for name, key in
              dict(xz='xz', PPMd='ppmd5', bzip2='bz2', gzip='gzip').items()]
     first = next(iter(models.values()))[0]
     costs = '; '.join(f"{name.replace('*', '')}: {cost_of(runs, lang)}"
@@ -218,15 +220,6 @@ SEEDS = ('{n} seeds, {steps} updates each, each place told its part of the vecto
          '单线程 {low:.0f} 至 {high:.0f} 秒。')
 
 # %% ../../nbs/bench/60_summary.ipynb #834b255b
-def share_row(
-    name:str, # of the row
-    runs:list[Run], # of one training, a seed each
-    key:str, # of the metric, without 'test_'
-)->list[str]: # cells
-    "Average a share of the test sentences over seeds."
-    shares = [run.metrics[f'test_{key}'] for run in runs]
-    return [name, f'{sum(shares)/len(shares):.3f}', f'{min(shares):.3f} – {max(shares):.3f}']
-
 def sentence_table(
     lang:str='en', # or 'zh'
 )->str: # Markdown
@@ -235,8 +228,8 @@ def sentence_table(
                                         shape=shape)
     found = runs_of(dict(conditioning='place'))
     if not found: return ''
-    rows = [share_row(word_of(pair, lang), found, key) for key, pair in SCORES.items()]
-    rows += [share_row(word_of(pair, lang).format(runs[0].metrics['train_steps']), runs,
+    rows = [seeds_row(word_of(pair, lang), found, key) for key, pair in SCORES.items()]
+    rows += [seeds_row(word_of(pair, lang).format(runs[0].metrics['train_steps']), runs,
                        'exact_match') for shape, pair in SHAPES
              if (runs := runs_of(shape))]
     seconds = [run.metrics['train_wall_s'] for run in found]

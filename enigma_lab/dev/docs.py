@@ -816,8 +816,9 @@ def check_place(
     root:Path, # the checkout
 ):
     "Check that no page shows where it was built. Raise ValueError for one that does."
+    place = re.compile(rf'(?<![\w./-]){re.escape(str(root))}(?![\w.-])') # `/app`, not `/apps`
     found = [path.relative_to(site).as_posix() for path in sorted(site.rglob('*.html'))
-             if str(root) in path.read_text(encoding='utf-8')]
+             if place.search(path.read_text(encoding='utf-8'))]
     if found: raise ValueError(
         f"a page must not show where it was built, and {root} stands on {found[:3]}; print a path "
         "relative to the checkout, or silence the warning that names it")

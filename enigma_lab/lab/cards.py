@@ -89,12 +89,15 @@ TASKS = ModelCard('train_enigma-tasks',
 
 # %% ../../nbs/results/20_models.ipynb #e8c43ba7
 CHAT = ModelCard('train_lora',
-    'The model to talk to: all weights tuned on short chats. [The chat](../apps/10_chat.ipynb) '
-    'lists what it can do, and the share of each.',
+    'The model to talk to: all weights tuned on short chats, and the [mean of two looks]'
+    '(../lm/62_soup.ipynb) at that training; its updates are those of the later look, its seconds '
+    'the sum of both. [The chat](../apps/10_chat.ipynb) lists what it can do.',
     'Showing what a small model can be taught exactly, and what it declines.', ADVICE,
     '[Generated chats](../data/31_talk.ipynb) of 26 families, in English and in Chinese.',
     'It knows its families and nothing else; arguments longer than those it has seen go wrong.',
-    'papermill nbs/train_lora.ipynb -p data talk -p base showcase/train_enigma-tasks -p minutes 52',
+    'papermill nbs/train_lora.ipynb -p data talk -p base showcase/train_enigma-tasks '
+    '-p method full -p minutes 52\n# once more with -p minutes 82 -p resume auto, then in Python:\n'
+    '# average_tuned([ONE, TWO], [.25, .75]), of enigma_lab.lm.soup',
     {'test_exact_all': 'share of test chats that are answered exactly'})
 ADAPTER = ModelCard('adapter',
     'A LoRA adapter for the tasks model, in the list of [the chat](../apps/10_chat.ipynb).',

@@ -7,7 +7,7 @@ __all__ = ['rows', 'READY', 'MAKE', 'used', 'SHAPE', 'CONFIGS', 'HOURS', 'PAGES'
            'as_markdown', 'component_table', 'origin', 'head', 'judge_all', 'other_runs', 'measure_again', 'main']
 
 # %% ../../nbs/results/10_claims.ipynb #51a646ea
-import json, math, os, shutil, subprocess, sys, tempfile, time, weakref
+import json, math, os, shutil, subprocess, sys, tempfile, time, warnings, weakref
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import fields
@@ -882,7 +882,9 @@ def _initial_loss(run): # of the mask it began with, on the validation that its 
     fixed, known = dict(model=str(_dense(run)), gpus=0), {f.name for f in fields(MaskProConfig)}
     config = {k: v for k, v in run.config.items() if k in known} | fixed
     task = load_task(MaskProConfig(**config))
-    masks = load_masks(run.path/'initial_masks.safetensors', task.unet)
+    with warnings.catch_warnings(): # older files do not note their weights; the record knows them
+        warnings.filterwarnings('ignore', '.*did not note for which weights')
+        masks = load_masks(run.path/'initial_masks.safetensors', task.unet)
     batches = fixed_batches(task.images.validation, 2, num_steps=task.num_steps, seed=321)
     return sum(masks.loss(task.loss, batch) for batch in batches)/len(batches)
 
