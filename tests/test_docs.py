@@ -15,7 +15,6 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-import test_lampboard
 import yaml
 from bs4 import BeautifulSoup
 from execnb.nbio import dict2nb
@@ -34,7 +33,7 @@ ROOT = checkout(Path(__file__).parent)
 QUARTO = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
 SIDEBAR = read_sidebar(QUARTO)
 PAGES = [name for _, name in SIDEBAR]
-axe = test_lampboard.axe
+AXE = 'axe-core@4.14.1'
 WIDTHS = 1600, 1280, 800, 390
 
 
@@ -273,6 +272,17 @@ def test_two_other_pages_lead_to_each_and_each_picture_is_described(site):
     del found['index.html'] # every page leads there, by its name in the corner
     assert {name: leads[name] for name in found if leads[name] < 2} == {}
     assert undescribed == []
+
+@pytest.fixture(scope='session')
+def axe(tmp_path_factory):
+    "The script of axe-core, from npm or where `AXE_CORE` points."
+    if path := os.environ.get('AXE_CORE'): return Path(path).read_text(encoding='utf-8')
+    if not shutil.which('npm'): pytest.skip('axe-core comes from npm, and npm is not installed')
+    home = tmp_path_factory.mktemp('axe')
+    done = subprocess.run(['npm', 'install', '--no-save', '--prefix', home, AXE], cwd=home,
+                          capture_output=True, text=True, timeout=120)
+    if done.returncode: pytest.skip(f'npm cannot fetch {AXE}: {done.stderr[-200:]}')
+    return (home/'node_modules/axe-core/axe.min.js').read_text(encoding='utf-8')
 
 LOOKED_AT = ['index', 'guides/clusters', 'train_enigma', 'machine/rotor', 'lm/model', 'bench/lm',
              'results/claims', 'apps/lampboard', 'cli', 'lab/plot', 'search']

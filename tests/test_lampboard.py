@@ -1,9 +1,6 @@
 "The lampboard as a person uses it: on a page without a kernel, on a built site, in JupyterLab."
-import os
 import random
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ pytestmark = pytest.mark.proof('apps.base', 'apps.lampboard', 'machine.history',
 
 pytest_plugins = 'jupyter_lab'
 
-AXE = 'axe-core@4.14.1'
+axe = test_docs.axe
 WIDTHS = 390, 800, 1280
 PLAIN = 'B_III-II-I_AAA_AAA_'
 INJECTION = '<img src=x onerror="window.hacked = true"><script>window.hacked = true</script>'
@@ -560,17 +557,6 @@ def test_the_theme_is_followed(visit):
     expect(board(page)).to_have_attribute('data-dark', '')
     page.evaluate("document.body.style.background = '#fff'")
     expect(board(page)).not_to_have_attribute('data-dark', '')
-
-@pytest.fixture(scope='session')
-def axe(tmp_path_factory):
-    "The script of axe-core, from npm or where `AXE_CORE` points."
-    if path := os.environ.get('AXE_CORE'): return open(path, encoding='utf-8').read()
-    if not shutil.which('npm'): pytest.skip('axe-core comes from npm, and npm is not installed')
-    home = tmp_path_factory.mktemp('axe')
-    done = subprocess.run(['npm', 'install', '--no-save', '--prefix', home, AXE], cwd=home,
-        capture_output=True, text=True, timeout=120)
-    if done.returncode: pytest.skip(f'npm cannot fetch {AXE}: {done.stderr[-200:]}')
-    return (home/'node_modules/axe-core/axe.min.js').read_text(encoding='utf-8')
 
 def violations(page, axe):
     "What axe-core calls serious or critical on the lampboards of a page."
