@@ -182,6 +182,22 @@ def test_dark(tab):
         seen.add(colour())
     assert len(seen) == 2
 
+def test_a_plot_is_turned_over_by_night_and_not_on_paper(site, browser):
+    def looks(page, ground, media='screen'):
+        tab = browser.new_page(color_scheme=ground)
+        tab.emulate_media(media=media)
+        tab.goto((site/page).as_uri())
+        seen = tab.locator('div.cell_output img').evaluate_all(
+            'all => all.map(one => [one.alt, getComputedStyle(one).filter])')
+        tab.close()
+        return seen
+    page = 'machine/dropout.html' # a plot, and a picture of black and white
+    night = looks(page, 'dark')
+    named = {any(word in alt for word in ('black', 'white')): how != 'none' for alt, how in night}
+    assert named == {True: False, False: True}
+    for light in (looks(page, 'light'), looks(page, 'dark', 'print')):
+        assert {how for _, how in light} == {'none'}
+
 @pytest.mark.parametrize('tab', ['http'], indirect=True)
 def test_search(tab):
     tab.visit('index.html')

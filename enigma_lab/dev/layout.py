@@ -250,6 +250,13 @@ div.tag_exported div.cell_input { border-left-color: var(--color-brand-primary);
     color: var(--color-foreground-secondary); font-weight: normal; }
 .cell details.hide > summary > p.admonition-title::before { display: none; }
 div.cell_output img { background: white; border-radius: .3em; padding: .2em; }
+/* by night a plot is turned over and keeps its hues, but not where words name light or dark */
+body { --night: none; }
+@media screen { body[data-theme="dark"] { --night: invert(.93) hue-rotate(180deg); } }
+@media screen and (prefers-color-scheme: dark) {
+    body:not([data-theme="light"]) { --night: invert(.93) hue-rotate(180deg); } }
+div.cell_output img:not([alt*="black" i], [alt*="white" i], [alt*="gray" i], [alt*="dark" i],
+                        [alt*="bright" i], [alt*="digit" i]) { filter: var(--night); }
 .see-also { margin-top: 3em; padding-top: .5em; font-size: .9em;
             border-top: 1px solid var(--color-background-border); }
 .see-also summary { cursor: pointer; }
