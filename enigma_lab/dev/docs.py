@@ -11,7 +11,7 @@ __all__ = ['VERBS', 'LONG_CELLS', 'READMES', 'Definition', 'read_definitions', '
            'build_docs', 'readme_text', 'write_readme', 'main']
 
 # %% ../../nbs/dev/10_docs.ipynb #b6e88a36
-import ast, inspect, json, pkgutil, posixpath, re, shutil, subprocess, sys
+import ast, inspect, json, os, pkgutil, posixpath, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from inspect import Parameter, formatannotation, isclass
 from io import StringIO
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import dedent, wrap
@@ -383,13 +384,22 @@ def read_modules(
 
 # %% ../../nbs/dev/10_docs.ipynb #f110dbb5
 def _each_alone(function, jobs, **_):
-    "Call a function once for each job, one after the other, each in a process of its own."
+    "Call a function once for each job, each in a process of its own, one for every core."
     context = get_context('fork' if sys.platform == 'linux' else 'spawn')
+    running = {}
     for job in jobs:
+        if len(running) == (os.cpu_count() or 1): _end_some(running)
         process = context.Process(target=_process_one, args=(function, job))
         process.start()
+        running[process.sentinel] = process, job[0]
+    while running: _end_some(running)
+
+def _end_some(running):
+    "Wait for one or more of the processes; the build ends where one has failed."
+    for sentinel in wait([*running]):
+        process, notebook = running.pop(sentinel)
         process.join()
-        if process.exitcode: sys.exit(f"nbdev must process {job[0]}, and it failed: see above")
+        if process.exitcode: sys.exit(f"nbdev must process {notebook}, and it failed: see above")
 
 def _process_one(function, job):
     "Process one notebook, with cards of our making."
@@ -853,7 +863,7 @@ def build_docs(
 # %% ../../nbs/dev/10_docs.ipynb #6093aa8d
 def _run_sphinx(source, site, cwd):
     "Build, without a warning and without a loose end."
-    options = '-q', '-W', '--keep-going', '-d', source.parent/'doctrees'
+    options = '-q', '-W', '--keep-going', '-j', 'auto', '-d', source.parent/'doctrees'
     _run('the site must build without a warning', '-m', 'sphinx', *options, source, site, cwd=cwd)
     if ends := loose_ends(site):
         raise ValueError('every link of the site must lead somewhere on it:\n' + '\n'.join(ends))
