@@ -51,7 +51,7 @@ COUNTED = dict(test_exact_match='test_sentences', val_calls_8_exact_match='val_q
 def about_run(
     run:Run, # finished
 )->str: # a sentence, or two; empty: the record has no such number
-    "Say how good a reader is, from its record."
+    "Describe how good a reader is, from its record."
     m = run.metrics
     right, loop = (next((k for k in names if k in m), '') for names in (
         COUNTED, ['test_loop_exact_match']))
@@ -158,7 +158,7 @@ def verdict_words(
     v:Verdict, # of one text
     wanted:str, # text as it was typed, in the decoder's letters
 )->dict: # 'verdict', 'distance' or `None`, 'tried', 'text', 'same'
-    "Say a verdict in words and numbers that JSON can hold."
+    "Describe a verdict in words and numbers that JSON can hold."
     verdict = 'unknown' if v.verdict == 'failed' else v.verdict
     return dict(verdict=verdict, tried=v.num_encoded, text=v.text, same=v.text == wanted,
                 distance=v.distance if v.distance < float('inf') else None)

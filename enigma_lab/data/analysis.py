@@ -117,7 +117,7 @@ def bars(
 def count_lines(
     a:Analysis, # of a corpus
 )->list[tuple[str,str]]: # a name and what is said of it
-    "Say what was counted of characters and tokens."
+    "Describe what was counted of characters and tokens."
     padding = (a.padded - a.kept)/max(1, a.padded)
     unseen = ' '.join(repr(letter)[1:-1] for letter, _ in a.unseen.most_common(12))
     scripts = [f'{name} {n/a.scripts.total():.1%}' for name, n in a.scripts.most_common(8)]

@@ -69,7 +69,7 @@ def named_source(
 def holds_pairs(
     data, # a name, or any source
 )->bool: # whether its first row is a pair
-    "Tell whether data are pairs: by their name, or by the columns of a file."
+    "Check whether data are pairs: by their name, or by the columns of a file."
     if isinstance(data, str) and data in DATA_NAMES: return data in PAIR_NAMES
     source = open_source(named_source(data))
     tables = chain.from_iterable(source.parts.values())
@@ -199,7 +199,7 @@ def both_sides(
 def all_rows(
     corpus:Corpus, # of texts or pairs
 )->list: # those of validation first
-    "Collect the rows of all parts, to judge a model that was trained on others."
+    "Collect the rows of all parts, to evaluate a model that was trained on others."
     return [*corpus.validation, *corpus.train, *corpus._test]
 
 # %% ../../nbs/data/40_pairs.ipynb #dc2f5c92

@@ -63,7 +63,7 @@ SPLITS = 'train', 'validation', 'test'
 def split_of(
     pair, # two neighbouring words
 )->str: # 'train' (8 of 10), 'validation' or 'test'
-    "Tell where a pair belongs: a property of its words alone."
+    "Return where a pair belongs: a property of its words alone."
     digit = hashlib.sha256(' '.join(pair).encode()).digest()[0]
     return 'train' if digit < 205 else 'validation' if digit < 231 else 'test'
 
@@ -79,7 +79,7 @@ def part_of(
     template:str, # with slots
     words, # one for each slot
 )->str: # 'train', 'validation', 'test'; 'none': it has held-out pairs of both kinds
-    "Tell where a sentence belongs."
+    "Return where a sentence belongs."
     held = {split_of(pair) for pair in pairs(template, words)} - {'train'}
     return 'none' if len(held) > 1 else held.pop() if held else 'train'
 

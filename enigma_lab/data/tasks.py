@@ -22,7 +22,7 @@ SPLITS = 'train', 'validation', 'test', 'longer'
 def split_of(
     argument, # anything JSON can hold
 )->str: # 'train', 'validation' or 'test'
-    "Tell where a question belongs: a property of its argument alone."
+    "Return where a question belongs: a property of its argument alone."
     text = json.dumps(argument, ensure_ascii=False, sort_keys=True)
     digit = hashlib.sha256(text.encode()).digest()[0]
     return 'train' if digit < 230 else 'validation' if digit < 243 else 'test'

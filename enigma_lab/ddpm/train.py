@@ -57,7 +57,7 @@ class Denoiser(nn.Module):
 
     @property
     def device(self)->torch.device: # of the parameters
-        "Tell where the model is."
+        "Return where the model is."
         return next(self.unet.parameters()).device
 
 # %% ../../nbs/ddpm/20_train.ipynb #35426730
@@ -231,7 +231,7 @@ def evaluate_ddpm(
     scheduler, # its schedule
     test:bool=True, # read the test images; False while a preset is being chosen
 )->dict: # metrics
-    "Judge a model on images that it has not seen, and draw some of its own."
+    "Evaluate a model on images that it has not seen, and draw some of its own."
     import matplotlib.pyplot as plt
     held_out = dict(val=images.validation, **(dict(test=images.read_test(run)) if test else {}))
     loss, T = DenoisingLoss(scheduler), scheduler.config.num_train_timesteps
@@ -330,7 +330,7 @@ def evaluate(
     parts:DDPMTaskData, # with the images
     test:bool=True, # read the test images
 )->dict: # metrics
-    "Judge what was saved, whichever process trained it."
+    "Evaluate the saved model, whichever process trained it."
     model, scheduler = load_pipeline(run)
     return evaluate_ddpm(run, parts.images, model.to(parts.model.device), scheduler, test)
 

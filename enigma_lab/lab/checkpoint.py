@@ -72,7 +72,7 @@ def flush_files(
 def has_ended(
     checkpoint:Path, # sealed; older ones do not say it
 )->bool: # True: there is nothing left to train
-    "Tell whether a training had come to its end with a checkpoint."
+    "Check whether a training had come to its end with a checkpoint."
     return read_json(checkpoint/END).get('ended', False)
 
 # %% ../../nbs/lab/29_checkpoint.ipynb #0c1e53e4
@@ -263,7 +263,7 @@ def answers(
     run:Run, # any
     config:TrainingConfig, # what is wanted
 )->bool: # whether it is what was asked for, but perhaps for the data
-    "Tell whether a run is finished, with a model and the same settings, read of test included."
+    "Check whether a run is finished, with a model and the same settings, read of test included."
     return (run.finished and run.checkpoint.is_dir() and not same_training(config, run)
             and run.config.get('test') == getattr(config, 'test', None))
 
@@ -376,7 +376,7 @@ def unwritable_text(
     folder:Path, # that could not be written
     error:Exception, # what was raised
 )->str: # a sentence or two
-    "Say what is missing and why, how much room there is, and what to do."
+    "Describe what is missing and why, how much room there is, and what to do."
     there = next(p for p in folder.parents if p.exists())
     free = shutil.disk_usage(there).free / 1e9
     return (f"a run must be writable, but {folder}: {error} ({free:.1f} GB free); make room "

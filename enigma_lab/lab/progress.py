@@ -38,7 +38,7 @@ class Measure:
 
     @property
     def in_nats(self)->bool: # whether exp(loss) is a perplexity and loss / log 2 counts bits
-        "Tell whether the loss is the negative logarithm of a probability."
+        "Check whether the loss is the negative logarithm of a probability."
         return self.loss == 'nll_nats'
 
 def measure_of(
@@ -80,7 +80,7 @@ def validation_words(
     state:dict, # of a history
     unit:bool, # say it, too
 )->list[str]: # e.g. ['val 2.011 nats/token']
-    "Say what validation gave, in the unit of the measure."
+    "Describe what validation gave, in the unit of the measure."
     m = measure_of([state])
     units = {m.key: m.unit.replace(' per ', '/'), 'val_bits_per_char': 'bits/char'}
     keys = [k for k in state if k.startswith('val_') and k != 'val_ppl']
@@ -92,7 +92,7 @@ def validation_words(
 def speed_words(
     state:dict, # of a history
 )->list[str]: # e.g. ['5,100 tokens/s']
-    "Say how fast a training is."
+    "Describe how fast a training is."
     number = lambda v: (f'{v/1000:,.0f}k' if v >= 1e5 else f'{v:,.0f}' if v >= 10 else f'{v:.2g}')
     return [f"{number(state[key])} {key.removesuffix('_per_s')}/s" for key in state
             if key.endswith('_per_s')]
@@ -101,14 +101,14 @@ def speed_words(
 def is_evaluation(
     row:dict, # of a history
 )->bool: # whether it has a number of validation
-    "Tell whether a row of the history reports an evaluation."
+    "Check whether a row of the history reports an evaluation."
     return any(key.startswith('val_') and value is not None for key, value in row.items())
 
 def progress_line(
     row:dict, # a row, or the state of a history; any of its keys may be missing or None
     width:int=0, # columns at most; 0: no limit
 )->str: # empty when there is nothing to say
-    "Say how far a training is, in one line; where it is narrow, units go first, then space."
+    "Describe how far a training is, in one line; where it is narrow, units go first, then space."
     state = newest_state([row])
     if (left := seconds_left(state)) is not None: state['left_s'] = left
     begin = [WORDS[key](state[key]) for key in WORDS if key in state]
@@ -239,7 +239,7 @@ def evaluation_text(
     row:dict, # of a history, with a loss on validation
     measure:Measure, # of the history
 )->str: # e.g. 'step 40, 2,560 tokens, 3 s, validation 1.234 bits per token'
-    "Say one evaluation in words."
+    "Describe one evaluation in a line."
     value, unit = row[measure.key], measure.unit
     if measure.in_nats: value, unit = value / math.log(2), unit.replace('nats', 'bits')
     return (f"step {row['step']}, {row[measure.counted]:,} {measure.counted}, "

@@ -61,7 +61,7 @@ def fit_and_save(
     config:TrainingConfig, # what to do
     origin:tuple[Run,Path]|None=None, # from `resume_from`
     parts=None, # from the job's `prepare`; `None`: prepared here
-    show=None, # called with the history after each look at validation
+    show=None, # called with the history after each evaluation
     digest:str='', # of the data
 )->Run: # the record
     "Train one process's share, and save on rank 0."
@@ -123,13 +123,13 @@ def split_changes(
 def leads(
     config:TrainingConfig, # with `node_rank`
 )->bool: # True in one process of one machine
-    "Tell whether this process writes the record."
+    "Check whether this process writes the record."
     return rank() == 0 and config.node_rank == 0
 
 def others_wait(
     config:TrainingConfig, # with `nodes`
 )->bool: # True: a process that trained nothing must tell them so
-    "Tell whether processes that this one has not started wait to hear of a record."
+    "Check whether processes that this one has not started wait to hear of a record."
     return found_world() is not None or config.nodes > 1
 
 # %% ../../nbs/lab/35_task.ipynb #08295dac
@@ -246,7 +246,7 @@ def read_arguments(
 def warning_lines(
     metrics:dict, # of a run
 )->list[str]: # a line for each warning; one line where none was found; empty if nobody looked
-    "Say the warnings of a record in words."
+    "Describe the warnings of a record."
     if 'warnings' not in metrics: return []
     found = [f"warning: {w['what']}; {w['remedy']}" for w in metrics['warnings']]
     return found or ['no warning: all that was measured lies within its limits']

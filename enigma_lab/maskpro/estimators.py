@@ -46,7 +46,7 @@ def aside(self:Objective,
     mask:Tensor, # (G, M)
     batches:list, # each a list of parts
 )->float: # mean over the batches
-    "Compute the loss of batches without counting them, for a look at validation."
+    "Compute the loss of batches without counting them, for an evaluation."
     begin = time.perf_counter()
     found = [self._one(mask, batch) for batch in batches]
     self.seconds += time.perf_counter() - begin

@@ -104,7 +104,7 @@ def finetune_step(
 
 # %% ../../nbs/maskpro/65_finetune.ipynb #e6b6f148
 class BestWeights:
-    "Keep the weights of the best look."
+    "Keep the weights of the best evaluation."
     def __init__(self,
         run:FinetuneRun, # that is going on
         loss_fn:Callable, # (model, batch) -> one number
@@ -149,7 +149,7 @@ def finetune(
     learning_rate:float=1e-3, # peak
     weight_decay:float=0., # λ; a weight that is off does not decay
     validation:list=(), # batches to choose by
-    eval_steps:int=100, # updates between two looks at validation
+    eval_steps:int=100, # updates between two evaluations
     log:Callable|None=None, # called with each row of the history
     stop:Callable=lambda: False, # asked after each step whether to stop
 )->FinetuneRun: # its model has the best weights

@@ -39,7 +39,7 @@ KINDS_OF_MODELS = 'diffusion', 'language', 'sentences', 'own'
 def kind_of_folder(
     folder:str|Path, # of a model
 )->str: # of `KINDS_OF_MODELS`, but not 'own'
-    "Tell what a folder holds, by its configs."
+    "Return what a folder holds, by its configs."
     folder = Path(folder).expanduser()
     config = read_json(folder/'config.json')
     names = config.get('architectures') or []
@@ -152,7 +152,7 @@ def place_of(
 def num_classes_of(
     model:nn.Module, # of diffusers
 )->int: # 0: it takes none
-    "Tell how many classes a denoiser knows."
+    "Return how many classes a denoiser knows."
     c = model.config
     return c.get('num_class_embeds') or c.get('num_embeds_ada_norm') or 0
 

@@ -68,7 +68,7 @@ class LearnConfig:
     logits:float|None = None # gap between kept and dropped weights at the beginning
     learning_rate:float|None = None # peak
     seed:int = 0 # of the masks that are tried
-    eval_steps:int = 100 # updates between two looks at validation
+    eval_steps:int = 100 # updates between two evaluations
     patience:int = 0 # looks without improvement; then the best is kept; 0: never stop
     allow_unused:bool = False # True: masks of layers that take no part in the loss stay
 
@@ -116,7 +116,7 @@ class Learner:
 # %% ../../nbs/maskpro/50_learn.ipynb #9715197f
 @patch
 def is_over(self:Learner)->bool: # no room, or no patience any more
-    "Tell whether the learning has come to its end."
+    "Check whether the learning has come to its end."
     patience = self.config.patience
     return not self.room or bool(patience and self.waited >= patience)
 

@@ -49,7 +49,7 @@ def maskpro_runs()->list[Run]: # oldest first
 def learning_state(
     run:Run, # of train_maskpro
 )->str: # 'masks' | 'learning' | 'learned' | 'finished'
-    "Tell which of the steps a record has behind it."
+    "Return which of the steps a record has behind it."
     if run.finished: return 'finished'
     if (run.path/'learned_masks.safetensors').exists(): return 'learned'
     return 'learning' if any('loss' in row for row in run.history) else 'masks'

@@ -184,7 +184,7 @@ def choose_mask(
 def tune_weights(
     task:PruneTask, # with masks on its model
     config:PruneConfig, # updates and learning rate
-    say:Callable=print, # called with a line at each look
+    say:Callable=print, # called with a line at each evaluation
 )->FinetuneRun: # whose weights are those of the best look
     "Train the weights under fixed masks; validation chooses among six moments."
     distil = getattr(task.loss, 'distil', task.loss)
@@ -230,7 +230,7 @@ def prune_model(
     say:Callable=print, # called with lines
     log=None, # called with each row of a learning
 )->dict: # the report, ready for JSON
-    "Prune a model and judge it on held-out data."
+    "Prune a model and evaluate it on held-out data."
     dense, begin = deepcopy(task.model), time.process_time()
     idle = unreached(task.model, task.loss, task.batch(0), config, [task.batch(1), task.batch(2)])
     masks = put_masks(task.model, config, idle)

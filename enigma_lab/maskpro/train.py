@@ -456,7 +456,7 @@ def was_asked(
     stop:StopOnSignal, # of this process
     device:torch.device, # of the training
 )->bool: # the same in all processes
-    "Tell whether a signal has asked any process to stop."
+    "Check whether a signal has asked any process to stop."
     control = SimpleNamespace(should_save=False, should_training_stop=False)
     stop.on_step_end(SimpleNamespace(device=device), None, control)
     return control.should_training_stop

@@ -170,7 +170,7 @@ def vector(self:SGDDModel,
 
 @patch(as_prop=True)
 def fitted(self:SGDDModel)->bool: # True: mean and deviation of the training's vectors are known
-    "Tell whether `fit_statistics` was called."
+    "Check whether `fit_statistics` was called."
     return self.config.standardise and bool(self.z_mean.any())
 
 @patch
@@ -553,7 +553,7 @@ def from_pretrained(cls:SGDDModel,
     path:str|Path, # folder of `save_pretrained`
     encoder:SemanticEncoder|str|None=None, # or its source; 'none': without; `None`: the one named
 ): # the model in eval mode
-    "Load a model and make sure of its encoder; without one it reads vectors and judges nothing."
+    "Load a model and make sure of its encoder; without one it reads vectors and checks nothing."
     from transformers import AutoTokenizer
     path = Path(path)
     missing = [name for name in ('config.json', 'model.safetensors', 'tokenizer.json')

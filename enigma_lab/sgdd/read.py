@@ -273,7 +273,7 @@ def judged_drafts(
     seed:int, # of the sampler
     how:dict, # settings of `maskgit_sample`
 )->list[Verdict]: # 'unchecked' without an encoder
-    "Write a text for each vector by the sampler, and judge it."
+    "Write a text for each vector by the sampler, and check it."
     source = torch.Generator(model.device).manual_seed(seed)
     t = maskgit_sample(model, model.as_trained(z)[0], generator=source, **how)
     if model.encoder is None:
@@ -471,7 +471,7 @@ def read_file(
 
 # %% ../../nbs/sgdd/57_read.ipynb #77dc3e25
 class ReadingLine:
-    "Say how far a reading is: on a terminal in one line, elsewhere now and then."
+    "Describe how far a reading is: on a terminal in one line, elsewhere now and then."
     def __init__(self,
         out=None, # a text stream; `None`: standard error
     ):

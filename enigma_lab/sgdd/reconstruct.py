@@ -349,7 +349,7 @@ def with_drafts(self:Search)->list[int]: # numbers of vectors
 
 @patch
 def verdicts(self:Search)->list[Verdict]: # for each vector
-    "Say what was found."
+    "Describe what was found."
     encoder = self.model.encoder
     texts = [self.model.tokenizer.decode(ids) if ids else '' for ids in self.tokens]
     seen = [text.lower() for text in texts] if encoder.lower else texts
@@ -387,7 +387,7 @@ def reconstruct(
     known:tuple[list[str],Tensor]|None=None, # training sentences and vectors, to start from
     cut:bool=False, # the vectors are the first numbers of whole ones
 )->list[Verdict]: # for each vector
-    "Read sentences from vectors, with the encoder as judge."
+    "Read sentences from vectors, checked by the encoder."
     check_reconstruct(drafts, rounds, redrafts, sources, beam, budget)
     search = begin_search(model, z, noise, budget, cut)
     generator = torch.Generator().manual_seed(seed)

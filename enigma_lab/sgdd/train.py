@@ -490,7 +490,7 @@ def on_epoch_end(self:EngineSettings,
     control, # is asked to look at validation
     **kwargs # not looked at
 ):
-    "Ask for a look at validation, unless this step has had one."
+    "Ask for an evaluation, unless this step has had one."
     looked = any(row['step'] == state.global_step and 'eval_loss' in row
                  for row in state.log_history)
     if self.config and self.config.eval_epochs and not looked: control.should_evaluate = True
@@ -541,7 +541,7 @@ def is_own(
     run:Run, # trained
     dataset:str, # a name of data
 )->bool: # True: by its name, or by the file it names
-    "Tell whether a run was trained on a source of data."
+    "Check whether a run was trained on a source of data."
     a, b = (str(named_source(name)) for name in (dataset, run.config['data']))
     return a == b or Path(a).exists() and Path(b).exists() and Path(a).samefile(b)
 
@@ -571,7 +571,7 @@ def candidates(
     dataset:str, # a name of data
     stored:bool=False, # the vectors stand beside the texts
 )->tuple[list,dict,GivenVectors|None]: # rows; what was counted; vectors, if they are stored
-    "Collect the rows that may judge a run: of foreign data all that it has not learned from."
+    "Collect the rows that may evaluate a run: of other data all that it was not trained on."
     c, own = run.config, is_own(run, dataset)
     # a decoder of pairs is judged on pairs, whatever their source
     how = ({k: c.get(k) or v for k, v in dict(phase=1, pairs=False).items()} if own
@@ -623,7 +623,7 @@ def evaluate_run(
     encoder:str='', # where it is now; 'none': the data hold vectors; empty: as in training
     **how # settings of the sampler that differ from the run's
 )->Path: # a new JSON file in the run's folder
-    "Judge a finished run on sentences or pairs of any source."
+    "Evaluate a finished run on sentences or pairs of any source."
     if num_samples < 2: raise ValueError(f"num_samples must be at least 2, got {num_samples}")
     dataset, how = dataset or run.config['data'], sampling_of(run.config, **how)
     model = SGDDModel.from_pretrained(run.checkpoint, encoder or None)

@@ -64,7 +64,7 @@ class Evidence:
 
     @property
     def verdict(self)->str: # 'proved', 'probable' or 'failed'
-        "Judge the text."
+        "Decide: proved, probable or failed."
         found = 'proved' if self.distance < self.exact else next(
             (name for name, (white, share) in LIMITS.items()
              if self.white >= white and self.share >= share), 'failed')
@@ -73,7 +73,7 @@ class Evidence:
 def verdict_of(
     relative_distance:float, # distance, relative, of a text's vector
 )->str: # 'proved' or 'failed'
-    "Judge a text by its distance alone, as is right without noise."
+    "Decide by the distance alone, which is enough without noise."
     return Evidence(relative_distance).verdict
 
 # %% ../../nbs/sgdd/53_verdict.ipynb #82aacb58
