@@ -34,7 +34,7 @@ class TrainingConfig:
     weight_decay:float = .05 # of matrices and embeddings
     warmup_steps:int = 20 # updates until the peak
     decay_share:float = .6 # last share of the budget, over which the rate falls to 0
-    eval_steps:int = 100 # updates between two evaluations
+    eval_steps:int = 100 # updates between two looks at validation
     eval_windows:int = 64 # validation windows of such a look
     save_steps:int = 100 # updates between two checkpoints; a multiple of eval_steps
     patience:int = 0 # looks without improvement before stopping; 0: never stop early

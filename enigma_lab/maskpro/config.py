@@ -41,7 +41,7 @@ class MaskProConfig:
     batch_size:int = 64 # images of a part, in each process
     gradient_accumulation_steps:int = 1 # parts of a batch, in each process
     pool:int = 16 # batches whose baselines are known, for estimators that compare with them
-    eval_steps:int = 100 # updates between two evaluations
+    eval_steps:int = 100 # updates between two looks at validation
     patience:int = 0 # looks without improvement before stopping; 0: never
     save_logits:bool = True # beside the masks
     num_samples:int = 400 # images drawn from each model to be judged
