@@ -37,7 +37,7 @@ def number_text(
 def training_text(
     run:Run, # of a showcase
 )->str: # a sentence
-    "Say how a model was trained: how long, where, from which commit."
+    "Describe how a model was trained: how long, where, from which commit."
     m, env = run.metrics, run.env
     seconds = m.get('train_wall_s') or m.get('train_cpu_s')
     steps = m.get('train_steps') or m.get('updates')
