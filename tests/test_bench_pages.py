@@ -42,7 +42,8 @@ def test_a_result_opens_with_its_answer_and_ends_with_its_code(page):
              or any('text/markdown' in output.get('data', {}) for output in cell['outputs'])]
     (_, title), (answer, source) = shown[:2]
     assert title.startswith('# ') and '\n> ' in title
-    assert answer['cell_type'] == 'code' and '#| exec_doc' in source and 'echo: false' in source
+    assert answer['cell_type'] == 'code' and 'echo: false' in source
+    assert re.match(r'#\| (exec_doc|proof)\n', source)
     said = ''.join(answer['outputs'][0]['data']['text/markdown'])
     assert re.search(r'\d', said) and not re.match('Not measured|[Nn]o record', said)
     heads = [text.splitlines()[0] for cell, text in cells if cell['cell_type'] == 'markdown']
