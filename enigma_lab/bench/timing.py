@@ -196,6 +196,7 @@ def plot_points(
 ): # axes
     "Plot a number for each name, from top to bottom."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     ax = plt.subplots(figsize=(5.6, .24*len(rows) + .7))[1]
     if mark is not None: ax.axvline(mark, color='.6', lw=1)
     for i, (name, value) in enumerate(rows.items()):
@@ -204,5 +205,9 @@ def plot_points(
         ax.plot(middle, i, 'o', color='C0', ms=4)
     ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel=label, ylim=(len(rows) - .4, -.6))
     ax.tick_params(axis='y', labelsize=8)
-    if log: ax.set_xscale('log')
+    if log:
+        ax.set_xscale('log')
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:g}'))
+        ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
