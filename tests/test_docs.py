@@ -415,6 +415,21 @@ def test_sections_fold_and_open_where_the_reader_is(tab):
     sections = tab.locator('.sidebar-tree nav > ul > li > details > summary').all_inner_texts()
     assert sections == ['Guides', 'Ideas', 'Train', 'Results', 'Apps', 'Reference', 'Internals']
 
+def test_benchmarks_stand_in_groups():
+    groups = Counter(around for around, _ in SIDEBAR if 'Benchmarks' in around)
+    assert len(groups) > 5 and max(groups.values()) < 10 and {*map(len, groups)} == {3}
+
+def test_the_code_of_a_result_is_folded_and_a_link_opens_it(tab):
+    tab.visit('bench/rotors.html')
+    code = tab.locator('details.harness')
+    assert code.count() == 1 and tab.locator('#how-to-reproduce').is_visible()
+    assert tab.locator('#limits').is_visible()
+    place = code.locator('section').last
+    assert not place.is_visible()
+    tab.goto(f"{tab.url}#{place.get_attribute('id')}")
+    place.wait_for(state='visible')
+    assert code.evaluate('part => part.open')
+
 
 def tables(html): # each a list of rows of text
     words = lambda cell: ' '.join(cell.get_text().split())

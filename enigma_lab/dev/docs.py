@@ -711,7 +711,9 @@ def sphinx_config(
         myst_enable_extensions=['dollarmath', 'amsmath', 'attrs_block', 'html_image'],
         copybutton_prompt_text=r'>>> |\.\.\. |\$ ', copybutton_prompt_is_regexp=True)
     lines = [f'{key} = {value!r}\n' for key, value in config.items()]
-    return ''.join([*lines, "html_search_scorer = __file__.replace('conf.py', 'search.js')\n"])
+    return ''.join([*lines, "html_search_scorer = __file__.replace('conf.py', 'search.js')\n",
+                    'from enigma_lab.dev.layout import fold_harness\n',
+                    "def setup(app): app.connect('doctree-read', fold_harness, priority=100)\n"])
 
 # %% ../../nbs/dev/10_docs.ipynb #1c0becc6
 def write_source(
