@@ -363,7 +363,11 @@ SteppingRotor -> machine/rotor
 sinkhorn -> machine/sinkhorn
 crack the enigma -> machine/cracking
 EnigmaConfig -> lm/model
-lora -> train_lora|lm/lora
+fine-tune -> guides/finetune_and_chat
+fine-tune with LoRA -> guides/finetune_and_chat
+LoRA or all weights? -> guides/finetune_and_chat
+talk to my model -> guides/finetune_and_chat|apps/chat
+lora -> train_lora|lm/lora|guides/finetune_and_chat
 train a diffusion model of images -> train_ddpm
 train a language model -> guides/your_text|train_enigma
 onnx -> lm/onnx
