@@ -35,7 +35,7 @@ def answer(
     words = verdicts(run)
     yes, wrong, error = ((words == word).sum() for word in ('yes', 'wrong', 'error'))
     silent = wrong[wrong > 0].sort_values(kind='stable')
-    others = ', '.join(f'{name} {number}' for name, number in silent.items())
+    others = '; '.join(f'{name} {number}' for name, number in silent.items())
     return (f"Of {len(words)} questions our engine answers {yes['ours']} with the numbers of the "
             f"stored run, refuses {error['ours']} with an error and is wrong in {wrong['ours']}. "
             f"Wrong without a word: {others or 'nobody'}.")
