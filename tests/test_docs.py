@@ -24,7 +24,7 @@ from nbdev.processors import _do_eval
 from playwright.sync_api import sync_playwright
 
 from enigma_lab.dev.docs import (
-    READMES, build_docs, check_imports, read_sidebar, readme_text, write_readme)
+    READMES, build_docs, check_imports, read_modules, read_sidebar, readme_text, write_readme)
 from enigma_lab.lab.runs import checkout
 
 pytestmark = pytest.mark.proof('dev.docs', 'dev.layout') # the site is built, and a browser reads it
@@ -159,6 +159,25 @@ def test_a_card_documents_its_symbol(tab):
     source.locator('summary').click()
     assert 'class SteppingRotor' in source.locator('pre').inner_text()
     assert '/enigma_lab/machine/rotor.py#L' in card.locator('a.source').get_attribute('href')
+
+def test_the_source_of_a_card_is_its_definition(site):
+    "A name that many modules have leads to the page's own."
+    seen = Counter()
+    for page in read_modules(ROOT/'nbs'):
+        text = (ROOT/'nbs'/page).read_text(encoding='utf-8')
+        own = {name.replace('.', '/') for name in re.findall(
+            r'"#\|\s*(?:default_exp|exports?) ([\w.]+)', text)}
+        html = (site/re.sub(r'(^|/)\d+_', r'\1', page)).with_suffix('.html').read_text()
+        for path, line in re.findall(r'href="[^"]*/blob/main/enigma_lab/([^"#]+)[.]py#L(\w+)"', html):
+            source = (ROOT/'enigma_lab'/f'{path}.py').read_text(encoding='utf-8').splitlines()
+            assert path in own, (page, path)
+            assert re.match(r'\s*(async )?(def|class|@)', source[int(line) - 1]), (page, path, line)
+            seen[path] += 1
+    assert len(seen) > 150 and seen['machine/rotor'] > 5
+    links = lambda page, name: {a['href'] for a in BeautifulSoup(
+        (site/page).read_text(), 'html.parser').find_all('a') if a.get_text() == name}
+    assert not links('bench/lm.html', 'generate') # transformers' own
+    assert links('machine/plugboard.html', 'Plugboard') | links('machine/enigma.html', 'Plugboard')
 
 def test_a_link_between_notebooks_lands(tab):
     tab.visit('machine/plugboard.html')

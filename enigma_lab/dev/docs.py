@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VERBS', 'LONG_CELLS', 'READMES', 'Definition', 'read_definitions', 'module_definitions', 'find_definitions',
            'SymbolCard', 'public_methods', 'Complaint', 'check_api', 'public_symbols', 'process_notebooks',
-           'read_modules', 'check_title', 'check_imports', 'count_lines', 'find_long_cells', 'check_links',
-           'find_refused_pages', 'card_label', 'Links', 'card_text', 'card_name', 'in_order', 'read_statements',
-           'add_example', 'front_matter', 'translate', 'sphinx_config', 'write_source', 'loose_ends', 'check_place',
-           'build_docs', 'readme_text', 'write_readme', 'main']
+           'read_modules', 'full_name', 'imported_names', 'check_title', 'check_imports', 'count_lines',
+           'find_long_cells', 'check_links', 'find_refused_pages', 'card_label', 'Links', 'card_text', 'card_name',
+           'in_order', 'read_statements', 'add_example', 'front_matter', 'translate', 'sphinx_config', 'write_source',
+           'loose_ends', 'check_place', 'build_docs', 'readme_text', 'write_readme', 'main']
 
 # %% ../../nbs/dev/10_docs.ipynb #b6e88a36
 import ast, inspect, json, os, pkgutil, posixpath, re, shutil, subprocess, sys
@@ -239,6 +239,14 @@ def _table(sym):
     if not errors and not returned and not any(text for _, text in rows): return ''
     return '\n'.join(['| parameter | type | meaning |', '|---|---|---|', *lines, *errors])
 
+# %% ../../nbs/dev/10_docs.ipynb #c1d6d45e
+def _source_url(sym):
+    "Where a symbol's definition stands on the web; '' where it has none."
+    from nbdev.doclinks import NbdevLookup
+    found = NbdevLookup()[f'{sym.__module__}.{sym.__qualname__}']
+    definitions = find_definitions(sym)
+    return f'{found[2]}#L{definitions[0].node.lineno}' if found and definitions else ''
+
 # %% ../../nbs/dev/10_docs.ipynb #7e36ba3d
 class SymbolCard:
     "Show a symbol in the docs: its name, its docstring, its parameters, its errors, its methods."
@@ -251,9 +259,8 @@ class SymbolCard:
         self.name, self.title_level = name or self.sym.__qualname__, title_level
 
     def _repr_markdown_(self):
-        from nbdev.doclinks import NbdevLookup
         call = f'```python\n{_signature(self.sym, self.name)}\n```' if self.is_call else ''
-        source = NbdevLookup().code(self.name)
+        source = _source_url(self.sym)
         link = f'<a class="source" href="{source}">source</a>' if source else ''
         parts = [f"{'#'*self.title_level} `{self.name}`", link, call, _doc(self.sym),
                  _table(self.sym)]
@@ -409,7 +416,48 @@ def _process_one(function, job):
     config['renderer'] = f'{__name__}.SymbolCard'
     notebook = job[0].resolve().relative_to(config.nbs_path.resolve()).as_posix()
     _PAGE = f"{config.lib_name}.{read_modules(config.nbs_path).get(notebook, '')}"
+    _look_up_for(_PAGE, imported_names(job[0]))
     function(job)
+
+# %% ../../nbs/dev/10_docs.ipynb #efd549c4
+def full_name(
+    name:str, # in a text, such as 'SteppingRotor.inverse'
+    page:str, # the page's module, such as 'enigma_lab.machine.rotor'
+    imported:dict, # name -> the module from which the page imports it
+    homes:dict, # name -> the modules of the library that define it
+)->str: # with its module; '' where it means no symbol
+    "Find the symbol that a name on a page means."
+    found = homes.get(name, ())
+    if page in found: return f'{page}.{name}'
+    origin = imported.get(name.partition('.')[0])
+    if origin: return f'{origin}.{name}'
+    return f'{found[0]}.{name}' if len(found) == 1 and re.search(r'[A-Z_.\d]', name) else ''
+
+def imported_names(
+    path:Path, # a notebook
+)->dict: # name -> module
+    "Read what a notebook's cells import from modules."
+    found, cells = {}, json.loads(path.read_text(encoding='utf-8'))['cells']
+    for cell in cells:
+        if cell['cell_type'] != 'code': continue
+        try: tree = ast.parse(''.join(cell['source']))
+        except SyntaxError: continue # a line of a shell
+        found |= {part.asname or part.name: node.module for node in ast.walk(tree)
+                  if isinstance(node, ast.ImportFrom) for part in node.names}
+    return found
+
+# %% ../../nbs/dev/10_docs.ipynb #80f01562
+def _look_up_for(page, imported):
+    "Let nbdev's lookup understand names as a page means them."
+    from nbdev.doclinks import NbdevLookup
+    entries = NbdevLookup().entries
+    homes = {}
+    for module, names in entries['enigma_lab']['syms'].items():
+        for name in names: homes.setdefault(name.removeprefix(f'{module}.'), []).append(module)
+    def look_up(self, name):
+        whole = name.partition('.')[0] in entries
+        return self.syms.get(name if whole else full_name(name, page, imported, homes))
+    NbdevLookup.__getitem__ = look_up
 
 # %% ../../nbs/dev/10_docs.ipynb #e77ecbe9
 def check_title(
