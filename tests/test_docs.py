@@ -168,7 +168,7 @@ def test_the_source_of_a_card_is_its_definition(site):
         own = {name.replace('.', '/') for name in re.findall(
             r'"#\|\s*(?:default_exp|exports?) ([\w.]+)', text)}
         html = (site/re.sub(r'(^|/)\d+_', r'\1', page)).with_suffix('.html').read_text()
-        links = r'href="[^"]*/blob/main/enigma_lab/([^"#]+)[.]py#L(\w+)"'
+        links = r'<a class="source[^>]*href="[^"]*/blob/main/enigma_lab/([^"#]+)[.]py#L(\w+)"'
         for path, line in re.findall(links, html):
             source = (ROOT/'enigma_lab'/f'{path}.py').read_text(encoding='utf-8').splitlines()
             assert path in own, (page, path)

@@ -243,7 +243,8 @@ def _table(sym):
 def _source_url(sym):
     "Where a symbol's definition stands on the web; '' where it has none."
     from nbdev.doclinks import NbdevLookup
-    found = NbdevLookup()[f'{sym.__module__}.{sym.__qualname__}']
+    module = _PAGE if sym.__module__ == '__main__' else sym.__module__ # of a cell that was run
+    found = NbdevLookup()[f'{module}.{sym.__qualname__}']
     definitions = find_definitions(sym)
     return f'{found[2]}#L{definitions[0].node.lineno}' if found and definitions else ''
 
