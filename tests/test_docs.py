@@ -177,7 +177,8 @@ def test_the_source_of_a_card_is_its_definition(site):
     assert len(seen) > 150 and seen['machine/rotor'] > 5
     links = lambda page, name: {a['href'] for a in BeautifulSoup(
         (site/page).read_text(), 'html.parser').find_all('a') if a.get_text() == name}
-    assert not links('bench/lm.html', 'generate') # transformers' own
+    assert all('lm/generate' in link for link in links('bench/lm.html', 'generate')) # as imported
+    assert not links('lm/model.html', 'generate') # what transformers has
     assert links('machine/plugboard.html', 'Plugboard') | links('machine/enigma.html', 'Plugboard')
 
 def test_a_link_between_notebooks_lands(tab):
