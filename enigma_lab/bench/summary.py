@@ -12,8 +12,6 @@ __all__ = ['LANGUAGES', 'REVERSIBLE', 'SENTENCE', 'MASKS', 'MODELS', 'RANGE', 'B
 from functools import cache
 from inspect import signature
 
-from scipy.stats import beta
-
 from .maskpro import RECORDS, leaderboard, whole_models
 from .questions import MOST, records as question_records
 from .reversible import SHAPES as BLOCKS
@@ -107,6 +105,7 @@ def most_wrong(
     n:int, # tried, more than `wrong`
 )->float: # share, at 95 % confidence
     "Bound the true share of errors from above (Clopper and Pearson, 1934)."
+    from scipy.stats import beta
     return float(beta.ppf(.95, wrong + 1, n - wrong))
 
 def sentence_promise(
