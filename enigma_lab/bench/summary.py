@@ -68,6 +68,7 @@ REVERSIBLE = (
     '检查点为 {check_right} 个，revlib 为 {other} 个。均在一台机器的 CPU 上测得：'
     '这里没有来自 GPU 的数字。')
 
+# %% ../../nbs/bench/60_summary.ipynb #fca8b482
 def reversible_promise(
     lang:str='en', # or 'zh'
 )->str: # Markdown; empty without a record
@@ -100,6 +101,7 @@ SENTENCE = (
     '{found:.0f} %。以上为一个种子。不用循环时，{judged:,} 句（含上述各句）各写至多 {drafts} 稿，'
     '凭向量证实 {proved:,} 句，其中错误 {wrong} 句（95 % 置信上限 {bound:.2f} %）。')
 
+# %% ../../nbs/bench/60_summary.ipynb #d6a77eb7
 def most_wrong(
     wrong:int, # seen
     n:int, # tried, more than `wrong`
@@ -108,6 +110,7 @@ def most_wrong(
     from scipy.stats import beta
     return float(beta.ppf(.95, wrong + 1, n - wrong))
 
+# %% ../../nbs/bench/60_summary.ipynb #91a8f06e
 def sentence_promise(
     lang:str='en', # or 'zh'
 )->str: # Markdown; empty without a record
