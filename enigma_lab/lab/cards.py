@@ -44,8 +44,10 @@ def training_text(
     "Describe how a model was trained: how long, where, from which commit."
     m, env = run.metrics, run.env
     seconds = m.get('train_wall_s') or m.get('train_cpu_s')
+    clock = 'seconds' if 'train_wall_s' in m else 'CPU seconds'
     steps = m.get('train_steps') or m.get('updates')
-    how = [f'{steps:,} updates' if steps else '', f'{seconds:,.0f} seconds' if seconds else '']
+    how = [f'{steps:,} updates' if steps else '',
+           f'{seconds:,.0f} {clock} of learning' if seconds else '']
     tree = 'changed since' if env['git_dirty'] else 'as committed'
     return (f"{', '.join(filter(None, how))} on {env['threads']} thread(s) of {env['cpu']}, seed "
             f"{run.config['seed']}; commit `{env['git_sha'][:7]}`, {tree}; torch "
@@ -79,7 +81,7 @@ def card_markdown(
     "Write the card of a showcase. Raise KeyError for a score that its record does not have."
     run = find_run(f'showcase/{card.name}')
     m = run.metrics
-    size = m.get('parameters') or m.get('parameters_total')
+    size = m.get('parameters') or m.get('parameters_trainable') # without what is frozen
     details = [f'{size:,} parameters' if size else '', f'{folder_bytes(run.path)/1e6:.1f} MB']
     if missing := [key for key in card.scores if key not in m]:
         raise KeyError(f'a card names scores of its record, got {missing} for {run.name}')
@@ -172,7 +174,8 @@ IMAGES = ModelCard('train_ddpm', 'A diffusion model of handwritten digits, as di
     'train_ddpm',
     {'val_mse': 'squared error of the noise, validation'})
 SPEED = ('A toy; what is measured on it says little about large models, and nothing about speed: '
-         '2:4 weights are [quicker on some GPUs and some shapes only](../maskpro/70_export.ipynb).')
+         'some GPUs and shapes are said to gain from 2:4, which [we have not measured]'
+         '(../maskpro/72_sparse.ipynb).')
 MASKED = ModelCard('maskpro',
     'Two masks of 2:4 for such a model, by magnitude and learned, with the dense model beside.',
     'Research on sparse masks.', 'A measure of speed.', PIXELS, SPEED,
