@@ -95,6 +95,7 @@ def continued(
             f"machine={shown.config['machine']!r};\n"
             f'temperature 0.6, from {prompt!r}:\n\n' + prompt + ''.join(pieces))
 
+# %% ../../nbs/dev/12_records.ipynb #8c33c448
 def answered(
     run:Run, # of `train_lora`, unused: its checkpoint is not committed
 )->str: # text; empty without the showcase
