@@ -61,7 +61,9 @@ def check_module(words):
     source = Path(found.origin).read_text(encoding='utf-8')
     if 'main(task)' in source: source += Path(find_spec('enigma_lab.lab.task').origin).read_text()
     for word in words[1:]:
-        if word.startswith('--'): assert re.search(rf'{word}\b', source), f'no option {word}'
+        if not word.startswith('--'): continue
+        field = word[2:].replace('-', '_') # an argparse option, or a setting of its own
+        assert re.search(rf"{word}\b|\b{field}\s*[:=]", source), f'no option {word}'
 
 def check_make(words):
     targets = {*re.findall(r'(?m)^([a-z]+):', (ROOT/'Makefile').read_text())}
