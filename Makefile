@@ -38,7 +38,7 @@ stale: .venv/ready          ## fails when code has changed since its proof
 tiers: .venv/ready          ## write tests/tiers.txt: what each tier runs
 	pytest -q --collect-only --write-tiers tests
 
-claims: .venv/ready         ## judge the documents' claims again, with fresh measurements: 20 minutes
+claims: .venv/ready         ## judge the documents' claims again, with fresh measurements: 10 minutes
 	python -m enigma_lab.results.claims
 
 docs: .venv/ready           ## build the site and print its path

@@ -108,7 +108,7 @@ def explain(
     error:Exception, # what a command raised
     extra:str, # that installs the command's libraries
 )->str: # one line
-    "Say what went wrong, and what to do where that is known."
+    "Describe what went wrong, and what to do where that is known."
     kind, said = type(error).__name__, str(error).strip()
     if isinstance(error, ModuleNotFoundError) and extra and 'pip install' not in said:
         if not (error.name or '').startswith('enigma_lab'):
@@ -519,7 +519,7 @@ def chat(
 def left_out_words(
     counts:dict, # of `sgdd.train.candidates`, and of what it was cut to
 )->str: # one line
-    "Say which rows of a data set were judged, and why the others were not."
+    "Describe which rows of a data set were evaluated, and why the others were not."
     seen = counts.get('in_training')
     reasons = {'in the training data': seen, **counts['left_out'],
                'too many tokens': counts['too_many_tokens'],
@@ -682,7 +682,7 @@ def print_look(
     state:dict, # what earlier rows said; gets what this one says
     line, # a `lab.progress.StatusLine`
 ):
-    "Print how far a learning is: each look at validation, and between them now and then."
+    "Print how far a learning is: each evaluation, and between them now and then."
     from enigma_lab.lab.progress import is_evaluation, newest_state
     state.update(newest_state([row]))
     if is_evaluation(row): line.say(state)

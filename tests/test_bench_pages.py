@@ -1,5 +1,5 @@
-"Small runs of benchmarks, which take too long for each test of the pages: cells marked `proof`."
-import json, subprocess
+"The order of a page of results; and small runs of benchmarks, in cells marked `proof`."
+import json, re, subprocess
 
 import pytest
 
@@ -23,3 +23,34 @@ def test_the_page_with_its_small_run(page):
     done = subprocess.run(['nbdev_test', '--path', page, '--flags', 'proof'], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0 and 'Success.' in done.stdout, done.stderr[-3000:]
+
+HARNESS = '## How it is measured'
+
+def texts(page):
+    "The cells of a page, and what each says."
+    cells = json.loads(page.read_text(encoding='utf-8'))['cells']
+    return [(cell, ''.join(cell['source'])) for cell in cells]
+
+RESULTS = [page for page in sorted((ROOT/'nbs/bench').glob('*.ipynb'))
+           if any(text.startswith(HARNESS) for _, text in texts(page))]
+
+@pytest.mark.parametrize('page', RESULTS, ids=lambda page: page.stem)
+def test_a_result_opens_with_its_answer_and_ends_with_its_code(page):
+    "After the question comes what a record says; code that is exported comes after all else."
+    cells = texts(page)
+    shown = [(cell, text) for cell, text in cells if cell['cell_type'] == 'markdown'
+             or any('text/markdown' in output.get('data', {}) for output in cell['outputs'])]
+    (_, title), (answer, source) = shown[:2]
+    assert title.startswith('# ') and '\n> ' in title
+    assert answer['cell_type'] == 'code' and 'echo: false' in source
+    assert re.match(r'#\| (exec_doc|proof)\n', source)
+    said = ''.join(answer['outputs'][0]['data']['text/markdown'])
+    assert re.search(r'\d', said) and not re.match('Not measured|[Nn]o record', said)
+    heads = [text.splitlines()[0] for cell, text in cells if cell['cell_type'] == 'markdown']
+    assert heads.index('## How to reproduce') < heads.index(HARNESS)
+    before = cells[:[text.startswith(HARNESS) for _, text in cells].index(True)]
+    # a function that the page shows gets a card, so none stands above
+    assert not any(re.search(r'(?m)^(def|class) [^_]', text) for _, text in before)
+
+def test_most_benchmarks_are_pages_of_results():
+    assert len(RESULTS) >= 20

@@ -102,8 +102,8 @@ def test_measuring_again(tmp_path, monkeypatch, capsys):
         assert claims._outcome(claims.rows[6][-1])[1] == 'holds'
     # verdicts that differ are told
     monkeypatch.setattr(claims, 'measure_again', lambda folder, again: set())
-    verdicts = iter([{1: ('holds', set()), 2: ('holds', set())},
-                     {1: ('holds', set()), 2: ('undecided', {'bench_x'})}])
+    verdicts = iter([{1: ('holds', set(), ''), 2: ('holds', set(), '')},
+                     {1: ('holds', set(), ''), 2: ('undecided', {'bench_x'}, '')}])
     monkeypatch.setattr(claims, 'judge_all', lambda: next(verdicts))
     assert claims.main({}) == [2]
     assert '2 holds: now undecided' in capsys.readouterr().out

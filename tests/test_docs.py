@@ -24,7 +24,7 @@ from nbdev.processors import _do_eval
 from playwright.sync_api import sync_playwright
 
 from enigma_lab.dev.docs import (
-    READMES, build_docs, check_imports, read_sidebar, readme_text, write_readme)
+    READMES, build_docs, check_imports, read_modules, read_sidebar, readme_text, write_readme)
 from enigma_lab.lab.runs import checkout
 
 pytestmark = pytest.mark.proof('dev.docs', 'dev.layout') # the site is built, and a browser reads it
@@ -160,6 +160,27 @@ def test_a_card_documents_its_symbol(tab):
     assert 'class SteppingRotor' in source.locator('pre').inner_text()
     assert '/enigma_lab/machine/rotor.py#L' in card.locator('a.source').get_attribute('href')
 
+def test_the_source_of_a_card_is_its_definition(site):
+    "A name that many modules have leads to the page's own."
+    seen = Counter()
+    for page in read_modules(ROOT/'nbs'):
+        text = (ROOT/'nbs'/page).read_text(encoding='utf-8')
+        own = {name.replace('.', '/') for name in re.findall(
+            r'"#\|\s*(?:default_exp|exports?) ([\w.]+)', text)}
+        html = (site/re.sub(r'(^|/)\d+_', r'\1', page)).with_suffix('.html').read_text()
+        links = r'<a class="source[^>]*href="[^"]*/blob/main/enigma_lab/([^"#]+)[.]py#L(\w+)"'
+        for path, line in re.findall(links, html):
+            source = (ROOT/'enigma_lab'/f'{path}.py').read_text(encoding='utf-8').splitlines()
+            assert path in own, (page, path)
+            assert re.match(r'\s*(async )?(def|class|@)', source[int(line) - 1]), (page, path, line)
+            seen[path] += 1
+    assert len(seen) > 150 and seen['machine/rotor'] > 5
+    links = lambda page, name: {a['href'] for a in BeautifulSoup(
+        (site/page).read_text(), 'html.parser').find_all('a') if a.get_text() == name}
+    assert all('lm/generate' in link for link in links('bench/lm.html', 'generate')) # as imported
+    assert not links('lm/model.html', 'generate') # what transformers has
+    assert links('machine/plugboard.html', 'Plugboard') | links('machine/enigma.html', 'Plugboard')
+
 def test_a_link_between_notebooks_lands(tab):
     tab.visit('machine/plugboard.html')
     tab.locator('article p a', has_text='reversible blocks').first.click()
@@ -181,6 +202,22 @@ def test_dark(tab):
         tab.locator('.theme-toggle:visible').first.click()
         seen.add(colour())
     assert len(seen) == 2
+
+def test_a_plot_is_turned_over_by_night_and_not_on_paper(site, browser):
+    def looks(page, ground, media='screen'):
+        tab = browser.new_page(color_scheme=ground)
+        tab.emulate_media(media=media)
+        tab.goto((site/page).as_uri())
+        seen = tab.locator('div.cell_output img').evaluate_all(
+            'all => all.map(one => [one.alt, getComputedStyle(one).filter])')
+        tab.close()
+        return seen
+    page = 'machine/dropout.html' # a plot, and a picture of black and white
+    night = looks(page, 'dark')
+    named = {any(word in alt for word in ('black', 'white')): how != 'none' for alt, how in night}
+    assert named == {True: False, False: True}
+    for light in (looks(page, 'light'), looks(page, 'dark', 'print')):
+        assert {how for _, how in light} == {'none'}
 
 @pytest.mark.parametrize('tab', ['http'], indirect=True)
 def test_search(tab):
@@ -347,7 +384,11 @@ SteppingRotor -> machine/rotor
 sinkhorn -> machine/sinkhorn
 crack the enigma -> machine/cracking
 EnigmaConfig -> lm/model
-lora -> train_lora|lm/lora
+fine-tune -> guides/finetune_and_chat
+fine-tune with LoRA -> guides/finetune_and_chat
+LoRA or all weights? -> guides/finetune_and_chat
+talk to my model -> guides/finetune_and_chat|apps/chat
+lora -> train_lora|lm/lora|guides/finetune_and_chat
 train a diffusion model of images -> train_ddpm
 train a language model -> guides/your_text|train_enigma
 onnx -> lm/onnx
@@ -398,6 +439,21 @@ def test_sections_fold_and_open_where_the_reader_is(tab):
     assert not other.is_visible()
     sections = tab.locator('.sidebar-tree nav > ul > li > details > summary').all_inner_texts()
     assert sections == ['Guides', 'Ideas', 'Train', 'Results', 'Apps', 'Reference', 'Internals']
+
+def test_benchmarks_stand_in_groups():
+    groups = Counter(around for around, _ in SIDEBAR if 'Benchmarks' in around)
+    assert len(groups) > 5 and max(groups.values()) < 10 and {*map(len, groups)} == {3}
+
+def test_the_code_of_a_result_is_folded_and_a_link_opens_it(tab):
+    tab.visit('bench/rotors.html')
+    code = tab.locator('details.harness')
+    assert code.count() == 1 and tab.locator('#how-to-reproduce').is_visible()
+    assert tab.locator('#limits').is_visible()
+    place = code.locator('section').last
+    assert not place.is_visible()
+    tab.goto(f"{tab.url}#{place.get_attribute('id')}")
+    place.wait_for(state='visible')
+    assert code.evaluate('part => part.open')
 
 
 def tables(html): # each a list of rows of text

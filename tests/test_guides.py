@@ -26,7 +26,7 @@ SIDEBAR = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['webs
 GUIDES, = [item['contents'] for item in SIDEBAR['contents']
            if isinstance(item, dict) and item['section'] == 'Guides']
 NOT_RUN = { # what a command needs -> how many do
-    'the network': 8, 'two machines': 2, 'Slurm': 1, 'a person who ends it': 2, 'a minute': 2}
+    'the network': 8, 'two machines': 2, 'Slurm': 1, 'a person who ends it': 4, 'a minute': 2}
 RUN_OTHERWISE = {'', '5 GPUs', 'a clone'}
 SMALL = [ # what a guide says -> what is run here
     (r' minutes=\d+', ''), (r'\bgpus=5', 'processes=2'),
@@ -170,6 +170,7 @@ Path('another.txt').write_text(novel[:2000])
 Path('book.txt').write_text('\\n'.join(docs[:200])[:60_000])
 Path('sentences.txt').write_text('\\n'.join(texts))
 rows = [dict(instruction=f'Chapter {i}.', input='', output=f'It was {i}.') for i in range(80)]
+Path('asked.txt').write_text('Chapter 3.\\nWhat was it?')
 Path('questions.jsonl').write_text(''.join(json.dumps(row) + '\\n' for row in rows))
 vectors = np.random.default_rng(0).normal(size=(150, 48))
 rows = [dict(text=t, vector=v) for t, v in zip(texts, vectors.tolist())]

@@ -174,7 +174,7 @@ NOTES = dict( # what is said of a model that has no exam
 def about_chat(
     run:str, # name of a run of train_lora; empty: a toy
 )->dict: # 'run', 'voices', 'limit', 'tasks', 'least' share of what it can, 'taught' tasks, 'note'
-    "Say who speaks, what it can do, and what it cannot."
+    "Describe who speaks, what it can do, and what it cannot."
     from enigma_lab.lm.lora import CAN
     voices, found = load_voices(run), find_run(run, 'train_lora') if run else None
     exam = measured(found) if run else {}
@@ -957,7 +957,7 @@ class ChatApp(EnigmaApp):
     def look(self,
         run:str, # name of a run; empty: a toy
     )->dict: # of `about_chat`, and all 'runs'
-        "Say who speaks. Raises ValueError for a model that cannot be loaded."
+        "Describe who speaks. Raises ValueError for a model that cannot be loaded."
         try: about = about_chat(run)
         except OSError as error: raise ValueError(f'no model: {error}') from None
         return dict(about, runs=list(dict.fromkeys([self.about['run'], *tuned_runs()])))

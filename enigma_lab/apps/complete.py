@@ -108,7 +108,7 @@ def piece_row(
     piece:Piece, # n tokens
     logp:Tensor, # (≥ n, V), of each of its tokens
 )->tuple: # its text, its surprise in bits, whether it is known, the five likeliest (label, p)
-    "Say how much a piece surprised the model, and what it expected."
+    "Describe how much a piece surprised the model, and what it expected."
     n = len(piece.tokens)
     bits = -logp[range(n), piece.tokens].sum().item()/math.log(2)
     best, top = logp[0].exp().topk(min(5, logp.shape[1]))

@@ -50,7 +50,7 @@ def gap_of(
 def about(
     run:Run, # of train_maskpro
 )->str: # sentence
-    "Say what a run is."
+    "Describe what a run is."
     c, m = run.config, run.metrics
     split = f" The gap is that of {m['split']} images." if 'gap_recovered' in m else ''
     return (f"Run {run.name}: {c['n']}:{c['m']} masks of a model of {c['dataset']}, learned "
@@ -635,7 +635,7 @@ def masked_runs()->list[str]: # names, the one that opens first before the other
 def is_whole(
     run:Run, # of train_maskpro
 )->bool:
-    "Tell whether a run is finished, and its masks and its dense model are there."
+    "Check whether a run is finished, and its masks and its dense model are there."
     masked = run.finished and (run.path/'learned_masks.safetensors').is_file()
     if not masked or (run.path/'dense').is_dir(): return masked
     try: find_pipeline(run.config['model'])

@@ -256,7 +256,7 @@ def measure_moons(
 def measure_converged(
     run:Run, # an open record
 ):
-    "Measure how near two sides come with five times the updates."
+    "Measure how near two sides come with more updates."
     measure_moons(run, 'converged')
 
 # %% ../../nbs/bench/40_flow.ipynb #dcaaa11d

@@ -785,9 +785,10 @@ def lessons(
                key=lambda row: row['val_exact_match_8'])
     part, m = ('test', tested.metrics) if tested else ('val', mean.metrics)
     return (f"While the rate is high, the average of the weights is ahead of the weights of the "
-        f"moment: {score(first)} and {score(first, 'live_')} exact at the first look of K = 4. "
-        f"When the rate has fallen they are alike, {score(last)} and {score(last, 'live_')}. The "
-        f"record before compared with all tokens in the last part of its time: {score(best)} at "
+        f"moment: {score(first)} and {score(first, 'live_')} exact at the first look of the last "
+        f"training of K = 4. When the rate "
+        f"has fallen they are alike, {score(last)} and {score(last, 'live_')}. The "
+        f"record before used the full softmax in the last part of its time: {score(best)} at "
         f"its best look, {score(was)} at its last. The new one keeps the sample to the end, and "
         f"has more noised questions; what either change is worth alone was not measured. K = 1 is "
         f"of the older recipe and had {spent(mean)/60:.0f} CPU minutes, K = 4 had "

@@ -113,10 +113,11 @@ def measure_memory(
     "Measure peak memory: each engine at each depth, ours at the deepest, too."
     c = run.config
     for depth in c['depths']:
-        for name in [*c['engines'], *COMPILED]:
+        for name in [*c['engines'], *c['compiled']]:
             once(run, lambda: dict(mib=in_process(name=name, depth=depth)), case='memory',
                  engine=name, depth=depth)
     for name in ('ours', 'ours, exact') if c['deepest'] else ():
+        if name not in c['engines']: continue
         once(run, lambda: dict(mib=in_process(name=name, depth=c['deepest'], steps=1)),
              case='memory', engine=name, depth=c['deepest'])
 
@@ -150,10 +151,16 @@ def main(
                         help='few and short measurements, to see that it works')
     parser.add_argument('--resume', default='', help='go on with an unfinished run')
     parser.add_argument('--parts', nargs='+', default=PARTS, choices=PARTS)
+    parser.add_argument('--engines', nargs='+', choices=[*FULL['engines'], *COMPILED],
+                        help='measure these alone; without it, all')
+    parser.add_argument('--deepest', type=int, help='blocks of the longest chain; 0: none')
     given = parser.parse_args(arguments)
-    size = SMALL if given.small else FULL
-    engines = {name: version for name, version in installed().items() if name in size['engines']}
-    config = dict(size, parts=given.parts, engines=engines)
+    size = dict(SMALL if given.small else FULL)
+    if given.deepest is not None: size['deepest'] = given.deepest
+    chosen = given.engines or [*size['engines'], *COMPILED]
+    engines = {name: version for name, version in installed().items() if name in chosen}
+    config = dict(size, parts=given.parts, engines=engines,
+                  compiled=[name for name in COMPILED if name in chosen])
     run = open_record('bench_reversible', config, given.resume)
     torch.set_num_threads(1)
     for part in run.config['parts']:
@@ -191,7 +198,7 @@ def memory_table(
     rows = rows_of(run, 'memory')
     if not len(rows): return rows
     table = rows.pivot(index='engine', columns='depth', values='mib')
-    return table.reindex([*run.config['engines'], *COMPILED]).round(1)
+    return table.reindex([*run.config['engines'], *run.config.get('compiled', COMPILED)]).round(1)
 
 # %% ../../nbs/bench/10_reversible.ipynb #aaf0c4e5
 def time_table(
@@ -220,7 +227,7 @@ def summary(
     "Collect the numbers a claim may name."
     found, memory = {}, memory_table(run)
     behaviour, times = behaviour_table(run), time_table(run)
-    for name in [*run.config['engines'], *COMPILED]:
+    for name in [*run.config['engines'], *run.config.get('compiled', COMPILED)]:
         if len(behaviour) and name in behaviour:
             found[f'{_label(name)}_right_share'] = float((behaviour[name] == 'right').mean())
         if len(memory) and name in memory.index: found |= _memory_numbers(run, memory, name)

@@ -378,9 +378,11 @@ def read_lines(
     for run in runs:
         for name in LABELS:
             recipe = run.metrics.get(f'{name}_recipe')
-            if recipe: lines[name] = [
-                row for row in run.history if row['part'] == 'validation'
-                and ' '.join(map(str, row['recipe'].values())) == recipe]
+            if not recipe: continue
+            rows = [row for row in run.history if row['part'] == 'validation'
+                    and ' '.join(map(str, row['recipe'].values())) == recipe]
+            by_seed = {row['seed']: row for row in reversed(rows)} # of two trainings the first
+            lines[name] = [by_seed[seed] for seed in sorted(by_seed)] # rows of a seed are paired
     return lines
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_ms', 'compare_times', 'newest_run', 'open_record', 'once', 'alternate', 'UpdateClock', 'high_water',
-           'look_at_load', 'busy']
+           'look_at_load', 'busy', 'plot_points']
 
 # %% ../../nbs/bench/01_timing.ipynb #7b76a12e
 import json, os, statistics, time
@@ -186,3 +186,28 @@ def busy(
         if j < len(lines) and lines[j].get('beside') == before.get('beside'): ends.append(lines[j])
         if any(look['loaded'] for look in ends): return True
     return False
+
+# %% ../../nbs/bench/01_timing.ipynb #631fa2b5
+def plot_points(
+    rows:dict, # name -> a number, or (number, from, to)
+    label:str, # of the axis, with its unit
+    log:bool=False, # whether the axis is logarithmic
+    mark:float|None=None, # a line at this number; `None`: no line
+): # axes
+    "Plot a number for each name, from top to bottom."
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    ax = plt.subplots(figsize=(5.6, .24*len(rows) + .7))[1]
+    if mark is not None: ax.axvline(mark, color='.6', lw=1)
+    for i, (name, value) in enumerate(rows.items()):
+        middle, *ends = value if isinstance(value, tuple) else (value,)
+        if ends: ax.plot(ends, [i, i], color='C0', lw=2)
+        ax.plot(middle, i, 'o', color='C0', ms=4)
+    ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel=label, ylim=(len(rows) - .4, -.6))
+    ax.tick_params(axis='y', labelsize=8)
+    if log:
+        ax.set_xscale('log')
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:g}'))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    return ax

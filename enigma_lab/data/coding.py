@@ -157,7 +157,7 @@ def bytes_whole(
 
 # %% ../../nbs/data/60_coding.ipynb #0e9ee915
 def build_stamp()->str: # one line
-    "Say what decides a model's last bits here: torch, instructions, threads, and the coder."
+    "Describe what decides a model's last bits here: torch, instructions, threads, and the coder."
     import torch
     n = torch.get_num_threads()
     return (f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}, "

@@ -19,7 +19,7 @@ from .text import builtin_documents
 def word_split(
     word:str, # small letters
 )->str: # 'train' (four fifths), 'validation' or 'test'
-    "Tell where a word belongs: a property of the word alone."
+    "Return where a word belongs: a property of the word alone."
     digit = hashlib.sha256(f'word {word}'.encode()).digest()[0]
     return 'train' if digit < 205 else 'validation' if digit < 230 else 'test'
 

@@ -191,7 +191,7 @@ def fixed_batches(
     num_steps:int=200, # T
     seed:int=123, # of times and noise
 )->list[Noised]: # the same for every model; pass after pass, each in the images' order
-    "Draw batches to judge by, paired across models."
+    "Draw batches for an evaluation, paired across models."
     if min(repeats, size) < 1:
         raise ValueError(f"repeats and size must be at least 1, got {repeats} and {size}")
     g = torch.Generator().manual_seed(seed)

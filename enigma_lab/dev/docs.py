@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['VERBS', 'LONG_CELLS', 'READMES', 'Definition', 'read_definitions', 'module_definitions', 'find_definitions',
            'SymbolCard', 'public_methods', 'Complaint', 'check_api', 'public_symbols', 'process_notebooks',
-           'read_modules', 'check_title', 'check_imports', 'count_lines', 'find_long_cells', 'check_links',
-           'find_refused_pages', 'card_label', 'Links', 'card_text', 'card_name', 'in_order', 'read_statements',
-           'add_example', 'front_matter', 'translate', 'sphinx_config', 'write_source', 'loose_ends', 'check_place',
-           'build_docs', 'readme_text', 'write_readme', 'main']
+           'read_modules', 'full_name', 'imported_names', 'check_title', 'check_imports', 'count_lines',
+           'find_long_cells', 'check_links', 'find_refused_pages', 'card_label', 'Links', 'card_text', 'card_name',
+           'in_order', 'read_statements', 'add_example', 'front_matter', 'translate', 'sphinx_config', 'write_source',
+           'loose_ends', 'check_place', 'build_docs', 'readme_text', 'write_readme', 'main']
 
 # %% ../../nbs/dev/10_docs.ipynb #b6e88a36
-import ast, inspect, json, pkgutil, posixpath, re, shutil, subprocess, sys
+import ast, inspect, json, os, pkgutil, posixpath, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from inspect import Parameter, formatannotation, isclass
 from io import StringIO
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import dedent, wrap
@@ -238,6 +239,15 @@ def _table(sym):
     if not errors and not returned and not any(text for _, text in rows): return ''
     return '\n'.join(['| parameter | type | meaning |', '|---|---|---|', *lines, *errors])
 
+# %% ../../nbs/dev/10_docs.ipynb #c1d6d45e
+def _source_url(sym):
+    "Where a symbol's definition stands on the web; '' where it has none."
+    from nbdev.doclinks import NbdevLookup
+    module = _PAGE if sym.__module__ == '__main__' else sym.__module__ # of a cell that was run
+    found = NbdevLookup()[f'{module}.{sym.__qualname__}']
+    definitions = find_definitions(sym)
+    return f'{found[2]}#L{definitions[0].node.lineno}' if found and definitions else ''
+
 # %% ../../nbs/dev/10_docs.ipynb #7e36ba3d
 class SymbolCard:
     "Show a symbol in the docs: its name, its docstring, its parameters, its errors, its methods."
@@ -250,9 +260,8 @@ class SymbolCard:
         self.name, self.title_level = name or self.sym.__qualname__, title_level
 
     def _repr_markdown_(self):
-        from nbdev.doclinks import NbdevLookup
         call = f'```python\n{_signature(self.sym, self.name)}\n```' if self.is_call else ''
-        source = NbdevLookup().code(self.name)
+        source = _source_url(self.sym)
         link = f'<a class="source" href="{source}">source</a>' if source else ''
         parts = [f"{'#'*self.title_level} `{self.name}`", link, call, _doc(self.sym),
                  _table(self.sym)]
@@ -383,13 +392,22 @@ def read_modules(
 
 # %% ../../nbs/dev/10_docs.ipynb #f110dbb5
 def _each_alone(function, jobs, **_):
-    "Call a function once for each job, one after the other, each in a process of its own."
+    "Call a function once for each job, each in a process of its own, one for every core."
     context = get_context('fork' if sys.platform == 'linux' else 'spawn')
+    running = {}
     for job in jobs:
+        if len(running) == (os.cpu_count() or 1): _end_some(running)
         process = context.Process(target=_process_one, args=(function, job))
         process.start()
+        running[process.sentinel] = process, job[0]
+    while running: _end_some(running)
+
+def _end_some(running):
+    "Wait for one or more of the processes; the build ends where one has failed."
+    for sentinel in wait([*running]):
+        process, notebook = running.pop(sentinel)
         process.join()
-        if process.exitcode: sys.exit(f"nbdev must process {job[0]}, and it failed: see above")
+        if process.exitcode: sys.exit(f"nbdev must process {notebook}, and it failed: see above")
 
 def _process_one(function, job):
     "Process one notebook, with cards of our making."
@@ -399,7 +417,48 @@ def _process_one(function, job):
     config['renderer'] = f'{__name__}.SymbolCard'
     notebook = job[0].resolve().relative_to(config.nbs_path.resolve()).as_posix()
     _PAGE = f"{config.lib_name}.{read_modules(config.nbs_path).get(notebook, '')}"
+    _look_up_for(_PAGE, imported_names(job[0]))
     function(job)
+
+# %% ../../nbs/dev/10_docs.ipynb #efd549c4
+def full_name(
+    name:str, # in a text, such as 'SteppingRotor.inverse'
+    page:str, # the page's module, such as 'enigma_lab.machine.rotor'
+    imported:dict, # name -> the module from which the page imports it
+    homes:dict, # name -> the modules of the library that define it
+)->str: # with its module; '' where it means no symbol
+    "Find the symbol that a name on a page means."
+    found = homes.get(name, ())
+    if page in found: return f'{page}.{name}'
+    origin = imported.get(name.partition('.')[0])
+    if origin: return f'{origin}.{name}'
+    return f'{found[0]}.{name}' if len(found) == 1 and re.search(r'[A-Z_.\d]', name) else ''
+
+def imported_names(
+    path:Path, # a notebook
+)->dict: # name -> module
+    "Read what a notebook's cells import from modules."
+    found, cells = {}, json.loads(path.read_text(encoding='utf-8'))['cells']
+    for cell in cells:
+        if cell['cell_type'] != 'code': continue
+        try: tree = ast.parse(''.join(cell['source']))
+        except SyntaxError: continue # a line of a shell
+        found |= {part.asname or part.name: node.module for node in ast.walk(tree)
+                  if isinstance(node, ast.ImportFrom) for part in node.names}
+    return found
+
+# %% ../../nbs/dev/10_docs.ipynb #80f01562
+def _look_up_for(page, imported):
+    "Let nbdev's lookup understand names as a page means them."
+    from nbdev.doclinks import NbdevLookup
+    entries = NbdevLookup().entries
+    homes = {}
+    for module, names in entries['enigma_lab']['syms'].items():
+        for name in names: homes.setdefault(name.removeprefix(f'{module}.'), []).append(module)
+    def look_up(self, name):
+        whole = name.partition('.')[0] in entries
+        return self.syms.get(name if whole else full_name(name, page, imported, homes))
+    NbdevLookup.__getitem__ = look_up
 
 # %% ../../nbs/dev/10_docs.ipynb #e77ecbe9
 def check_title(
@@ -701,7 +760,9 @@ def sphinx_config(
         myst_enable_extensions=['dollarmath', 'amsmath', 'attrs_block', 'html_image'],
         copybutton_prompt_text=r'>>> |\.\.\. |\$ ', copybutton_prompt_is_regexp=True)
     lines = [f'{key} = {value!r}\n' for key, value in config.items()]
-    return ''.join([*lines, "html_search_scorer = __file__.replace('conf.py', 'search.js')\n"])
+    return ''.join([*lines, "html_search_scorer = __file__.replace('conf.py', 'search.js')\n",
+                    'from enigma_lab.dev.layout import fold_harness\n',
+                    "def setup(app): app.connect('doctree-read', fold_harness, priority=100)\n"])
 
 # %% ../../nbs/dev/10_docs.ipynb #1c0becc6
 def write_source(
@@ -853,7 +914,7 @@ def build_docs(
 # %% ../../nbs/dev/10_docs.ipynb #6093aa8d
 def _run_sphinx(source, site, cwd):
     "Build, without a warning and without a loose end."
-    options = '-q', '-W', '--keep-going', '-d', source.parent/'doctrees'
+    options = '-q', '-W', '--keep-going', '-j', 'auto', '-d', source.parent/'doctrees'
     _run('the site must build without a warning', '-m', 'sphinx', *options, source, site, cwd=cwd)
     if ends := loose_ends(site):
         raise ValueError('every link of the site must lead somewhere on it:\n' + '\n'.join(ends))

@@ -40,7 +40,9 @@ def headline(
     env = run.env
     code = (env.get('git_sha') or 'unknown')[:7] + ' with changes'*bool(env.get('git_dirty'))
     devices = ', '.join(env.get('devices') or ['cpu']).replace('cpu', env.get('cpu') or 'cpu')
-    return (f"The record `{run.name}`: {env['wall_s']:,.0f} seconds on {devices}, "
+    learning = run.metrics.get('train_wall_s')
+    parts = f", {learning:,.0f} of them learning" if learning else ''
+    return (f"The record `{run.name}`: {env['wall_s']:,.0f} seconds on {devices}{parts}; "
             f"code of commit {code}.")
 
 def number(
@@ -64,7 +66,8 @@ def kept_picture(
 ): # shown by a notebook
     "Show the samples that a run has drawn, or that its showcase has."
     from IPython.display import Image
-    places = [run.path, runs_root()/'showcase'/run.path.parent.name]
+    kind = run.path.parent.name
+    places = [run.path, *(runs_root()/'showcase'/n for n in (kind, kind.removeprefix('train_')))]
     return next((Image(path/'figures'/'samples.png', alt=f'samples of {run.name}')
                  for path in places if (path/'figures'/'samples.png').is_file()), None)
 
@@ -88,8 +91,11 @@ def continued(
     model, tokenizer = (auto.from_pretrained(shown.checkpoint)
                         for auto in (AutoModelForCausalLM, AutoTokenizer))
     pieces = stream(model.eval(), tokenizer, prompt, max_new_tokens=240, temperature=.6, seed=0)
-    return (f'{shown.name}, temperature 0.6, from {prompt!r}:\n\n' + prompt + ''.join(pieces))
+    return (f"Another model wrote this: {shown.name}, {shown.metrics['parameters']:,} parameters, "
+            f"machine={shown.config['machine']!r};\n"
+            f'temperature 0.6, from {prompt!r}:\n\n' + prompt + ''.join(pieces))
 
+# %% ../../nbs/dev/12_records.ipynb #8c33c448
 def answered(
     run:Run, # of `train_lora`, unused: its checkpoint is not committed
 )->str: # text; empty without the showcase
@@ -106,7 +112,9 @@ def answered(
                                  max_new_tokens=40, temperature=0)) for ask in says]
     lines = [f"> {ask}\n{answer}   (wanted: {row['output']})"
              for ask, answer, row in zip(says, told, rows)]
-    return f'{shown.name}:\n\n' + '\n'.join(lines)
+    share = shown.metrics['test_exact_all']
+    return (f'Another adapter wrote this: {shown.name}, {share:.3f} of its test exact\n\n'
+            + '\n'.join(lines))
 
 # %% ../../nbs/dev/12_records.ipynb #601a9d06
 _bits = {name: f'test_{name}_bits_per_char' for name in ('gzip', 'bz2', 'xz', 'ppmd5')}
@@ -132,7 +140,7 @@ PAGES = dict(
          'weights that learn': 'parameters_trainable'} | _size, kept_sentences),
     train_ddpm=TrainingPage('', 'val_mse', 'squared error of the noise',
         {'squared error of the noise, unseen images': 'val_mse'} | _size, kept_picture),
-    train_maskpro=TrainingPage('', 'val_loss', 'squared error of the noise',
+    train_maskpro=TrainingPage('20261125-151840', 'val_loss', 'squared error of the noise',
         {'loss of the dense model': 'dense_loss', 'of the initial mask': 'initial_loss',
          'of the learned mask': 'learned_loss',
          'share of the gap that is won back': 'gap_recovered',

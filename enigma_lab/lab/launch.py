@@ -114,12 +114,12 @@ def tell(
 
 # %% ../../nbs/lab/20_launch.ipynb #34be46ac
 def is_notebook()->bool: # False in scripts
-    "Tell whether this is the kernel of a notebook."
+    "Check whether this is the kernel of a notebook."
     python = sys.modules.get('IPython')
     return python is not None and python.get_ipython() is not None
 
 def has_accelerator()->bool: # True: accelerate has decided who this process is
-    "Tell whether an `Accelerator`, or what stands behind it, was made here."
+    "Check whether an `Accelerator`, or what stands behind it, was made here."
     state = sys.modules.get('accelerate.state')
     return state is not None and bool(state.PartialState._shared_state)
 
@@ -313,7 +313,7 @@ def readable(
     error:Exception, # of a launcher
     world:int, # processes
 )->Exception: # with the traceback of the process that failed first
-    "Say which process failed, and how."
+    "Describe which process failed, and how."
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     if not isinstance(error, ChildFailedError): return error
     number, failure = error.get_first_failure()

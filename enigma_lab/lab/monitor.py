@@ -76,7 +76,7 @@ class RunStatus:
 
     @property
     def over(self)->bool: # whether nothing more will come
-        "Tell whether the run has ended."
+        "Check whether the run has ended."
         return self.state not in ('running', 'stalled')
 
 # %% ../../nbs/lab/47_monitor.ipynb #0fccb881
@@ -126,7 +126,7 @@ def speed(
 def process_state(
     env:dict, # of a record
 )->str: # 'alive' | 'halted' | 'gone' | 'unknown', e.g. on another machine
-    "Tell what became of the process of a run."
+    "Return what became of the process of a run."
     pid, began = env.get('pid'), env.get('pid_started')
     if not (pid and began) or env.get('host') != platform.node(): return 'unknown'
     now = process_began(pid)
@@ -159,7 +159,7 @@ class Signs:
 
     @property
     def between(self)->str: # a clause; empty: it should write rows
-        "Say why a run need not write rows now."
+        "Describe why a run need not write rows now."
         if self.pace_s is None: return 'its pace is not known yet'
         return 'after its last update' if self.progress >= 1 else ''
 
@@ -170,7 +170,7 @@ def judge_silence(
     signs:Signs, # of a run whose process is not known to be gone
     patience:float=30., # seconds
 )->tuple[str,str]: # 'running' or 'stalled'; why
-    "Tell whether a run gets on."
+    "Check whether a run gets on."
     s, quiet = signs, age_text(signs.quiet_s)
     if s.process == 'halted': return 'stalled', 'its process is halted'
     if s.process == 'unknown' and s.beat_s is not None and s.beat_s > patience:
@@ -188,7 +188,7 @@ def judge_run(
     signs:Signs, # of life
     patience:float=30., # seconds
 )->tuple[str,str]: # one of `STATES`; why
-    "Tell what became of a run that has no result."
+    "Return what became of a run that has no result."
     if 'stopped' in env:
         step = env.get('stopped_step')
         return 'stopped', f"by {env['stopped']}" + f' after step {step}'*(step is not None)
@@ -258,7 +258,7 @@ class Sight:
     def age(self,
         files:tuple[Path,...], # of which the newest counts
     )->float|None: # seconds; `None`: there is none of them
-        "Tell how long ago files changed."
+        "Return how long ago files changed."
         stats = []
         for file in files:
             try: stat = file.stat()
@@ -313,7 +313,7 @@ class Watcher:
 def computes(self:Watcher,
     pid:int, # of a process on this machine
 )->bool: # True, too, at the first look
-    "Tell whether a process has used the processor since the last look."
+    "Check whether a process has used the processor since the last call."
     from enigma_lab.lab.sensors import process_load, process_tree
     now, before = process_load(process_tree(pid))['cpu_s'], self.spent.get(pid, -1.)
     self.spent[pid] = now
@@ -325,7 +325,7 @@ def unfinished(
     run:Run, # without a result
     status:RunStatus, # gets what is found
 ):
-    "Read and judge a run that has no result."
+    "Read a run that has no result, and decide its state."
     rows, status.broken = history_ends(run.path/'history.jsonl')
     told = {k: v for row in rows for k, v in row.items() if v is not None}
     status.numbers = renamed(told, run.aliases)
@@ -343,7 +343,7 @@ def read_status(
     watcher:Watcher, # that looks
     run:Run, # any
 )->RunStatus: # 'unreadable' where its record is damaged
-    "Read and judge a run."
+    "Read a run and decide its state."
     below = run.path.is_relative_to(watcher.root)
     name = run.path.relative_to(watcher.root).as_posix() if below else reference(run)
     status = RunStatus(name, run.path)
@@ -402,7 +402,7 @@ def totals_text(
     found:list[RunStatus], # of `look_at_runs`
     broken:int=0, # packed lines that could not be read
 )->str: # one line
-    "Say how many runs there are, and what they took."
+    "Describe how many runs there are, and what they took."
     total = totals(found)
     parts = [f'{total[state]} {state}' for state in STATES if state in total]
     if broken: parts.append(f'{broken} packed lines unreadable')
@@ -427,7 +427,7 @@ def checkpoints_of(
 def best_look(
     rows:list[dict], # of a history
 )->dict: # 'step', 'value', 'key'; empty where nothing was looked at
-    "Find the best look at validation."
+    "Find the best evaluation."
     measure = next((r['measure'] for r in rows if isinstance(r.get('measure'), dict)), {})
     keys = [f"val_{measure['loss']}"] if 'loss' in measure else [
         'val_nll_nats', 'val_mse', 'val_denoising_nats', 'val_loss']
@@ -440,7 +440,7 @@ def best_text(
     run:Run, # any
     rows:list[dict], # its history
 )->str: # one line; empty where nothing was looked at
-    "Say which model is the best so far, and when it was saved."
+    "Describe which model is the best so far, and when it was saved."
     best = best_look(rows)
     if not best: return ''
     saved = checkpoints_of(run).get(best['step'])

@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 NS_COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 def has_bfloat16()->bool: # False: it would be emulated
-    "Tell whether the processor multiplies matrices of bfloat16."
+    "Check whether the processor multiplies matrices of bfloat16."
     can = torch.cpu.get_capabilities()
     return any(can.get(name) for name in ('amx_bf16', 'avx512_bf16', 'bf16'))
 

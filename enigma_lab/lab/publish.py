@@ -15,7 +15,7 @@ from .runs import Run, find_model, read_json
 def model_kind(
     run:Run, # a record, or the folder of a model
 )->str: # 'sentences' | 'vectors' | 'adapter' | 'masks' | 'pipeline' | 'language' | 'model'
-    "Tell what kind of model a run has."
+    "Return what kind of model a run has."
     has = lambda name: (run.checkpoint/name).is_file()
     if has('adapter_config.json'): return 'adapter'
     if has('model_index.json'):

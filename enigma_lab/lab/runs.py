@@ -112,11 +112,11 @@ def device_names()->list[str]: # empty on the CPU
     return names[:count] + ['CUDA device']*(count - len(names))
 
 def load_average()->list|None: # over 1, 5 and 15 minutes; `None`: not known here
-    "Tell how many processes want to run."
+    "Return how many processes want to run."
     return list(os.getloadavg()) if hasattr(os, 'getloadavg') else None
 
 def environment()->dict: # ready for env.json
-    "Tell what a run depends on beside its config."
+    "Return what a run depends on beside its config."
     import torch
     here = checkout(Path(enigma_lab.__file__).parent) or Path('.')
     changes = _output('git', 'status', '--porcelain', '--untracked-files=no', cwd=here)
@@ -275,7 +275,7 @@ class Run(RunReader, RunWriter):
 
     @property
     def finished(self)->bool:
-        "Tell whether the run has a result."
+        "Check whether the run has a result."
         return (self.path/'metrics.json').is_file()
 
     def part(self,
@@ -311,7 +311,7 @@ def new_run_dir(
 def process_began(
     pid:int, # of a process on this machine
 )->float|None: # seconds since 1970; `None`: there is none, or it cannot be known
-    "Tell when a process began: a number is used again, the pair is not."
+    "Return when a process began: a number is used again, the pair is not."
     try: import psutil
     except ImportError: return None
     try: return psutil.Process(pid).create_time()
@@ -649,7 +649,7 @@ HEADLINES = dict( # a metric -> what a table calls it; a run's first two are sho
 def headlines(
     metrics:dict, # of a run
 )->list[str]: # at most two, e.g. '1.23 bpc'
-    "Say the numbers of a run that matter most."
+    "Format the numbers of a run that matter most."
     found = [(metrics[key], word) for key, word in HEADLINES.items() if key in metrics]
     numbers = [(x, word) for x, word in found if isinstance(x, (int, float))]
     return [f'{x:.3g} {word}' for x, word in numbers[:2]]
@@ -658,7 +658,7 @@ def headlines(
 def run_state(
     run:Run, # any
 )->str: # 'finished', 'running', 'running?' or 'stopped'
-    "Tell whether a run is over, at work, or neither; of other machines, by the age of its files."
+    "Check whether a run is over, at work, or neither; of other machines, by the age of its files."
     if run.finished: return 'finished'
     env = run.env
     # 'wall_s' is written by `finish_run`, which did not come to the metrics
@@ -672,7 +672,7 @@ def run_state(
 def age_text(
     seconds:float, # a duration
 )->str: # in the largest unit of which there are two or more, e.g. '3 h'
-    "Say how long ago something was."
+    "Describe how long ago something was."
     units = dict(d=86400, h=3600, min=60)
     return next((f'{int(seconds//n)} {u}' for u, n in units.items() if seconds >= 2*n),
         f'{max(0, int(seconds))} s')

@@ -26,7 +26,7 @@ def is_kernel(
 def why_not(
     status:RunStatus, # of a run
 )->str: # a clause; empty: it can be stopped from here
-    "Tell why a run cannot be stopped from here."
+    "Return why a run cannot be stopped from here."
     if status.over: return f"it is {status.state}{status.why and ', ' + status.why}"
     env = status.env
     state = process_state(env)
@@ -61,7 +61,7 @@ def has_stopped(
     run:Run, # that was asked
     env:dict, # of its record, when it was asked
 )->bool: # whether it is over
-    "Tell whether a run that was asked to stop is over, and note it where it did not."
+    "Check whether a run that was asked to stop is over, and note it where it did not."
     now = run.env
     if run.finished or 'stopped' in now: return True
     if process_state(env) != 'gone': return False
@@ -72,7 +72,7 @@ def outcome(
     run:Run, # that was asked
     name:str, # as it is listed
 )->str: # a sentence
-    "Say how a run ended, and where it goes on."
+    "Describe how a run ended, and where it goes on."
     env, saved = run.env, checkpoints_of(run)
     if run.finished: return f'{name} has finished; it was at its end'
     if 'stopped' not in env: return f'{name} has been asked to stop, and is still at work'
@@ -105,7 +105,7 @@ def descends(
     pid:int, # of a process on this machine
     ancestor:int, # of another, or the same
 )->bool: # whether one has started the other, perhaps by others
-    "Tell whether a process is another's descendant."
+    "Check whether a process is another's descendant."
     import psutil
     try: return ancestor in [pid, *(p.pid for p in psutil.Process(pid).parents())]
     except psutil.Error: return False

@@ -130,7 +130,7 @@ STOPPED = '-stopped' # behind the name of a trial: the attempt that it goes on f
 def can_resume(
     task:str, # a notebook's path or 'module:function'
 )->bool: # whether it has a parameter `resume`
-    "Tell whether a task can go on with an interrupted run."
+    "Check whether a task can go on with an interrupted run."
     if task.endswith('.ipynb'):
         from enigma_lab.lab.notebooks import notebook_parameters
         return 'resume' in notebook_parameters(task)

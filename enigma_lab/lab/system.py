@@ -23,7 +23,7 @@ def peak_memory()->float: # MiB, of this process since its start
 def process_exists(
     pid:int, # of a process on this machine
 )->bool: # a number is used again some day: `lab.runs.process_began` tells whose it is
-    "Tell whether there is such a process."
+    "Check whether there is such a process."
     import psutil
     return psutil.pid_exists(pid)
 

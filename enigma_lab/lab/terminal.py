@@ -47,14 +47,14 @@ def fixed(
 def age_of(
     status:RunStatus, # of a run
 )->str: # since it was begun; empty where that is not known
-    "Say how old a run is."
+    "Describe how old a run is."
     began = status.env.get('started')
     return age_text(time.time() - began) if isinstance(began, (int, float)) else ''
 
 def result_text(
     status:RunStatus, # of a run
 )->str: # its two main numbers, or why it is not at work
-    "Say what came out of a run."
+    "Describe what came out of a run."
     if status.state == 'finished': return ', '.join(headlines(status.numbers))
     return status.why
 
@@ -116,7 +116,7 @@ def run_table(
 def machine_lines(
     room:int, # columns of the terminal
 )->list[str]: # of this machine; a line for each GPU
-    "Say how busy this machine is."
+    "Describe how busy this machine is."
     load = machine_load()
     gpus = [str(gpu) for gpu in gpu_loads()]
     return [f"CPU {load['cpu']:.0f} % of {load['cores']} cores · memory "
@@ -157,7 +157,7 @@ def spark_line(
 def checkpoint_text(
     checkpoints:dict, # step -> when it was complete
 )->str: # the newest; empty where there is none
-    "Say when the newest checkpoint was saved."
+    "Describe when the newest checkpoint was saved."
     if not checkpoints: return ''
     step = max(checkpoints)
     return f'step {step:,}, saved {age_text(time.time() - checkpoints[step])} ago'
@@ -166,7 +166,7 @@ def checkpoint_text(
 def facts_of(
     d:Details, # of a run
 )->dict[str,str]: # what is known, by a word for it; what is not is left out
-    "Say the numbers of a run."
+    "Format the numbers of a run."
     s, (rate, counted), (b, unit) = d.status, speed(d.status), bits_of(d.status)
     value, of = validation_loss(s)
     spent = s.number('wall_s', 'train_wall_s')

@@ -53,7 +53,7 @@ class Copying:
     def give_up(self,
         error:Exception, # what was raised
     ):
-        "Tell why the copying ends."
+        "Return why the copying ends."
         _warn(f"{self.kind} failed and is off, the run goes on".lstrip(), error)
         with suppress(OSError):
             if self.told: self.told(self.step, _reason(error))
@@ -105,7 +105,7 @@ class Tracker(Writer):
 # %% ../../nbs/lab/22_trackers.ipynb #bbec2b0a
 @dataclass(frozen=True)
 class Place:
-    "Say where a tracker keeps a run."
+    "Describe where a tracker keeps a run."
     run:Run # the record, whose config is copied
     project:str # what runs are grouped by
     name:str # the name shown
@@ -245,7 +245,7 @@ class Trackers:
 
     @property
     def on(self)->bool: # while one of them works
-        "Tell whether anything is copied."
+        "Check whether anything is copied."
         return any(tracker.on for tracker in self.each)
 
     def log(self,

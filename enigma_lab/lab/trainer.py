@@ -134,7 +134,7 @@ class Recorder(LogReader):
     def __init__(self,
         run:Run, # an open record
         clock:Clock, # the budget
-        show=None, # called with the history after each look at validation
+        show=None, # called with the history after each evaluation
         tracker=None, # from `open_tracker`, which gets a copy
         measure:Measure=Measure(), # the loss, and what is counted
     ):
@@ -161,7 +161,7 @@ def is_enough(
     stop_ppl:float, # perplexity that is enough; 0: none is
     stop_loss:float, # loss below which it is enough, in the task's unit; 0: none is
 )->bool: # whether to stop
-    "Tell whether validation is good enough."
+    "Check whether validation is good enough."
     return bool(stop_ppl and math.exp(min(50, loss)) <= stop_ppl
                 or stop_loss and loss < stop_loss)
 
@@ -262,7 +262,7 @@ def listening(
 def is_out_of_memory(
     error:Exception, # any
 )->bool: # whether memory was missing, on a device or not
-    "Tell whether an error says that there was not enough memory."
+    "Check whether an error says that there was not enough memory."
     text = str(error).lower()
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'out of memory' in text
             or "can't allocate memory" in text)
@@ -271,7 +271,7 @@ def memory_text(
     c:TrainingConfig, # with the batch
     step:int, # of the update
 )->str: # a sentence or two
-    "Say where memory ran out and what helps."
+    "Describe where memory ran out and what helps."
     half = max(1, c.batch_size // 2)
     more = c.accumulation*c.batch_size // half
     knobs = [f'batch_size={half} with gradient_accumulation_steps={more} (the same update)']
@@ -286,7 +286,7 @@ def helped(
     config:TrainingConfig, # with the batch
     step:int, # of the update
 ):
-    "Say what helps where memory runs out."
+    "Describe what helps where memory runs out."
     try: yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error): raise
@@ -446,7 +446,7 @@ class RecordingTrainer(CarefulTrainer):
         else: super()._run_epoch(**kwargs)
 
     def _load_best_model(self):
-        "Load the best model, after a look whether it is still what was saved."
+        "Load the best model, after a check that it is still what was saved."
         best = Path(self.state.best_model_checkpoint)
         wrong = [] if rank() else damaged_files(best) # sealed by rank 0
         if wrong:
@@ -518,7 +518,7 @@ def make_trainer(
     config:TrainingConfig, # what to do
     model:nn.Module, # `forward(**batch)` gives a loss
     train:Dataset, # windows
-    validation:Dataset, # windows, of which `eval_windows` are looked at
+    validation:Dataset, # windows, of which `eval_windows` are used
     clock:Clock, # the budget
     callbacks:list, # transformers' TrainerCallback
 )->RecordingTrainer: # that says nothing itself
@@ -556,9 +556,9 @@ def fit(
     config:TrainingConfig, # what to do
     model:nn.Module, # `forward(**batch)` gives a loss
     train:Dataset, # windows
-    validation:Dataset, # windows, of which `eval_windows` are looked at
+    validation:Dataset, # windows, of which `eval_windows` are used
     origin:tuple[Run,Path]|None=None, # from `resume_from`
-    show=None, # called with the history after each look at validation
+    show=None, # called with the history after each evaluation
     callbacks:tuple=(), # more of transformers' TrainerCallback
     measure:Measure=Measure(), # the loss, and what is counted
 )->RecordingTrainer: # its model is the best by validation

@@ -58,7 +58,7 @@ def kind_of(self:Followed,
     args:tuple, # its arguments
     kwargs:dict, # those by name
 )->str: # what its result is: 'weight', 'input' or neither, ''
-    "Tell what an operation makes of the weight and the input."
+    "Return what an operation makes of the weight and the input."
     kinds = {self.kinds.get(m) for m in memory((args, kwargs))}
     if 'weight' not in kinds: return 'input' if 'input' in kinds else ''
     factors = {self.kinds.get(m) for i in FACTORS.get(name, ()) for m in memory(args[i])}

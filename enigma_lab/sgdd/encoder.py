@@ -127,7 +127,7 @@ def _ids(self:SemanticEncoder, texts):
 def fits(self:SemanticEncoder,
     texts:list[str], # any texts
 )->list[bool]: # True where `encode` reads the whole text; always, of a function without tokenizer
-    "Tell which texts are neither empty nor too long."
+    "Return which texts are neither empty nor too long."
     if self.tokenizer is None or not texts: return [bool(text.strip()) for text in texts]
     return [bool(text.strip()) and 1 <= len(ids) <= self.max_tokens
             for text, ids in zip(texts, self._ids(texts))]
